@@ -1,0 +1,75 @@
+"""What ships in the box, through the same hooks that any plugin has: the only list of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cryodrgn_amort import hookimpl
+
+if TYPE_CHECKING:
+    import argparse
+
+    from cryodrgn_amort.encoders import EncoderSpec
+    from cryodrgn_amort.inputs import InputSpec
+    from cryodrgn_amort.plugins import CommandSpec
+    from cryodrgn_amort.recipes import Recipe
+    from cryodrgn_amort.transforms import TransformSpec
+
+_COMMANDS = {
+    "simulate_amort": "simulate particles with known heterogeneity",
+    "train_amort": "train with any encoder: network, lookup table, evil twin, noise, plugins'",
+    "eval_amort": "measure how far a run's encoder can be trusted",
+    "amort_plugins": "list the loaded plugins and what they bring",
+}
+
+
+@hookimpl
+def commands() -> list[CommandSpec]:
+    """Return our own subcommands."""
+    from cryodrgn_amort.plugins import CommandSpec
+
+    return [
+        CommandSpec(name, f"cryodrgn_amort.commands.{name}", summary)
+        for name, summary in _COMMANDS.items()
+    ]
+
+
+@hookimpl
+def encoders() -> list[EncoderSpec]:
+    """Return the host's networks and the lookup table."""
+    from cryodrgn_amort.encoders import NETWORKS
+    from cryodrgn_amort.table import VLT
+
+    return [*NETWORKS, VLT]
+
+
+@hookimpl
+def encoder_inputs() -> list[InputSpec]:
+    """Return the particle, its twin, and noise."""
+    from cryodrgn_amort.inputs import INPUTS
+
+    return list(INPUTS)
+
+
+@hookimpl
+def recipes() -> list[Recipe]:
+    """Return the paper's training recipes."""
+    from cryodrgn_amort.recipes import RECIPES
+
+    return list(RECIPES)
+
+
+@hookimpl
+def transforms() -> list[TransformSpec]:
+    """Return roll and rotation."""
+    from cryodrgn_amort.transforms import TRANSFORMS
+
+    return list(TRANSFORMS)
+
+
+@hookimpl
+def train_args(parser: argparse.ArgumentParser) -> None:
+    """Add the lookup table's flags."""
+    from cryodrgn_amort.table import add_table_args
+
+    add_table_args(parser)

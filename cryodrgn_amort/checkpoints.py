@@ -1,0 +1,164 @@
+"""The files of a run: written so that none is ever half there, read so that none runs code."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from cryodrgn_amort.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = [
+    "epochs",
+    "latest_z",
+    "read_pickle",
+    "read_weights",
+    "read_z",
+    "replacing",
+    "write_pickle",
+    "write_z",
+]
+
+_ARRAY_NAMES = {
+    "numpy": {"ndarray", "dtype"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy.core.numeric": {"_frombuffer"},
+    "numpy._core.numeric": {"_frombuffer"},
+    "collections": {"OrderedDict"},
+    "_codecs": {"encode"},  # bytes in pickles of protocol 2
+    "torch._utils": {"_rebuild_tensor_v2"},
+}
+
+
+def _storage_from_bytes(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits numpy arrays, torch tensors and plain Python containers, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return _storage_from_bytes
+        if name in _ARRAY_NAMES.get(module, ()):
+            return OrderedDict if name == "OrderedDict" else super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not plain data")
+
+
+def read_pickle(path: str | os.PathLike[str], flag: str, count: int = 1) -> Any:
+    """Read a pickle of arrays and plain containers from a user, running none of its code.
+
+    Parameters
+    ----------
+    flag
+        Names the file's role in errors.
+    count
+        Number of pickles in the file; a list of them is returned if more than one.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, no pickle, or holds anything but plain data.
+    """
+    try:
+        with open(path, "rb") as handle:
+            parts = [_ArrayUnpickler(handle).load() for _ in range(count)]
+    except FileNotFoundError:
+        raise InputError(f"{flag} {path}: no such file") from None
+    except OSError as err:
+        raise InputError(f"{flag} {path}: {err.strerror}") from None
+    except Exception as err:  # a damaged pickle can raise anything
+        raise InputError(f"{flag} {path}: not a usable pickle ({err})") from None
+    return parts[0] if count == 1 else parts
+
+
+def read_z(path: str | os.PathLike[str], flag: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read a z.pkl of the host: means and log variances, each `(N, zdim)` float32."""
+    parts = read_pickle(path, flag, count=2)
+    usable = all(isinstance(p, np.ndarray) and p.ndim == 2 and p.dtype.kind == "f" for p in parts)
+    if not usable or parts[0].shape != parts[1].shape:
+        raise InputError(f"{flag} {path}: not a z file (two pickled arrays, N x zdim each)")
+    if not all(np.isfinite(p).all() for p in parts):
+        raise InputError(f"{flag} {path}: holds values that are not finite")
+    return parts[0].astype(np.float32), parts[1].astype(np.float32)
+
+
+def read_weights(path: str | os.PathLike[str], flag: str) -> dict[str, Any]:
+    """Read a weights.pkl of ours or of the host, onto the CPU.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, damaged, or no checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{flag} {path}: no such file") from None
+    except OSError as err:
+        raise InputError(f"{flag} {path}: {err.strerror}") from None
+    except Exception:  # torch raises many kinds for damaged or foreign files
+        raise InputError(f"{flag} {path}: not a checkpoint (a weights.pkl is needed)") from None
+    if not isinstance(checkpoint, dict) or not {"epoch", "model_state_dict"} <= checkpoint.keys():
+        raise InputError(f"{flag} {path}: not a checkpoint (a weights.pkl is needed)")
+    return checkpoint
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file whole or not at all.
+
+    Yields a temporary path in the same folder, named with a leading dot (the host's search for
+    the latest checkpoint trips over other names); it takes the place of ``path`` on success.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_pickle(path: str | os.PathLike[str], *values: Any) -> None:
+    """Pickle ``values`` one after the other into one file."""
+    with replacing(path) as temporary, open(temporary, "wb") as handle:
+        for value in values:
+            pickle.dump(value, handle)
+
+
+def write_z(path: str | os.PathLike[str], mean: np.ndarray, logvar: np.ndarray) -> None:
+    """Write a z.pkl as the host does."""
+    write_pickle(path, np.asarray(mean, np.float32), np.asarray(logvar, np.float32))
+
+
+def epochs(folder: str | os.PathLike[str]) -> list[int]:
+    """Return the epochs of a run folder that have both weights and z, in order."""
+    names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    found = (re.fullmatch(r"weights\.(\d+)\.pkl", name) for name in names)
+    return sorted(int(m[1]) for m in found if m and f"z.{m[1]}.pkl" in names)
+
+
+def latest_z(folder: str | os.PathLike[str], flag: str) -> Path:
+    """Return the final z file of a run folder, or that of its latest epoch."""
+    final = Path(folder) / "z.pkl"
+    if final.is_file():
+        return final
+    known = epochs(folder)
+    if not known:
+        raise InputError(f"{flag} {folder}: no z.pkl in this folder")
+    return Path(folder) / f"z.{known[-1]}.pkl"

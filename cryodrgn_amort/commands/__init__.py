@@ -1,0 +1,1 @@
+"""Our subcommands of ``cryodrgn``: one module each, no logic of their own."""

@@ -1,0 +1,74 @@
+"""Train like train_vae, with any encoder: a network, a lookup table, an evil twin, noise, a plugin's.
+
+Example usage
+-------------
+# The same as `cryodrgn train_vae` with the same flags
+$ cryodrgn train_amort particles.128.mrcs --poses pose.pkl --ctf ctf.pkl --zdim 8 \
+                       -n 50 -o outs/baseline
+
+# A mean and a log variance per particle instead of an encoder network
+$ cryodrgn train_amort particles.128.mrcs --poses pose.pkl --ctf ctf.pkl --zdim 8 \
+                       -n 50 -o outs/vlt --encoder vlt
+
+# The network is shown another particle, or noise, and still has to explain this one
+$ cryodrgn train_amort particles.128.mrcs --poses pose.pkl --ctf ctf.pkl --zdim 8 \
+                       -n 50 -o outs/twin --encoder twin --enc-layers 5
+
+# Go on after an interruption
+$ cryodrgn train_amort particles.128.mrcs --poses pose.pkl --ctf ctf.pkl --zdim 8 \
+                       -n 50 -o outs/vlt --encoder vlt --load latest
+
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from cryodrgn_amort.plugins import load_plugins
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    """Add every flag of ``train_vae``, then ours; a flag that is not given leaves no trace."""
+    from cryodrgn_amort import host
+
+    host.add_train_vae_args(parser)
+    for action in parser._actions:
+        if action.dest == "help":
+            continue
+        if action.help:  # the defaults are about to go
+            action.help = action.help.replace("%(default)s", str(action.default))
+        action.default = argparse.SUPPRESS
+        if action.dest == "zdim":
+            action.required = False  # a recipe may set it
+    group = parser.add_argument_group("Encoder (cryodrgn_amort)")
+    group.add_argument(
+        "--encoder",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help="resid or mlp (networks of the host), vlt (lookup table), twin or noise (the network\n"
+        "of --encode-mode, shown another particle or noise), or what a plugin brings;\n"
+        "`cryodrgn amort_plugins` lists them (default: resid)",
+    )
+    group.add_argument(
+        "--recipe",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help="Start from a named set of flags; flags that are given override it",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Replace the run that is in the output folder",
+    )
+    load_plugins().hook.train_args(parser=parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train."""
+    from cryodrgn_amort.settings import settings_from_flags
+    from cryodrgn_amort.training import Trainer
+
+    plugins = load_plugins()
+    given = {dest: value for dest, value in vars(args).items() if dest != "func"}
+    Trainer(settings_from_flags(given, plugins), plugins).fit()

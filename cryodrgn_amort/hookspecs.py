@@ -1,0 +1,91 @@
+"""The plugin contract: what a plugin may bring, and when it is called.
+
+A plugin is a module or object that an installed package names under the entry-point group
+``cryodrgn_amort``; each hook it implements is decorated with ``cryodrgn_amort.hookimpl`` and may
+take any subset of the arguments below. Hooks that *bring* something return a list and are called
+once, when plugins are loaded; hooks that *observe* are called by the trainer as it goes along.
+What ships in the box comes through the same hooks (``cryodrgn_amort.builtin``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from cryodrgn_amort.encoders import EncoderSpec
+    from cryodrgn_amort.evaluation import Evaluation
+    from cryodrgn_amort.inputs import InputSpec
+    from cryodrgn_amort.objective import Losses
+    from cryodrgn_amort.plugins import CommandSpec
+    from cryodrgn_amort.recipes import Recipe
+    from cryodrgn_amort.report import Section
+    from cryodrgn_amort.training import Trainer
+    from cryodrgn_amort.transforms import TransformSpec
+
+hookspec = pluggy.HookspecMarker("cryodrgn_amort")
+
+
+@hookspec
+def commands() -> Iterable[CommandSpec]:  # type: ignore[empty-body]
+    """Bring subcommands of ``cryodrgn``. Called when the command line starts: import nothing heavy."""
+
+
+@hookspec
+def encoders() -> Iterable[EncoderSpec]:  # type: ignore[empty-body]
+    """Bring encoders: names for ``train_amort --encoder``."""
+
+
+@hookspec
+def encoder_inputs() -> Iterable[InputSpec]:  # type: ignore[empty-body]
+    """Bring encoder inputs: what a network is shown; also names for ``train_amort --encoder``."""
+
+
+@hookspec
+def recipes() -> Iterable[Recipe]:  # type: ignore[empty-body]
+    """Bring recipes: named sets of ``train_amort`` flags, used as ``train_amort --recipe NAME``."""
+
+
+@hookspec
+def transforms() -> Iterable[TransformSpec]:  # type: ignore[empty-body]
+    """Bring transforms: names for ``eval_amort --transform``."""
+
+
+@hookspec
+def train_args(parser: argparse.ArgumentParser) -> None:
+    """Add flags to ``train_amort``. Their values arrive as ``settings.extra[dest]``, if given."""
+
+
+@hookspec
+def training_start(trainer: Trainer) -> None:
+    """Training is about to begin: everything is built and loaded, the run folder exists."""
+
+
+@hookspec
+def batch_end(trainer: Trainer, losses: Losses) -> None:
+    """One optimizer step was taken. The losses are tensors on the device: reading them costs a sync."""
+
+
+@hookspec
+def epoch_end(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """One epoch has ended; ``metrics`` is its row of metrics.csv."""
+
+
+@hookspec
+def checkpoint_written(trainer: Trainer, path: Path) -> None:
+    """``weights.EPOCH.pkl`` is complete at ``path``, and its z file beside it."""
+
+
+@hookspec
+def training_end(trainer: Trainer) -> None:
+    """Training has ended normally and the final ``weights.pkl`` and ``z.pkl`` are written."""
+
+
+@hookspec
+def report_sections(evaluation: Evaluation) -> Iterable[Section]:  # type: ignore[empty-body]
+    """Bring sections of the report of ``eval_amort``, shown in the order of the plugins."""

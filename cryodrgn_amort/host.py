@@ -1,0 +1,141 @@
+"""The only importer of ``cryodrgn``: what we use of it, and what differs between its versions.
+
+Supported span: cryodrgn >= 4.2, < 5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+with warnings.catch_warnings():  # the host's imports warn of their own dependencies
+    warnings.simplefilter("ignore")
+    from cryodrgn import __version__ as VERSION
+    from cryodrgn.beta_schedule import get_beta_schedule
+    from cryodrgn.commands import train_vae as _train_vae
+    from cryodrgn.ctf import compute_ctf
+    from cryodrgn.dataset import ImageDataset, make_dataloader
+    from cryodrgn.fft import fftn_center, ht2_center, iht2_center
+    from cryodrgn.lattice import Lattice
+    from cryodrgn.models import HetOnlyVAE
+    from cryodrgn.mrcfile import MRCHeader, parse_mrc, write_mrc
+    from cryodrgn.source import ImageSource
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+__all__ = [
+    "VERSION",
+    "HetOnlyVAE",
+    "ImageDataset",
+    "ImageSource",
+    "Lattice",
+    "MRCHeader",
+    "add_train_vae_args",
+    "analyze",
+    "compute_ctf",
+    "eval_volume",
+    "fftn_center",
+    "get_beta_schedule",
+    "hartley",
+    "ht2_center",
+    "iht2_center",
+    "make_dataloader",
+    "parse_mrc",
+    "preprocess",
+    "quiet",
+    "run_umap",
+    "save_config",
+    "write_mrc",
+]
+
+MASK_TOKEN = 2
+"""Encoder mask radius of the token encoder that stands in for a table (see model.py)."""
+
+
+def add_train_vae_args(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` every flag of the installed ``cryodrgn train_vae``."""
+    _train_vae.add_args(parser)
+
+
+def preprocess(images: ImageDataset, raw: torch.Tensor) -> torch.Tensor:
+    """Window, invert, Hartley-transform, symmetrise and normalise as ``train_vae`` does.
+
+    Parameters
+    ----------
+    raw
+        Real-space images `(B, box, box)`; left untouched.
+
+    Returns
+    -------
+    torch.Tensor
+        `(B, box + 1, box + 1)`, origin at the centre, float32.
+    """
+    processed: torch.Tensor = images._process(raw.clone())[1]
+    # the host drops the batch axis of a single image
+    return processed.view(len(raw), images.D, images.D)
+
+
+def hartley(raw: torch.Tensor) -> torch.Tensor:
+    """Centred Hartley transform of real images `(B, box, box)`, not symmetrised."""
+    transformed: torch.Tensor = ht2_center(raw)
+    return transformed
+
+
+def save_config(
+    settings: dict[str, Any], images: ImageDataset, lattice: Lattice, path: str
+) -> None:
+    """Write config.yaml as ``train_vae`` does.
+
+    Parameters
+    ----------
+    settings
+        Values of train_vae's flags, by the host's argument names; its defaults for the rest.
+    """
+    parser = argparse.ArgumentParser()
+    add_train_vae_args(parser)
+    args = parser.parse_args(["particles", "-o", "out", "--zdim", "1", "--poses", "poses"])
+    vars(args).update(settings)
+    _train_vae.save_config(args, images, lattice, None, path)
+
+
+def eval_volume(
+    decoder: Any, lattice: Lattice, norm: tuple[float, float], z: np.ndarray
+) -> np.ndarray:
+    """Decode one volume `(box, box, box)` at latent `z` `(zdim,)`, density positive."""
+    volume: np.ndarray = (
+        decoder.eval_volume(lattice.coords, lattice.D, lattice.extent, norm, z).cpu().numpy()
+    )
+    return volume
+
+
+def run_umap(z: np.ndarray) -> np.ndarray:
+    """UMAP of `z` `(N, zdim)` with the settings of ``cryodrgn analyze``: `(N, 2)`."""
+    from cryodrgn.analysis import run_umap as host_umap
+
+    embedding: np.ndarray = host_umap(z)
+    return embedding
+
+
+def analyze(run_folder: str, epoch: int) -> None:
+    """Run ``cryodrgn analyze RUN EPOCH`` with its defaults."""
+    from cryodrgn.commands import analyze as host_analyze
+
+    parser = argparse.ArgumentParser()
+    host_analyze.add_args(parser)
+    host_analyze.main(parser.parse_args([run_folder, str(epoch)]))
+
+
+class quiet:  # noqa: N801 - reads as a statement: with host.quiet():
+    """Silence the host's loggers for a while; its messages would repeat ours."""
+
+    def __enter__(self) -> None:
+        self._logger = logging.getLogger("cryodrgn")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *exc: object) -> None:
+        self._logger.setLevel(self._level)

@@ -1,0 +1,216 @@
+"""The measures, as pure functions of arrays. One definition each, used everywhere.
+
+`z` are posterior means `(N, zdim)` of the particles, `moved` those of the same particles after a
+transform of their images (or from another run), row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.neighbors import NearestNeighbors
+
+__all__ = [
+    "Measure",
+    "class_knn",
+    "coordinate_r2",
+    "displacement",
+    "displacement_sigma",
+    "fsc",
+    "knn_labels",
+    "label_agreement",
+    "latent_correlation",
+    "loss_fraction",
+    "measure",
+    "retrieval_rank",
+    "volume_change",
+]
+
+K = 15
+"""Neighbours in all kNN measures."""
+_BLOCK = 512
+_PAIRS = 100_000
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number with all that is needed to read it.
+
+    Attributes
+    ----------
+    low, high
+        Bootstrap 95 % interval over particles; None where there is none.
+    null, ideal
+        Its value if the transform destroyed everything, and if it changed nothing.
+    n
+        Number of particles it was computed from.
+    """
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    null: float | None
+    ideal: float | None
+    n: int
+
+
+def measure(
+    name: str,
+    statistic: Callable[..., float],
+    *arrays: np.ndarray,
+    null: float | None,
+    ideal: float | None,
+    rounds: int = 500,
+    seed: int = 0,
+) -> Measure:
+    """Compute ``statistic(*arrays)`` and its bootstrap interval over the rows of the arrays."""
+    n = len(arrays[0])
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(rounds):
+        rows = rng.integers(n, size=n)
+        drawn.append(statistic(*(a[rows] for a in arrays)))
+    low, high = np.percentile(drawn, [2.5, 97.5]) if drawn else (None, None)
+    as_float = [None if v is None else float(v) for v in (low, high)]
+    return Measure(name, float(statistic(*arrays)), *as_float, null, ideal, n)
+
+
+def retrieval_rank(z: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    """Fraction of the other particles that are nearer to ``moved[i]`` than z[i] is: `(N,)`.
+
+    Null 0.5, ideal 0. Works in blocks; memory grows with N, not with its square.
+    """
+    z, moved = np.asarray(z, np.float64), np.asarray(moved, np.float64)
+    n = len(z)
+    own = ((z - moved) ** 2).sum(1)
+    norms = (z**2).sum(1)
+    rank = np.empty(n)
+    for start in range(0, n, _BLOCK):
+        rows = slice(start, min(start + _BLOCK, n))
+        block = moved[rows]
+        distances = norms - 2 * block @ z.T + (block**2).sum(1)[:, None]
+        distances[np.arange(len(block)), np.arange(n)[rows]] = np.inf  # j != i
+        rank[rows] = (distances < own[rows, None]).sum(1) / max(n - 1, 1)
+    return rank
+
+
+def pair_scale(z: np.ndarray, seed: int = 0) -> float:
+    """Median distance of random pairs of particles in latent space."""
+    i, j = _pairs(len(z), seed)
+    return float(np.median(np.linalg.norm(z[i] - z[j], axis=1)))
+
+
+def _pairs(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    count = min(_PAIRS, 20 * n)
+    i = rng.integers(n, size=count)
+    j = (i + 1 + rng.integers(n - 1, size=count)) % n if n > 1 else i
+    return i, j
+
+
+def displacement(z: np.ndarray, moved: np.ndarray, scale: float) -> np.ndarray:
+    """Distance that each latent moved, in units of ``pair_scale``: `(N,)`. Ideal 0."""
+    moved_by: np.ndarray = np.linalg.norm(moved - z, axis=1) / scale
+    return moved_by
+
+
+def displacement_sigma(z: np.ndarray, moved: np.ndarray, logvar: np.ndarray) -> np.ndarray:
+    """Distance that each latent moved, in its own posterior standard deviations: `(N,)`."""
+    moved_by: np.ndarray = np.linalg.norm((moved - z) * np.exp(-0.5 * logvar), axis=1)
+    return moved_by
+
+
+def random_pair_sigma(z: np.ndarray, logvar: np.ndarray, seed: int = 0) -> float:
+    """Return the median of ``displacement_sigma`` for random pairs instead of transformed copies."""
+    i, j = _pairs(len(z), seed)
+    return float(np.median(displacement_sigma(z[i], z[j], logvar[i])))
+
+
+def latent_correlation(z: np.ndarray, moved: np.ndarray) -> float:
+    """Correlation of z and its moved copy, averaged over dimensions by variance.
+
+    Null 0, ideal 1. A dimension that is constant counts with weight 0.
+    """
+    a, b = z - z.mean(0), moved - moved.mean(0)
+    weight = (a**2).mean(0)
+    size = np.sqrt((a**2).sum(0) * (b**2).sum(0))
+    correlation = np.divide((a * b).sum(0), size, out=np.zeros(z.shape[1]), where=size > 0)
+    return float((correlation * weight).sum() / weight.sum()) if weight.sum() > 0 else 0.0
+
+
+def _neighbours(reference: np.ndarray, query: np.ndarray | None) -> np.ndarray:
+    """Positions of the nearest reference points; ``query`` None: of each other point."""
+    k = min(K, len(reference) - 1)
+    index = NearestNeighbors(n_neighbors=k).fit(reference)
+    found: np.ndarray = index.kneighbors(query, return_distance=False)
+    return found
+
+
+def knn_labels(z: np.ndarray, labels: np.ndarray, query: np.ndarray | None = None) -> np.ndarray:
+    """Majority label (integers from 0) of the 15 nearest particles: `(N,)`.
+
+    ``query`` None: each particle's own, leave-one-out.
+    """
+    votes = labels[_neighbours(z, query)]
+    counts = (votes[:, :, None] == np.arange(labels.max() + 1)).sum(1)
+    winners: np.ndarray = counts.argmax(1)
+    return winners
+
+
+def class_knn(z: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether the leave-one-out kNN class is right, per particle: `(N,)` of 0 and 1.
+
+    Its mean is the accuracy; null: sum of squared class shares.
+    """
+    right: np.ndarray = (knn_labels(z, labels) == labels).astype(float)
+    return right
+
+
+def coordinate_r2(predicted: np.ndarray, truth: np.ndarray) -> float:
+    """R^2 of a predicted coordinate. Null 0, ideal 1."""
+    return float(1 - ((truth - predicted) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
+
+
+def knn_coordinate(z: np.ndarray, coordinate: np.ndarray) -> np.ndarray:
+    """Mean coordinate of the 15 nearest other particles: `(N,)`."""
+    mean: np.ndarray = coordinate[_neighbours(z, None)].mean(1)
+    return mean
+
+
+def label_agreement(before: np.ndarray, after: np.ndarray) -> float:
+    """Share of particles whose kNN label is the same before and after."""
+    return float((before == after).mean())
+
+
+def loss_fraction(moved: np.ndarray, original: np.ndarray, constant: np.ndarray) -> float:
+    """Return the share of what the latent explains that is lost after the transform.
+
+    (rec(Tx; T pose, z') - rec(x; z)) / (rec(x; mean z) - rec(x; z)), of sums over particles.
+    Null 1 or more, ideal 0.
+    """
+    return float((moved - original).mean() / (constant - original).mean())
+
+
+def volume_change(moved: np.ndarray, pairs: np.ndarray) -> float:
+    """Median distance |v(z_i) - v(z'_i)| over median |v(z_i) - v(z_j)|. Null 1, ideal 0."""
+    return float(np.median(moved) / np.median(pairs))
+
+
+def fsc(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Fourier shell correlation of two volumes `(D, D, D)`, shells 0 to D / 2: `(D / 2 + 1,)`."""
+    size = a.shape[0]
+    fa, fb = (np.fft.fftshift(np.fft.fftn(v)) for v in (a, b))
+    axis = np.arange(size) - size // 2
+    radius = np.sqrt(sum(np.meshgrid(axis**2, axis**2, axis**2, indexing="ij")))
+    shell = np.round(radius).astype(int).ravel()
+    keep = shell <= size // 2
+
+    def per_shell(values: np.ndarray) -> np.ndarray:
+        return np.bincount(shell[keep], values.ravel()[keep], size // 2 + 1)
+
+    cross = per_shell((fa * fb.conj()).real)
+    power = per_shell(np.abs(fa) ** 2) * per_shell(np.abs(fb) ** 2)
+    return np.divide(cross, np.sqrt(power), out=np.zeros_like(cross), where=power > 0)

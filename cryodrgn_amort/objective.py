@@ -1,0 +1,78 @@
+"""The training objective and its terms.
+
+The ELBO (Kingma & Welling, arXiv 1312.6114; equation 8 of arXiv 2303.07487), scaled as cryoDRGN
+scales it: mean squared error over the masked pixels plus ``beta`` KL / number of pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["Losses", "kl_divergence", "losses", "reconstruction_nats"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One batch's objective, as scalar tensors: ``total`` is what is minimised.
+
+    Attributes
+    ----------
+    gen_loss
+        Mean squared error of the masked Hartley image, per pixel.
+    kld
+        KL divergence to the prior N(0, 1), in nats per particle.
+    beta
+        Weight of the KL divergence in this batch.
+    """
+
+    total: Tensor
+    gen_loss: Tensor
+    kld: Tensor
+    beta: float
+
+
+def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) of each row, in nats: `(B, zdim)` -> `(B,)`."""
+    return -0.5 * torch.sum(1 + logvar - mean.pow(2) - logvar.exp(), dim=1)
+
+
+def losses(
+    mean: Tensor,
+    logvar: Tensor,
+    target: Tensor,
+    decoded: Tensor,
+    beta: float,
+    beta_control: float | None = None,
+) -> Losses:
+    """Compute the objective of one batch.
+
+    Parameters
+    ----------
+    mean, logvar
+        The posterior, `(B, zdim)`.
+    target, decoded
+        Masked pixels of the particles and of the model, `(B, P)`.
+    beta_control
+        If given, ``beta`` is the KL that the objective pulls to, with this weight (the host's
+        ``--beta-control``).
+    """
+    gen_loss = functional.mse_loss(decoded, target)
+    kld = kl_divergence(mean, logvar).mean(dim=0)
+    pixels = float(target.shape[1])
+    if beta_control is None:
+        total = gen_loss + beta * kld / pixels
+    else:
+        total = gen_loss + beta_control * (beta - kld) ** 2 / pixels
+    return Losses(total, gen_loss, kld, beta)
+
+
+def reconstruction_nats(target: Tensor, decoded: Tensor) -> Tensor:
+    """Half the squared error of each image, `(B, P)` -> `(B,)`: nats, up to a constant.
+
+    Images are in units of the noise's standard deviation (the host's normalisation).
+    """
+    return 0.5 * (decoded - target).square().sum(dim=1)

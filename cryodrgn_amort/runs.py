@@ -1,0 +1,194 @@
+"""Run folders: what training writes and everything else reads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+
+from cryodrgn_amort import host
+from cryodrgn_amort.checkpoints import epochs, read_weights, read_z, replacing
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.model import TOKEN_ENCODER, AmortVAE, build_model
+from cryodrgn_amort.particles import Particles, ParticleSource, load_particles
+from cryodrgn_amort.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from cryodrgn_amort.encoders import EncoderSpec
+    from cryodrgn_amort.inputs import EncoderInput
+    from cryodrgn_amort.plugins import Plugins
+
+__all__ = ["OWN_KEY", "Run", "default_device", "load_run", "model_args", "source_of", "write_config"]
+
+OWN_KEY = "amort"
+"""Our key in config.yaml and in checkpoints; the host ignores it."""
+
+
+def default_device() -> torch.device:
+    """Return the device that the host would use: the first GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def source_of(settings: TrainSettings) -> ParticleSource:
+    """Return which particles the settings ask for."""
+    return ParticleSource(**{f.name: getattr(settings, f.name) for f in fields(ParticleSource)})
+
+
+def model_args(settings: TrainSettings, encoder: EncoderSpec, D: int) -> dict[str, Any]:
+    """Return the ``model_args`` of config.yaml."""
+    names = (
+        "qlayers", "qdim", "players", "pdim", "zdim", "encode_mode", "enc_mask", "pe_type",
+        "feat_sigma", "pe_dim", "domain", "activation",
+    )  # fmt: skip
+    args = {name: getattr(settings, name) for name in names}
+    if args["enc_mask"] is None:
+        args["enc_mask"] = D // 2
+    if encoder.host_mode is None:
+        args.update(TOKEN_ENCODER)
+    return args
+
+
+def write_config(
+    folder: Path, settings: TrainSettings, encoder: EncoderSpec, particles: Particles
+) -> None:
+    """Write config.yaml as the host does, with what is ours under ``OWN_KEY``."""
+    values = {**settings.to_dict(), **model_args(settings, encoder, particles.D), "use_real": False}
+    for name in ("keepreal", "do_pose_sgd"):
+        values.setdefault(name, False)
+    with replacing(folder / "config.yaml") as temporary:
+        # the host chooses the format by the extension, which a temporary name keeps in front
+        staged = temporary.with_suffix(".yaml")
+        try:
+            with host.quiet():
+                host.save_config(values, particles.images, particles.lattice, str(staged))
+            config = yaml.safe_load(staged.read_text())
+        finally:
+            staged.unlink(missing_ok=True)
+        config[OWN_KEY] = {"encoder": settings.encoder, "settings": settings.to_dict()}
+        temporary.write_text(yaml.safe_dump(config))
+
+
+def _settings_of(config: dict[str, Any], folder: Path) -> TrainSettings:
+    known = {f.name for f in fields(TrainSettings)}
+    if OWN_KEY in config:
+        values = {k: v for k, v in config[OWN_KEY]["settings"].items() if k in known}
+    else:  # a run of the host's train_vae
+        together = {**config["dataset_args"], **config["model_args"]}
+        values = {k: v for k, v in together.items() if k in known}
+        values.update(encoder=config["model_args"]["encode_mode"], seed=config.get("seed", 0))
+    values.update(outdir=str(folder), load=None, overwrite=False)
+    values["norm"] = tuple(config["dataset_args"]["norm"])
+    values["beta"] = values.get("beta")
+    return TrainSettings(**values)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or growing run, of ours or of ``cryodrgn train_vae``, at one epoch.
+
+    Attributes
+    ----------
+    epoch
+        The epoch whose weights and latents these are.
+    settings
+        What it was trained with.
+    encoder
+        The kind of its encoder.
+    """
+
+    folder: Path
+    epoch: int
+    config: dict[str, Any]
+    settings: TrainSettings
+    encoder: EncoderSpec
+    plugins: Plugins
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    def z(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the saved means and log variances, each `(N, zdim)`."""
+        return read_z(self.folder / f"z.{self.epoch}.pkl", "RUN")
+
+    def particles(
+        self, device: torch.device | None = None, **moved: str | None
+    ) -> Particles:
+        """Open the particles that it was trained on.
+
+        Parameters
+        ----------
+        moved
+            New places of ``particles``, ``poses``, ``ctf``, ``ind``, ``datadir``, if not None.
+        """
+        given = {name: path for name, path in moved.items() if path is not None}
+        source = replace(source_of(self.settings), **given, lazy=True)  # type: ignore[arg-type]
+        return load_particles(source, device or default_device())
+
+    def load(self, particles: Particles) -> tuple[AmortVAE, EncoderInput | None]:
+        """Load the model, and what its encoder was shown in training.
+
+        A table is not loaded: its latents are those of ``z()``, and the model only decodes.
+        """
+        path = self.folder / f"weights.{self.epoch}.pkl"
+        checkpoint = read_weights(path, "RUN")
+        own = checkpoint.get(OWN_KEY, {})
+        amort = None
+        if self.encoder.build is not None and self.encoder.shown_images:
+            amort = self.encoder.build(self.settings, particles)
+        model = build_model(self.config["model_args"], particles, amort)
+        own_state = {} if amort is None else own["encoder_state_dict"]
+        model.restore(checkpoint["model_state_dict"], own_state, f"RUN {path}")
+        model.eval()
+        _, input_spec = self.settings.resolve(self.plugins)
+        if input_spec is None:
+            return model, None
+        shown = input_spec.build(self.settings, particles)
+        shown.load_state_dict(own.get("input_state", {}))
+        return model, shown
+
+
+def load_run(
+    folder: str | os.PathLike[str], plugins: Plugins, epoch: int | None = None
+) -> Run:
+    """Open a run folder of ``train_amort`` or ``train_vae``.
+
+    Parameters
+    ----------
+    epoch
+        Which epoch; the latest one that is complete unless given.
+
+    Raises
+    ------
+    InputError
+        If the folder is no such run, or does not have that epoch.
+    """
+    path = Path(folder)
+    config_path = path / "config.yaml"
+    if not config_path.is_file():
+        raise InputError(f"RUN {folder}: not a run folder (it has no config.yaml)")
+    try:
+        config = yaml.safe_load(config_path.read_text())
+        settings = None
+        if "encode_mode" in config["model_args"]:
+            settings = _settings_of(config, path)
+    except InputError:
+        raise
+    except Exception as err:
+        raise InputError(f"RUN {config_path}: damaged ({type(err).__name__}: {err})") from None
+    if settings is None:
+        raise InputError(f"RUN {folder}: runs of train_dec and abinit are not supported yet")
+    known = epochs(path)
+    if not known:
+        raise InputError(f"RUN {folder}: no epoch has both weights and z yet")
+    if epoch is not None and epoch not in known:
+        listed = ", ".join(map(str, known))
+        raise InputError(f"--epoch {epoch}: {folder} does not have it; it has {listed}")
+    encoder, _ = settings.resolve(plugins)
+    return Run(path, known[-1] if epoch is None else epoch, config, settings, encoder, plugins)

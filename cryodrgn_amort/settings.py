@@ -1,0 +1,242 @@
+"""What a training run is made from: the flags of ``train_amort``, checked against each other."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from cryodrgn_amort.encoders import EncoderSpec
+from cryodrgn_amort.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cryodrgn_amort.inputs import InputSpec
+    from cryodrgn_amort.plugins import Plugins
+
+__all__ = ["TrainSettings", "flag_name", "settings_from_flags"]
+
+# Flags of train_vae that this version refuses, and what to say.
+_TILT = "tilt series are not supported yet"
+_POSE = "pose refinement is not supported yet: poses stay as given"
+REFUSED = {
+    "ntilts": _TILT,
+    "random_tilts": _TILT,
+    "t_emb_dim": _TILT,
+    "tlayers": _TILT,
+    "tdim": _TILT,
+    "dose_per_tilt": _TILT,
+    "angle_per_tilt": _TILT,
+    "do_pose_sgd": _POSE,
+    "pretrain": _POSE,
+    "emb_type": _POSE,
+    "pose_lr": _POSE,
+    "multigpu": "training on several GPUs is not supported yet",
+    "use_real": "real-space encoders are not supported: networks are shown Hartley images",
+    "shuffler_size": "the data shuffler is not supported: --lazy alone reads every particle",
+}
+_FLAG = {  # argument name -> flag, where the host's parser names them differently
+    "qlayers": "--enc-layers",
+    "qdim": "--enc-dim",
+    "players": "--dec-layers",
+    "pdim": "--dec-dim",
+    "invert_data": "--uninvert-data",
+    "window": "--no-window",
+    "amp": "--no-amp",
+    "do_analysis": "--no-analysis",
+    "outdir": "-o",
+    "particles": "PARTICLES",
+}
+
+
+def flag_name(dest: str) -> str:
+    """Return the command-line flag of an argument name: ``qdim`` -> ``--enc-dim``."""
+    return _FLAG.get(dest, "--" + dest.replace("_", "-"))
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides a training run. Names and defaults are those of ``train_vae``.
+
+    Attributes
+    ----------
+    encoder
+        Name of an encoder, or of an encoder input for the network ``encode_mode``.
+    extra
+        Flags that plugins added (hook ``train_args``; the lookup table's flags are such), by
+        argument name; only those that were given.
+    """
+
+    particles: str
+    outdir: str
+    poses: str
+    zdim: int
+    ctf: str | None = None
+    load: str | None = None
+    overwrite: bool = False
+    encoder: str = "resid"
+    recipe: str | None = None
+    do_analysis: bool = True
+    checkpoint: int = 1
+    log_interval: int = 1000
+    verbose: bool = False
+    seed: int = 0
+    shuffle_seed: int | None = None
+    ind: str | None = None
+    invert_data: bool = True
+    window: bool = True
+    window_r: float = 0.85
+    datadir: str | None = None
+    lazy: bool = False
+    num_workers: int | None = None
+    max_threads: int = 16
+    num_epochs: int = 20
+    batch_size: int = 16
+    wd: float = 0.0
+    lr: float = 1e-4
+    beta: float | str | None = None
+    beta_control: float | None = None
+    norm: tuple[float, float] | None = None
+    amp: bool = True
+    qlayers: int = 3
+    qdim: int = 1024
+    encode_mode: str = "resid"
+    enc_mask: int | None = None
+    players: int = 3
+    pdim: int = 1024
+    pe_type: str = "gaussian"
+    feat_sigma: float = 0.5
+    pe_dim: int | None = None
+    domain: str = "fourier"
+    activation: str = "relu"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "zdim", "num_epochs", "batch_size", "checkpoint", "log_interval", "qdim", "players",
+            "pdim", "pe_dim",
+        )  # fmt: skip
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{flag_name(name)} {value}: must be at least 1")
+        for name in ("lr", "feat_sigma", "window_r"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{flag_name(name)} {getattr(self, name)}: must be positive")
+        if self.qlayers < 0 or self.wd < 0:
+            name = "qlayers" if self.qlayers < 0 else "wd"
+            raise InputError(f"{flag_name(name)} {getattr(self, name)}: must not be negative")
+        if self.norm is not None and not self.norm[1] > 0:
+            raise InputError(f"--norm {self.norm[0]} {self.norm[1]}: the scale must be positive")
+        if self.load and self.overwrite:
+            raise InputError("--load and --overwrite exclude each other: continue or start anew")
+        if self.encode_mode == "tilt":
+            raise InputError(f"--encode-mode tilt: {_TILT}")
+        if self.encode_mode == "conv":
+            raise InputError(f"--encode-mode conv: {REFUSED['use_real']}")
+        if self.pe_type == "none" and self.domain == "fourier":
+            raise InputError("--pe-type none: the host's Fourier decoder cannot take it; give "
+                             "--domain hartley or another encoding")  # fmt: skip
+        if self.num_workers and not self.lazy:
+            raise InputError(
+                f"--num-workers {self.num_workers}: only with --lazy; otherwise particles are "
+                "preprocessed once, into memory"
+            )
+        self.beta_value()
+
+    def beta_value(self) -> float | str:
+        """Return the KL weight: 1/zdim unless given; one of the host's schedules a-d by name."""
+        if self.beta is None:
+            return 1.0 / self.zdim
+        try:
+            return float(self.beta)
+        except ValueError:
+            if self.beta not in ("a", "b", "c", "d"):
+                raise InputError(
+                    f"--beta {self.beta}: neither a number nor a schedule of the host (a, b, c, d)"
+                ) from None
+            if self.beta_control is None:
+                raise InputError(f"--beta {self.beta}: a schedule needs --beta-control") from None
+            return self.beta
+
+    def resolve(self, plugins: Plugins) -> tuple[EncoderSpec, InputSpec | None]:
+        """Look up what ``--encoder`` names: the encoder, and what it is shown (None: nothing).
+
+        Raises
+        ------
+        InputError
+            If the name is unknown, or a flag was given that does not apply to it.
+        """
+        named = plugins.encoder(self.encoder)
+        if not isinstance(named, EncoderSpec):
+            return self._encoder_spec(plugins, self.encode_mode), named
+        return named, plugins.encoder_input("particle") if named.shown_images else None
+
+    @staticmethod
+    def _encoder_spec(plugins: Plugins, name: str) -> EncoderSpec:
+        spec = plugins.encoder(name)
+        if not isinstance(spec, EncoderSpec) or spec.host_mode is None:
+            raise InputError(f"--encode-mode {name}: not a network of the host")
+        return spec
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python types, for config.yaml."""
+        values = asdict(self)
+        values["extra"] = dict(self.extra)
+        if self.norm is not None:
+            values["norm"] = [float(v) for v in self.norm]
+        return values
+
+
+def settings_from_flags(given: Mapping[str, Any], plugins: Plugins) -> TrainSettings:
+    """Make settings from the flags that the user gave, and no others.
+
+    Order: the flags given, over the recipe's, over the host's defaults.
+
+    Raises
+    ------
+    InputError
+        If a flag does not apply, by name.
+    """
+    for dest in given:
+        if dest in REFUSED:
+            raise InputError(f"{flag_name(dest)}: {REFUSED[dest]}")
+    values = dict(given)
+    if values.get("recipe"):
+        recipe = plugins.recipe(values["recipe"])
+        for dest in recipe.needs:
+            if dest not in given:
+                raise InputError(f"--recipe {recipe.name}: needs {flag_name(dest)}")
+        values = {**recipe.flags, **values}
+    if "encode_mode" in given and "encoder" not in values:
+        values["encoder"] = given["encode_mode"]
+    if "zdim" not in values:
+        raise InputError("--zdim: required")
+    named = plugins.encoder(values.get("encoder", "resid"))
+    if isinstance(named, EncoderSpec) and named.host_mode is not None:
+        mode = values.setdefault("encode_mode", named.host_mode)
+        if mode != named.host_mode:
+            raise InputError(f"--encode-mode {mode}: contradicts --encoder {named.name}")
+    values.setdefault("seed", random.SystemRandom().randrange(100_000))
+    own = {f.name for f in fields(TrainSettings)} - {"extra"}
+    extra = {dest: values.pop(dest) for dest in list(values) if dest not in own}
+    settings = TrainSettings(**values, extra=extra)
+    encoder, shown = settings.resolve(plugins)
+    _refuse_foreign(given, settings.encoder, encoder, shown, plugins)
+    return settings
+
+
+def _refuse_foreign(
+    given: Mapping[str, Any],
+    name: str,
+    encoder: EncoderSpec,
+    shown: InputSpec | None,
+    plugins: Plugins,
+) -> None:
+    specs = [o.item for kind in ("encoders", "encoder_inputs") for o in plugins.owned(kind).values()]
+    owned = set().union(*(spec.flags for spec in specs))
+    mine = encoder.flags | (shown.flags if shown is not None else frozenset())
+    for dest in given:
+        if dest in owned - mine:
+            raise InputError(f"{flag_name(dest)}: does not apply to --encoder {name}")

@@ -1,0 +1,394 @@
+"""The training loop, readable from top to bottom."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import shutil
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm  # tqdm.auto would start an iterator of its own: one more random draw
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from cryodrgn_amort import __version__, host
+from cryodrgn_amort.checkpoints import epochs, read_weights, replacing, write_z
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.model import build_model
+from cryodrgn_amort.objective import Losses, losses
+from cryodrgn_amort.particles import load_particles
+from cryodrgn_amort.runs import OWN_KEY, default_device, model_args, source_of, write_config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
+
+    from cryodrgn_amort.particles import Batch
+    from cryodrgn_amort.plugins import Plugins
+    from cryodrgn_amort.settings import TrainSettings
+
+__all__ = ["Trainer"]
+
+logger = logging.getLogger("cryodrgn_amort")
+
+_ACTIVE_VARIANCE = 0.01  # Burda et al., arXiv 1509.00519: an active unit
+_ENCODE_BATCH = 256
+_RUN_FILES = ("config.yaml", "run.log", "metrics.csv", "z.pkl", "weights.pkl")
+
+
+class Trainer:
+    """Trains one run. Making it checks everything and writes nothing; ``fit`` trains.
+
+    The baseline makes the same random draws in the same order as ``cryodrgn train_vae``, so that
+    equal seeds give equal weights.
+
+    Attributes
+    ----------
+    settings, plugins, particles, model
+        What is trained, on what.
+    shown
+        What a network encoder is shown; None for tables.
+    optimizer
+        The common optimizer: decoder and network. A table has its own.
+    epoch
+        The epoch that is running or has last ended, from 1.
+    """
+
+    def __init__(self, settings: TrainSettings, plugins: Plugins) -> None:
+        self.settings, self.plugins = settings, plugins
+        self.folder = Path(settings.outdir)
+        self.device = default_device()
+        self.encoder_spec, input_spec = settings.resolve(plugins)
+        checkpoint, own = self._checkpoint()
+
+        source = source_of(settings)
+        if source.norm is None and "norm" in own:  # a resumed run keeps its normalisation
+            source = type(source)(**{**vars(source), "norm": tuple(own["norm"])})
+        self.particles = load_particles(source, self.device)
+        amort = self.encoder_spec.build(settings, self.particles) if self.encoder_spec.build else None
+        self.shown = input_spec.build(settings, self.particles) if input_spec else None
+
+        torch.manual_seed(settings.seed)
+        args = model_args(settings, self.encoder_spec, self.particles.D)
+        self.model = build_model(args, self.particles, amort)
+        self.optimizer = torch.optim.Adam(
+            self.model.trained_parameters(), lr=settings.lr, weight_decay=settings.wd
+        )
+        self.mixed_precision = settings.amp and self.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.mixed_precision)
+        self.beta = host.get_beta_schedule(settings.beta_value())
+        workers = settings.num_workers
+        if workers is None:
+            workers = 2 if settings.lazy else 0
+        self._loading: dict[str, Any] = {
+            "num_workers": min(workers, os.cpu_count() or 1),
+            "shuffle_seed": settings.shuffle_seed,
+        }
+        self.epoch = 0
+        self._random: dict[str, Any] = {}
+        if checkpoint:
+            self._restore(checkpoint, own)
+
+    def fit(self) -> None:
+        """Train to the last epoch, with a checkpoint every ``--checkpoint`` epochs."""
+        settings = self.settings
+        self._prepare_folder()
+        with _logging_to(self.folder / "run.log", settings.verbose):
+            self._log_start()
+            self.particles.fill_cache(self._bar("preprocessing", -(-self.particles.n // 256)))
+            self.loader = self.particles.batches(
+                self.shown, batch_size=settings.batch_size, shuffle=True, **self._loading
+            )
+            self._restore_random(self._random)
+            self.plugins.hook.training_start(trainer=self)
+            started, first = time.monotonic(), self.epoch + 1
+            for self.epoch in range(first, settings.num_epochs + 1):
+                row = self._train_epoch()
+                self._write_metrics(row)
+                self.plugins.hook.epoch_end(trainer=self, metrics=row)
+                if self.epoch % settings.checkpoint == 0 or self.epoch == settings.num_epochs:
+                    self._write_checkpoint()
+            self._finish()
+            took = timedelta(seconds=time.monotonic() - started)
+            logger.info(f"Finished in {took} ({took / (self.epoch - first + 1)} per epoch)")
+            self.plugins.hook.training_end(trainer=self)
+        if settings.do_analysis:
+            host.analyze(str(self.folder), self.epoch)
+
+    def _train_epoch(self) -> dict[str, float]:
+        """Go through all particles once; returns the epoch's row of metrics.csv."""
+        settings, n = self.settings, self.particles.n
+        started = time.monotonic()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        # of the posterior means, for the active units: sums of z and z^2 over the epoch
+        moments = torch.zeros(2, settings.zdim, dtype=torch.float64, device=self.device)
+        seen = 0
+        self.model.train()
+        if self.model.amort is not None:
+            self.model.amort.epoch_start()
+        bar = self._bar(f"epoch {self.epoch}/{settings.num_epochs}", len(self.loader))
+        for index, read in bar(self.loader):
+            batch = self.particles.batch(index, read, self.shown)
+            seen += len(index)
+            result, mean = self._step(batch, self.beta(n * (self.epoch - 1) + seen))
+            sums += len(index) * torch.stack([result.gen_loss, result.kld, result.total]).double()
+            moments[0] += mean.sum(0)
+            moments[1] += mean.square().sum(0)
+            self.plugins.hook.batch_end(trainer=self, losses=result)
+            if seen % settings.log_interval < settings.batch_size and not _on_terminal():
+                self._log_batch(seen, result)
+        gen_loss, kld, total = (sums / seen).tolist()
+        if not np.isfinite(total):
+            raise InputError(
+                f"the loss of epoch {self.epoch} is {total}: training has diverged; the last "
+                f"checkpoint in {self.folder} is from before. Try a smaller --lr"
+            )
+        took = time.monotonic() - started
+        variance = moments[1] / seen - (moments[0] / seen).square()
+        logger.info(  # cryodrgn analyze reads this line
+            f"# =====> Epoch: {self.epoch} Average gen loss = {gen_loss:.6}, KLD = {kld:.6f}, "
+            f"total loss = {total:.6f}; Finished in {timedelta(seconds=took)}"
+        )
+        own = {} if self.model.amort is None else self.model.amort.epoch_metrics()
+        return {
+            "epoch": self.epoch,
+            "gen_loss": gen_loss,
+            "kld": kld,
+            "loss": total,
+            "seconds": round(took, 3),
+            "images_per_second": round(seen / took, 1),
+            "active_units": int((variance > _ACTIVE_VARIANCE).sum()),
+            **own,
+        }
+
+    def _step(self, batch: Batch, beta: float) -> tuple[Losses, Tensor]:
+        """Take one optimizer step; returns the losses and the posterior means, detached."""
+        model, particles = self.model, self.particles
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, enabled=self.mixed_precision):
+            mean, logvar = model.posterior(batch)
+            z = model.reparameterize(mean, logvar)
+            decoded = model.decode_images(
+                particles.coords, particles.mask, batch.rot, batch.ctf, z
+            )
+            target = batch.y.view(len(z), -1)[:, particles.mask]
+            result = losses(mean, logvar, target, decoded, beta, self.settings.beta_control)
+        self.scaler.scale(result.total).backward()
+        if model.amort is not None:
+            model.amort.after_backward(self.scaler.get_scale())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        detached = Losses(result.total.detach(), result.gen_loss.detach(), result.kld.detach(), beta)
+        return detached, mean.detach()
+
+    @torch.no_grad()
+    def encode(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the posterior means and log variances of all particles, each `(N, zdim)`."""
+        self.model.eval()
+        known = None if self.model.amort is None else self.model.amort.latents()
+        if known is not None:
+            return known[0].cpu().numpy(), known[1].cpu().numpy()
+        # a loader draws a seed from the global generator, as the host's eval_z does
+        loader = self.particles.batches(self.shown, batch_size=_ENCODE_BATCH, shuffle=False)
+        parts = []
+        for index, read in loader:
+            batch = self.particles.batch(index, read, self.shown)
+            parts.append(torch.cat(self.model.posterior(batch), 1).float().cpu())
+        both = torch.cat(parts).numpy()
+        return both[:, : self.settings.zdim], both[:, self.settings.zdim :]
+
+    def _write_checkpoint(self) -> None:
+        """Write z.EPOCH.pkl, then weights.EPOCH.pkl: a checkpoint is complete once both exist."""
+        # an extra checkpoint at the very end must not change how the run would go on
+        extra = self.epoch % self.settings.checkpoint != 0
+        before = self._random_state()
+        z = self.encode()
+        random = before if extra else self._random_state()
+        checkpoint = {
+            "epoch": self.epoch,
+            "model_state_dict": self.model.host_state_dict(),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            OWN_KEY: {
+                "version": __version__,
+                "encoder": self.settings.encoder,
+                "encoder_state_dict": self.model.own_state_dict(),
+                "input_state": {} if self.shown is None else self.shown.state_dict(),
+                "norm": list(self.particles.norm),
+                "scaler": self.scaler.state_dict(),
+                "random": random,
+            },
+        }
+        path = self.folder / f"weights.{self.epoch}.pkl"
+        write_z(self.folder / f"z.{self.epoch}.pkl", *z)
+        with replacing(path) as temporary:
+            torch.save(checkpoint, temporary)
+        self.plugins.hook.checkpoint_written(trainer=self, path=path)
+
+    def _finish(self) -> None:
+        """Put the final weights.pkl and z.pkl beside the last epoch's, which they equal."""
+        for kind in ("z", "weights"):
+            with replacing(self.folder / f"{kind}.pkl") as temporary:
+                shutil.copyfile(self.folder / f"{kind}.{self.epoch}.pkl", temporary)
+        logger.info("Training complete")
+
+    def _checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read what ``--load`` names: the checkpoint, and our part of it."""
+        load = self.settings.load
+        if not load:
+            taken = [name for name in _RUN_FILES if (self.folder / name).exists()]
+            if (taken or epochs(self.folder)) and not self.settings.overwrite:
+                raise InputError(
+                    f"-o {self.folder}: holds a run already; continue it with --load latest, "
+                    "or replace it with --overwrite"
+                )
+            return {}, {}
+        if load == "latest":
+            known = epochs(self.folder)
+            if not known:
+                raise InputError(f"--load latest: {self.folder} has no checkpoint")
+            load = str(self.folder / f"weights.{known[-1]}.pkl")
+        checkpoint = read_weights(load, "--load")
+        if checkpoint["epoch"] >= self.settings.num_epochs:
+            raise InputError(
+                f"--load {load}: has {checkpoint['epoch']} epochs already; "
+                f"-n {self.settings.num_epochs} leaves nothing to train"
+            )
+        own = checkpoint.get(OWN_KEY, {})
+        if own and own["encoder"] != self.settings.encoder:
+            raise InputError(
+                f"--load {load}: was trained with --encoder {own['encoder']}, "
+                f"not {self.settings.encoder}"
+            )
+        if not own and self.encoder_spec.host_mode is None:
+            raise InputError(f"--load {load}: has no {self.settings.encoder} encoder")
+        return checkpoint, own
+
+    def _restore(self, checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
+        name = f"--load {self.settings.load}"
+        own_state = own.get("encoder_state_dict", {})
+        self.model.restore(checkpoint["model_state_dict"], own_state, name)
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        except (KeyError, ValueError) as err:
+            raise InputError(f"{name}: optimizer of another model ({err})") from None
+        if self.shown is not None and own:
+            self.shown.load_state_dict(own["input_state"])
+        if self.mixed_precision and own.get("scaler"):
+            self.scaler.load_state_dict(own["scaler"])
+        self._random = own.get("random", {})
+        self.epoch = int(checkpoint["epoch"])
+
+    def _random_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        generator = self._shuffle_generator()
+        if generator is not None:
+            state["shuffle"] = generator.get_state()
+        return state
+
+    def _restore_random(self, state: dict[str, Any]) -> None:
+        if "torch" in state:
+            torch.set_rng_state(state["torch"])
+        if "cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+        generator = self._shuffle_generator()
+        if generator is not None and "shuffle" in state:
+            generator.set_state(state["shuffle"])
+
+    def _shuffle_generator(self) -> torch.Generator | None:
+        """Return the generator of ``--shuffle-seed``, which lives in the host's sampler."""
+        generator: torch.Generator | None = self.loader.sampler.sampler.generator
+        return generator
+
+    def _prepare_folder(self) -> None:
+        """Make the run folder. From here on files are written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.settings.overwrite:
+            for name in _RUN_FILES:
+                (self.folder / name).unlink(missing_ok=True)
+        for path in self.folder.glob("*.pkl"):
+            kind, _, epoch = path.stem.partition(".")
+            stale = kind in ("weights", "z") and epoch.isdigit() and int(epoch) > self.epoch
+            if stale:  # of the run that is replaced, or of epochs that will be trained again
+                path.unlink()
+        write_config(self.folder, self.settings, self.encoder_spec, self.particles)
+
+    def _write_metrics(self, row: dict[str, float]) -> None:
+        """Append to metrics.csv; epochs that are trained again replace their old rows."""
+        path = self.folder / "metrics.csv"
+        rows: list[dict[str, Any]] = []
+        if path.exists() and self.epoch > 1:
+            with open(path, newline="") as handle:
+                rows = [r for r in csv.DictReader(handle) if int(r["epoch"]) < self.epoch]
+        rows.append(row)
+        with replacing(path) as temporary, open(temporary, "w", newline="") as handle:
+            writer = csv.DictWriter(handle, list(row), extrasaction="ignore", restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def _log_start(self) -> None:
+        logger.info(" ".join(sys.argv))
+        logger.info(f"cryodrgn_amort {__version__}, cryodrgn {host.VERSION}, {self.device}")
+        logger.info(self.settings)
+        particles, model = self.particles, self.model
+        logger.info(f"{particles.n} particles of {particles.box} px, norm {particles.norm}")
+        sizes = {
+            "encoder": model.amort or model.encoder,
+            "decoder": model.decoder,
+        }
+        for name, part in sizes.items():
+            count = sum(p.numel() for p in part.parameters() if p.requires_grad)
+            logger.info(f"{count} parameters in {name}")
+        if self.epoch:
+            logger.info(f"Continuing after epoch {self.epoch} of {self.settings.load}")
+
+    def _log_batch(self, seen: int, result: Losses) -> None:
+        logger.info(
+            f"# [Train Epoch: {self.epoch}/{self.settings.num_epochs}] "
+            f"[{seen}/{self.particles.n} particles] gen loss={result.gen_loss.item():.6f}, "
+            f"kld={result.kld.item():.6f}, beta={result.beta:.6f}, loss={result.total.item():.6f}"
+        )
+
+    def _bar(self, what: str, total: int) -> Any:
+        def bar(items: Iterable[Any]) -> Iterator[Any]:
+            return iter(tqdm(items, what, total, leave=False, disable=not _on_terminal()))
+
+        return bar
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+class _logging_to:  # noqa: N801 - reads as a statement
+    """Copy our log lines into a file for a while, and keep them clear of the progress bar."""
+
+    def __init__(self, path: Path, verbose: bool) -> None:
+        self._handler = logging.FileHandler(path)
+        self._handler.setFormatter(
+            logging.Formatter("(%(levelname)s) (%(asctime)s) %(message)s", "%d-%b-%Y %H:%M:%S")
+        )
+        self._level = logging.DEBUG if verbose else logging.INFO
+        self._redirect = logging_redirect_tqdm()
+
+    def __enter__(self) -> None:
+        self._before = logger.level
+        logger.setLevel(self._level)
+        logger.addHandler(self._handler)
+        if _on_terminal():
+            self._redirect.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        if _on_terminal():
+            self._redirect.__exit__(*exc)
+        logger.removeHandler(self._handler)
+        self._handler.close()
+        logger.setLevel(self._before)

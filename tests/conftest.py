@@ -1,0 +1,76 @@
+"""Fixtures."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from helpers import write_stack
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory):
+    """70 particles of 16 px: not a multiple of the batch size."""
+    return write_stack(tmp_path_factory.mktemp("stack"), 70)
+
+
+@pytest.fixture(scope="session")
+def plugins():
+    """Return the built-ins alone, whatever is installed."""
+    from cryodrgn_amort.plugins import Plugins
+
+    return Plugins(found={})
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run ``cryodrgn_amort`` in this process; returns (exit code, stdout, stderr)."""
+    from cryodrgn_amort.cli import main
+
+    def run(*argv):
+        code = 0
+        try:
+            main([str(a) for a in argv])
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def flags(stack, tmp_path):
+    """Return flags of a small, quick training run, as ``settings_from_flags`` takes them."""
+    return {
+        "particles": stack.particles,
+        "poses": stack.poses,
+        "ctf": stack.ctf,
+        "outdir": str(tmp_path / "run"),
+        "num_epochs": 2,
+        "do_analysis": False,
+        "seed": 3,
+        "zdim": 3,
+        "pdim": 16,
+        "players": 1,
+        "lr": 1e-3,
+    }
+
+
+@pytest.fixture
+def train(plugins):
+    """Train from flags; returns the trainer."""
+    from cryodrgn_amort.settings import settings_from_flags
+    from cryodrgn_amort.training import Trainer
+
+    def run(flags, **more):
+        trainer = Trainer(settings_from_flags({**flags, **more}, plugins), plugins)
+        trainer.fit()
+        return trainer
+
+    return run
+
+
+torch.set_num_threads(2)

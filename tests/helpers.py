@@ -1,0 +1,70 @@
+"""What several test files need: a small stack in the host's formats, the host's commands."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pickle
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+BOX = 16
+
+
+def write_pickle(path, value):
+    with open(path, "wb") as handle:
+        pickle.dump(value, handle)
+    return str(path)
+
+
+def read_pickles(path, count=1):
+    with open(path, "rb") as handle:
+        parts = [pickle.load(handle) for _ in range(count)]
+    return parts[0] if count == 1 else parts
+
+
+def write_stack(folder: Path, n: int, box: int = BOX, seed: int = 0) -> SimpleNamespace:
+    """Write blobs in noise with random poses, shifts and CTFs; enough to train on, no science."""
+    from cryodrgn.mrcfile import write_mrc
+
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[:box, :box] - box / 2
+    centre = rng.uniform(-box / 6, box / 6, (n, 2, 1, 1))
+    blob = np.exp(-((x - centre[:, 0]) ** 2 + (y - centre[:, 1]) ** 2) / (2 * (box / 8) ** 2))
+    images = (rng.standard_normal((n, box, box)) - 2 * blob + 0.3).astype(np.float32)
+    write_mrc(str(folder / "particles.mrcs"), images)
+    rots = Rotation.random(n, random_state=seed).as_matrix().astype(np.float32)
+    trans = rng.uniform(-0.05, 0.05, (n, 2)).astype(np.float32)
+    ctf = np.zeros((n, 9), np.float32)
+    ctf[:, 0], ctf[:, 1] = box, 6.0 * 32 / box
+    ctf[:, 2] = rng.uniform(1e4, 2.5e4, n)
+    ctf[:, 3] = ctf[:, 2] + rng.uniform(-300, 300, n)
+    ctf[:, 4] = rng.uniform(0, 180, n)
+    ctf[:, 5:8] = 300, 2.7, 0.1
+    return SimpleNamespace(
+        folder=folder,
+        n=n,
+        box=box,
+        images=images,
+        rots=rots,
+        trans=trans,
+        ctf_table=ctf,
+        particles=str(folder / "particles.mrcs"),
+        poses=write_pickle(folder / "poses.pkl", (rots, trans)),
+        ctf=write_pickle(folder / "ctf.pkl", ctf),
+    )
+
+
+def run_host(command, *argv):
+    """Run a command of the host in this process; it may warn."""
+    module = importlib.import_module(f"cryodrgn.commands.{command}")
+    parser = argparse.ArgumentParser()
+    module.add_args(parser)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module.main(parser.parse_args([str(a) for a in argv]))
