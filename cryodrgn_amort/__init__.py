@@ -13,7 +13,7 @@ import pluggy
 if TYPE_CHECKING:
     import os
 
-    from cryodrgn_amort.evaluation import Evaluation
+    from cryodrgn_amort.results import Evaluation
     from cryodrgn_amort.runs import Run
 
 __version__ = "0.1.0"
@@ -32,7 +32,7 @@ def load_run(folder: str | os.PathLike[str], epoch: int | None = None) -> Run:
 
 
 def train(**flags: Any) -> Run:
-    """Train as ``cryodrgn train_amort`` does; flags by argument name (``outdir=``, ``zdim=`` ...)."""
+    """Train as ``cryodrgn train_amort`` does; flags by argument name (``outdir=``, ``zdim=``)."""
     from cryodrgn_amort.plugins import load_plugins
     from cryodrgn_amort.settings import settings_from_flags
     from cryodrgn_amort.training import Trainer

@@ -26,6 +26,7 @@ __all__ = [
     "read_weights",
     "read_z",
     "replacing",
+    "to_array",
     "write_pickle",
     "write_z",
 ]
@@ -82,6 +83,20 @@ def read_pickle(path: str | os.PathLike[str], flag: str, count: int = 1) -> Any:
     except Exception as err:  # a damaged pickle can raise anything
         raise InputError(f"{flag} {path}: not a usable pickle ({err})") from None
     return parts[0] if count == 1 else parts
+
+
+def to_array(value: Any, what: str) -> np.ndarray:
+    """Make an array of what a pickle held.
+
+    Raises
+    ------
+    InputError
+        If it has no regular shape; ``what`` names flag and file.
+    """
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise InputError(f"{what}: a list of entries of different lengths, not an array") from None
 
 
 def read_z(path: str | os.PathLike[str], flag: str) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,7 @@ def _fail(command: str, message: str) -> NoReturn:
 
 
 def _guarded(command: str, run: Callable[[argparse.Namespace], Any]) -> Callable[..., Any]:
-    """Turn what a user can mend into one line and exit code 2; our own bugs keep their traceback."""
+    """Turn what a user can mend into one line and exit code 2; our bugs keep their traceback."""
 
     @functools.wraps(run)
     def guarded(args: argparse.Namespace) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from cryodrgn_amort.particles import Batch, Particles

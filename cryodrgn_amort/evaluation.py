@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,13 +11,16 @@ import torch
 from tqdm import tqdm
 
 from cryodrgn_amort import host, metrics
-from cryodrgn_amort.checkpoints import read_pickle
+from cryodrgn_amort.checkpoints import read_pickle, to_array
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.metrics import Measure, measure
 from cryodrgn_amort.objective import kl_divergence, reconstruction_nats
 from cryodrgn_amort.particles import Batch
+from cryodrgn_amort.results import MODES, Embedding, EvalOptions, Evaluation, TransformResult
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from torch import Tensor
 
     from cryodrgn_amort.inputs import EncoderInput
@@ -28,157 +29,10 @@ if TYPE_CHECKING:
     from cryodrgn_amort.runs import Run
     from cryodrgn_amort.transforms import Transform
 
-__all__ = ["MODES", "Embedding", "EvalOptions", "Evaluation", "TransformResult", "evaluate"]
+__all__ = ["EvalOptions", "evaluate"]
 
-MODES = ("held", "follow")
-"""held: pose and CTF tables stay, as in the paper. follow: they are transformed with the image."""
-
-NOT_APPLICABLE = (
-    "not applicable: this run's encoder is a table. It is never shown an image, so its latents "
-    "cannot move when an image does; that is no merit, and no score is given."
-)
 _UMAP_MOST = 20_000
 _ACTIVE_VARIANCE = 0.01
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """What ``eval_amort`` is asked to do.
-
-    Attributes
-    ----------
-    transforms
-        Names with arguments, as on the command line.
-    labels, coordinate
-        Paths of pickled arrays: a class and a continuous coordinate per particle.
-    sample, volumes
-        Number of particles for reconstruction losses, and for comparing decoded volumes.
-    labelled
-        The first so many particles are shown by number, with their volumes.
-    particles, poses, ctf, ind, datadir
-        New places of the run's inputs, if they have moved.
-    """
-
-    transforms: tuple[str, ...] = ("roll:1", "rotate:90")
-    labels: str | None = None
-    coordinate: str | None = None
-    sample: int = 1000
-    volumes: int = 30
-    labelled: int = 10
-    seed: int = 0
-    bootstrap: int = 500
-    batch_size: int = 256
-    umap: bool = True
-    particles: str | None = None
-    poses: str | None = None
-    ctf: str | None = None
-    ind: str | None = None
-    datadir: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("sample", 2), ("volumes", 2), ("labelled", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} {getattr(self, name)}: must be at least {least}")
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """A picture of latent space in the plane.
-
-    Attributes
-    ----------
-    points
-        Particles `(M, 2)`: all, or a sample of a large set.
-    labelled
-        The labelled particles `(L, 2)`.
-    moved
-        Key of a transform result -> its labelled particles `(L, 2)`.
-    axes
-        Axis labels.
-    """
-
-    points: np.ndarray
-    labelled: np.ndarray
-    moved: dict[str, np.ndarray]
-    axes: tuple[str, str]
-
-
-@dataclass(frozen=True)
-class TransformResult:
-    """What one transform in one mode did.
-
-    Attributes
-    ----------
-    name, title
-        As given on the command line, and for humans.
-    z, logvar
-        Posterior of the transformed copies, `(N, zdim)`.
-    measures
-        By name, in the order in which they are to be read.
-    arrays
-        Per-particle values `(N,)` by name.
-    volumes
-        Decoded at the labelled particles' transformed latents, `(L, box, box, box)`.
-    """
-
-    name: str
-    title: str
-    mode: str
-    z: np.ndarray
-    logvar: np.ndarray
-    measures: dict[str, Measure]
-    arrays: dict[str, np.ndarray]
-    volumes: np.ndarray
-
-    @property
-    def key(self) -> str:
-        """Name for files: ``roll-1.held``."""
-        return f"{self.name.replace(':', '-')}.{self.mode}"
-
-
-@dataclass
-class Evaluation:
-    """All that was measured of one run at one epoch.
-
-    Attributes
-    ----------
-    applicable
-        Whether the encoder is shown images, so that amortization can be measured.
-    z, logvar
-        Posterior of the particles, `(N, zdim)`.
-    measures
-        Of the run itself: latent use, and heterogeneity where there are labels.
-    results
-        One per transform and mode; empty where not applicable.
-    labelled
-        Positions of the labelled particles.
-    volumes
-        Decoded at the labelled particles, `(L, box, box, box)`.
-    embeddings
-        "PCA" and "UMAP".
-    labels, coordinate
-        As the user gave them, `(N,)`; None if not given.
-    """
-
-    run: Run
-    options: EvalOptions
-    applicable: bool
-    z: np.ndarray
-    logvar: np.ndarray
-    apix: float
-    measures: dict[str, Measure]
-    labelled: np.ndarray
-    volumes: np.ndarray
-    results: list[TransformResult] = field(default_factory=list)
-    embeddings: dict[str, Embedding] = field(default_factory=dict)
-    labels: np.ndarray | None = None
-    coordinate: np.ndarray | None = None
-
-    @property
-    def reason(self) -> str:
-        """Why amortization was not measured; empty if it was."""
-        return "" if self.applicable else NOT_APPLICABLE
 
 
 def evaluate(run: Run, options: EvalOptions) -> Evaluation:
@@ -191,23 +45,28 @@ def evaluate(run: Run, options: EvalOptions) -> Evaluation:
     """
     moved = {n: getattr(options, n) for n in ("particles", "poses", "ctf", "ind", "datadir")}
     particles = run.particles(**moved)
-    transforms = [(name, _build(run, name, particles)) for name in dict.fromkeys(options.transforms)]
+    names = dict.fromkeys(options.transforms)  # each once, in order
+    transforms = [(name, _build(run, name, particles)) for name in names]
     labels = _per_particle(options.labels, "--labels", particles)
     coordinate = _per_particle(options.coordinate, "--coordinate", particles)
+    label_names: tuple[str, ...] = ()
     if labels is not None:
-        labels = np.unique(labels, return_inverse=True)[1].ravel()
+        found, labels = np.unique(labels, return_inverse=True)
+        labels, label_names = labels.ravel(), tuple(map(str, found))
     model, shown = run.load(particles)
     evaluator = _Evaluator(run, options, particles, model, shown, labels)
     z, logvar = run.z()
     if len(z) != particles.n:
         raise InputError(
-            f"RUN {run.folder}: has latents of {len(z)} particles, its inputs now hold {particles.n}"
+            f"RUN {run.folder}: has latents of {len(z)} particles, its inputs hold {particles.n}"
         )
     copies: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
     if shown is not None:
         z, logvar, copies = evaluator.encode(transforms)
     measures = evaluator.run_measures(z, logvar, coordinate)
-    labelled = np.arange(min(options.labelled, particles.n))
+    labelled = evaluator.labelled
+    decoded = evaluator.volume_sample if copies else labelled
+    volumes = evaluator.decode(z[decoded])
     result = Evaluation(
         run=run,
         options=options,
@@ -217,12 +76,13 @@ def evaluate(run: Run, options: EvalOptions) -> Evaluation:
         apix=1.0 if particles.ctf_params is None else float(particles.ctf_params[0, 0]),
         measures=measures,
         labelled=labelled,
-        volumes=evaluator.decode(z[labelled], "volumes"),
+        volumes=volumes[: len(labelled)],
         labels=labels,
         coordinate=coordinate,
+        label_names=label_names,
     )
     if copies:
-        result.results = evaluator.results(z, logvar, transforms, copies, labelled)
+        result.results = evaluator.results(z, logvar, transforms, copies, volumes)
     result.embeddings = _embeddings(result)
     return result
 
@@ -236,7 +96,7 @@ def _per_particle(path: str | None, flag: str, particles: Particles) -> np.ndarr
     """Read one value per particle: of the run's particles, or of the whole stack."""
     if path is None:
         return None
-    values = np.asarray(read_pickle(path, flag))
+    values = to_array(read_pickle(path, flag), f"{flag} {path}")
     if particles.ind is not None and values.shape == (particles.images.src.orig_n,):
         values = values[particles.ind]
     if values.shape != (particles.n,):
@@ -244,6 +104,8 @@ def _per_particle(path: str | None, flag: str, particles: Particles) -> np.ndarr
                          f"{particles.n} particles")  # fmt: skip
     if flag == "--coordinate" and not (values.dtype.kind in "fiu" and np.isfinite(values).all()):
         raise InputError(f"{flag} {path}: finite numbers are needed")
+    if flag == "--labels" and values.dtype.kind not in "biufSU":
+        raise InputError(f"{flag} {path}: numbers or words are needed, not Python objects")
     return values
 
 
@@ -266,9 +128,12 @@ class _Evaluator:
         self.run, self.options, self.particles = run, options, particles
         self.model, self.shown, self.labels = model, shown, labels
         rng = np.random.default_rng(options.seed)
-        order = rng.permutation(particles.n)
-        self.sample = np.sort(order[: options.sample])
-        self.volume_sample = np.sort(order[: options.volumes])
+        self.sample = np.sort(rng.permutation(particles.n)[: options.sample])
+        self.labelled = np.arange(min(options.labelled, particles.n))
+        rest = len(self.labelled) + rng.permutation(particles.n - len(self.labelled))
+        # the labelled particles first: their volumes are decoded once, to show and to compare
+        self.volume_sample = np.concatenate([self.labelled, rest])
+        self.volume_sample = self.volume_sample[: max(options.volumes, len(self.labelled))]
 
     @torch.no_grad()
     def encode(
@@ -305,7 +170,8 @@ class _Evaluator:
         trans = None if p.trans is None else p.trans[rows]
         params = None if p.ctf_params is None else p.ctf_params[rows]
         if transform is not None:
-            rot, trans = transform.pose(rot, rot.new_zeros(len(rows), 2) if trans is None else trans)
+            trans = rot.new_zeros(len(rows), 2) if trans is None else trans
+            rot, trans = transform.pose(rot, trans)
             params = None if params is None else transform.ctf(params)
         return rot, trans, p.ctf_of(params)
 
@@ -338,14 +204,14 @@ class _Evaluator:
                 found[name].append(reconstruction_nats(y, decoded).cpu().numpy())
         return {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
 
-    def decode(self, z: np.ndarray, what: str) -> np.ndarray:
+    def decode(self, z: np.ndarray) -> np.ndarray:
         """Decode volumes `(M, box, box, box)` as ``cryodrgn eval_vol`` does."""
         p = self.particles
         with host.quiet():
             return np.stack(
                 [
                     host.eval_volume(self.model.decoder, p.lattice, p.norm, row)
-                    for row in _bar(z, what)
+                    for row in _bar(z, "volumes")
                 ]
             ).astype(np.float32)
 
@@ -379,12 +245,11 @@ class _Evaluator:
         logvar: np.ndarray,
         transforms: list[tuple[str, Transform]],
         copies: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]],
-        labelled: np.ndarray,
+        volumes: np.ndarray,
     ) -> list[TransformResult]:
-        """Measure every transform in every mode."""
+        """Measure every transform in every mode; ``volumes`` are those of ``volume_sample``."""
         mean = np.broadcast_to(z.mean(0), z.shape)
         base = self.reconstruction({"own": z, "mean": mean})
-        volumes = self.decode(z[self.volume_sample], "volumes")
         found = []
         for name, transform in transforms:
             modes = {mode: copies[(name, mode)][0] for mode in MODES}
@@ -393,7 +258,8 @@ class _Evaluator:
                 moved, moved_logvar = copies[(name, mode)]
                 arrays = self._arrays(z, logvar, moved)
                 measures = self._measures(z, logvar, moved, arrays, base, losses, mode)
-                measures |= self._volume_measures(volumes, moved)
+                moved_volumes = self.decode(moved[self.volume_sample])
+                measures |= self._volume_measures(volumes, moved_volumes)
                 found.append(
                     TransformResult(
                         name,
@@ -403,12 +269,14 @@ class _Evaluator:
                         moved_logvar,
                         measures,
                         arrays,
-                        self.decode(moved[labelled], "volumes"),
+                        moved_volumes[: len(self.labelled)],
                     )
                 )
         return found
 
-    def _arrays(self, z: np.ndarray, logvar: np.ndarray, moved: np.ndarray) -> dict[str, np.ndarray]:
+    def _arrays(
+        self, z: np.ndarray, logvar: np.ndarray, moved: np.ndarray
+    ) -> dict[str, np.ndarray]:
         scale = metrics.pair_scale(z, self.options.seed)
         return {
             "retrieval_rank": metrics.retrieval_rank(z, moved),
@@ -457,8 +325,7 @@ class _Evaluator:
         ]  # fmt: skip
         return {m.name: m for m in found}
 
-    def _volume_measures(self, volumes: np.ndarray, moved: np.ndarray) -> dict[str, Measure]:
-        copies = self.decode(moved[self.volume_sample], "volumes")
+    def _volume_measures(self, volumes: np.ndarray, copies: np.ndarray) -> dict[str, Measure]:
         others = np.roll(volumes, 1, axis=0)
         changed, pairs, area, area_pairs = [], [], [], []
         for own, copy, other in zip(volumes, copies, others, strict=True):
@@ -486,13 +353,16 @@ def _embeddings(result: Evaluation) -> dict[str, Embedding]:
     found = {}
     centre = z.mean(0)
     axes = np.linalg.svd(z[shown] - centre, full_matrices=False)[2][:2]
-    if len(axes) == 2:
+    if z.shape[1] == 2:  # as it is
+        found["z"] = Embedding(z[shown], z[labelled], moved, ("z1", "z2"), shown)
+    elif len(axes) == 2:
         share = ((z - centre) @ axes.T).var(0) / max(z.var(0).sum(), 1e-30)
         found["PCA"] = Embedding(
             (z[shown] - centre) @ axes.T,
             (z[labelled] - centre) @ axes.T,
             {key: (copy - centre) @ axes.T for key, copy in moved.items()},
             (f"PC1 ({share[0]:.0%} of variance)", f"PC2 ({share[1]:.0%})"),
+            shown,
         )
     enough = len(shown) > 20 and z.shape[1] > 2 and z.std() > 0
     if result.options.umap and enough:
@@ -503,5 +373,7 @@ def _embeddings(result: Evaluation) -> dict[str, Embedding]:
             reducer = UMAP(random_state=result.options.seed)
             points = reducer.fit_transform(z[shown])
             copies = {key: reducer.transform(copy) for key, copy in moved.items()}
-        found["UMAP"] = Embedding(points, points[: len(labelled)], copies, ("UMAP1", "UMAP2"))
+        found["UMAP"] = Embedding(
+            points, points[: len(labelled)], copies, ("UMAP1", "UMAP2"), shown
+        )
     return found

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cryodrgn_amort.encoders import EncoderSpec
-    from cryodrgn_amort.evaluation import Evaluation
     from cryodrgn_amort.inputs import InputSpec
     from cryodrgn_amort.objective import Losses
     from cryodrgn_amort.plugins import CommandSpec
     from cryodrgn_amort.recipes import Recipe
     from cryodrgn_amort.report import Section
+    from cryodrgn_amort.results import Evaluation
     from cryodrgn_amort.training import Trainer
     from cryodrgn_amort.transforms import TransformSpec
 
@@ -33,7 +33,7 @@ hookspec = pluggy.HookspecMarker("cryodrgn_amort")
 
 @hookspec
 def commands() -> Iterable[CommandSpec]:  # type: ignore[empty-body]
-    """Bring subcommands of ``cryodrgn``. Called when the command line starts: import nothing heavy."""
+    """Bring subcommands of ``cryodrgn``. Called when the command line starts: stay light."""
 
 
 @hookspec
@@ -68,7 +68,7 @@ def training_start(trainer: Trainer) -> None:
 
 @hookspec
 def batch_end(trainer: Trainer, losses: Losses) -> None:
-    """One optimizer step was taken. The losses are tensors on the device: reading them costs a sync."""
+    """One optimizer step was taken. Losses are tensors on the device: reading them costs a sync."""
 
 
 @hookspec

@@ -129,7 +129,7 @@ def analyze(run_folder: str, epoch: int) -> None:
     host_analyze.main(parser.parse_args([run_folder, str(epoch)]))
 
 
-class quiet:  # noqa: N801 - reads as a statement: with host.quiet():
+class quiet:
     """Silence the host's loggers for a while; its messages would repeat ours."""
 
     def __enter__(self) -> None:

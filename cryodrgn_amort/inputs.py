@@ -5,7 +5,6 @@ Edelberg & Lederman, arXiv 2303.07487, Section 3.3 (evil twins, noise).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,8 @@ from torch import Tensor
 from cryodrgn_amort.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cryodrgn_amort.particles import Particles
     from cryodrgn_amort.settings import TrainSettings
 

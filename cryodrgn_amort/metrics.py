@@ -6,11 +6,14 @@ transform of their images (or from another run), row by row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = [
     "Measure",
@@ -73,27 +76,27 @@ def measure(
     for _ in range(rounds):
         rows = rng.integers(n, size=n)
         drawn.append(statistic(*(a[rows] for a in arrays)))
-    low, high = np.percentile(drawn, [2.5, 97.5]) if drawn else (None, None)
-    as_float = [None if v is None else float(v) for v in (low, high)]
-    return Measure(name, float(statistic(*arrays)), *as_float, null, ideal, n)
+    low, high = map(float, np.percentile(drawn, [2.5, 97.5])) if drawn else (None, None)
+    return Measure(name, float(statistic(*arrays)), low, high, null, ideal, n)
 
 
 def retrieval_rank(z: np.ndarray, moved: np.ndarray) -> np.ndarray:
     """Fraction of the other particles that are nearer to ``moved[i]`` than z[i] is: `(N,)`.
 
-    Null 0.5, ideal 0. Works in blocks; memory grows with N, not with its square.
+    Null 0.5, ideal 0. A tie counts half, so that latents which are all the same (a collapsed
+    encoder) get the null. Works in blocks; memory grows with N, not with its square.
     """
     z, moved = np.asarray(z, np.float64), np.asarray(moved, np.float64)
     n = len(z)
-    own = ((z - moved) ** 2).sum(1)
     norms = (z**2).sum(1)
     rank = np.empty(n)
     for start in range(0, n, _BLOCK):
-        rows = slice(start, min(start + _BLOCK, n))
-        block = moved[rows]
-        distances = norms - 2 * block @ z.T + (block**2).sum(1)[:, None]
-        distances[np.arange(len(block)), np.arange(n)[rows]] = np.inf  # j != i
-        rank[rows] = (distances < own[rows, None]).sum(1) / max(n - 1, 1)
+        rows = np.arange(start, min(start + _BLOCK, n))
+        # squared distances, but for a summand that is the same for all j
+        distances = norms - 2 * moved[rows] @ z.T
+        own = distances[np.arange(len(rows)), rows][:, None]
+        ties = (distances == own).sum(1) - 1  # j != i
+        rank[rows] = ((distances < own).sum(1) + 0.5 * ties) / max(n - 1, 1)
     return rank
 
 
@@ -124,7 +127,7 @@ def displacement_sigma(z: np.ndarray, moved: np.ndarray, logvar: np.ndarray) -> 
 
 
 def random_pair_sigma(z: np.ndarray, logvar: np.ndarray, seed: int = 0) -> float:
-    """Return the median of ``displacement_sigma`` for random pairs instead of transformed copies."""
+    """Return the median of ``displacement_sigma`` for random pairs instead of copies."""
     i, j = _pairs(len(z), seed)
     return float(np.median(displacement_sigma(z[i], z[j], logvar[i])))
 
@@ -213,4 +216,5 @@ def fsc(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
     cross = per_shell((fa * fb.conj()).real)
     power = per_shell(np.abs(fa) ** 2) * per_shell(np.abs(fb) ** 2)
-    return np.divide(cross, np.sqrt(power), out=np.zeros_like(cross), where=power > 0)
+    curve: np.ndarray = np.divide(cross, np.sqrt(power), out=np.zeros_like(cross), where=power > 0)
+    return curve

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from cryodrgn_amort import host
@@ -134,4 +133,5 @@ def build_model(
         activation=_ACTIVATION[model_args["activation"]],
         feat_sigma=model_args["feat_sigma"],
     )
-    return model.to(particles.device)
+    model.to(particles.device)
+    return model

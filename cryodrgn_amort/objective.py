@@ -34,6 +34,10 @@ class Losses:
     kld: Tensor
     beta: float
 
+    def detach(self) -> Losses:
+        """Return the values without their graph."""
+        return Losses(self.total.detach(), self.gen_loss.detach(), self.kld.detach(), self.beta)
+
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mean, exp(logvar)) || N(0, 1)) of each row, in nats: `(B, zdim)` -> `(B,)`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,12 @@ import torch
 from torch import Tensor
 
 from cryodrgn_amort import host
-from cryodrgn_amort.checkpoints import read_pickle
+from cryodrgn_amort.checkpoints import read_pickle, to_array
 from cryodrgn_amort.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from cryodrgn_amort.inputs import EncoderInput
 
 __all__ = ["Batch", "ParticleSource", "Particles", "load_particles"]
@@ -75,7 +76,7 @@ class Batch:
 
 
 def _load_ind(path: str, n: int) -> np.ndarray:
-    ind = np.asarray(read_pickle(path, "--ind"))
+    ind = to_array(read_pickle(path, "--ind"), f"--ind {path}")
     if ind.dtype == bool:
         raise InputError(f"--ind {path}: holds booleans; indices are needed (numpy.flatnonzero)")
     if ind.ndim != 1 or not np.issubdtype(ind.dtype, np.integer):
@@ -121,7 +122,7 @@ def load_poses(
     what = f"--poses {path}"
     loaded = read_pickle(path, "--poses")
     parts = loaded if isinstance(loaded, (tuple, list)) else (loaded,)
-    arrays = [np.asarray(p) for p in parts]
+    arrays = [to_array(p, what) for p in parts]
     if not 1 <= len(arrays) <= 2 or any(a.dtype.kind not in "fiu" for a in arrays):
         raise InputError(f"{what}: not poses (rotations, or rotations and translations)")
     if arrays[0].ndim != 3 or arrays[0].shape[1:] != (3, 3):
@@ -160,8 +161,7 @@ def load_ctf(path: str, n: int, ind: np.ndarray | None, box: int) -> np.ndarray:
         phase shift (degrees). Every row has its own pixel size.
     """
     what = f"--ctf {path}"
-    loaded = read_pickle(path, "--ctf")
-    table = np.asarray(loaded)
+    table = to_array(read_pickle(path, "--ctf"), what)
     if table.ndim != 2 or table.shape[1] != 9 or table.dtype.kind not in "fiu":
         raise InputError(f"{what}: not CTF parameters (an array of N x 9)")
     table = _select(table, n, ind, what).astype(np.float64)

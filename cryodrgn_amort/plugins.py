@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +15,8 @@ from cryodrgn_amort import builtin, hookspecs
 from cryodrgn_amort.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cryodrgn_amort.encoders import EncoderSpec
     from cryodrgn_amort.inputs import InputSpec
     from cryodrgn_amort.recipes import Recipe
@@ -85,20 +86,17 @@ class Plugins:
                 origin = f"{dist.name} {dist.version}" if dist else plugin.value
                 plugin = plugin.load()
             self._manager.register(plugin, name=name)
+            self._manager.check_pending()  # refuses hooks that do not exist
         except Exception as err:
+            if self._manager.has_plugin(name):
+                self._manager.unregister(name=name)
             warn(f"plugin {name!r} left out ({type(err).__name__}: {err})")
-            return
-        try:
-            self._manager.check_pending()
-        except pluggy.PluginValidationError as err:
-            self._manager.unregister(name=name)
-            warn(f"plugin {name!r} left out ({err})")
             return
         self._origin[name] = origin
 
     @property
     def hook(self) -> Any:
-        """pluggy's relay: ``plugins.hook.training_start(trainer=...)`` calls every plugin."""
+        """Pluggy's relay: ``plugins.hook.training_start(trainer=...)`` calls every plugin."""
         return self._manager.hook
 
     def origins(self) -> dict[str, str]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import yaml
 
@@ -19,11 +17,23 @@ from cryodrgn_amort.particles import Particles, ParticleSource, load_particles
 from cryodrgn_amort.settings import TrainSettings
 
 if TYPE_CHECKING:
+    import os
+
+    import numpy as np
+
     from cryodrgn_amort.encoders import EncoderSpec
     from cryodrgn_amort.inputs import EncoderInput
     from cryodrgn_amort.plugins import Plugins
 
-__all__ = ["OWN_KEY", "Run", "default_device", "load_run", "model_args", "source_of", "write_config"]
+__all__ = [
+    "OWN_KEY",
+    "Run",
+    "default_device",
+    "load_run",
+    "model_args",
+    "source_of",
+    "write_config",
+]
 
 OWN_KEY = "amort"
 """Our key in config.yaml and in checkpoints; the host ignores it."""
@@ -117,9 +127,7 @@ class Run:
         """Return the saved means and log variances, each `(N, zdim)`."""
         return read_z(self.folder / f"z.{self.epoch}.pkl", "RUN")
 
-    def particles(
-        self, device: torch.device | None = None, **moved: str | None
-    ) -> Particles:
+    def particles(self, device: torch.device | None = None, **moved: str | None) -> Particles:
         """Open the particles that it was trained on.
 
         Parameters
@@ -154,9 +162,7 @@ class Run:
         return model, shown
 
 
-def load_run(
-    folder: str | os.PathLike[str], plugins: Plugins, epoch: int | None = None
-) -> Run:
+def load_run(folder: str | os.PathLike[str], plugins: Plugins, epoch: int | None = None) -> Run:
     """Open a run folder of ``train_amort`` or ``train_vae``.
 
     Parameters

@@ -50,6 +50,14 @@ _FLAG = {  # argument name -> flag, where the host's parser names them different
 }
 
 
+_REFUSED_MODES = {"tilt": _TILT, "conv": REFUSED["use_real"]}
+
+
+def _check_mode(mode: str) -> None:
+    if mode in _REFUSED_MODES:
+        raise InputError(f"--encode-mode {mode}: {_REFUSED_MODES[mode]}")
+
+
 def flag_name(dest: str) -> str:
     """Return the command-line flag of an argument name: ``qdim`` -> ``--enc-dim``."""
     return _FLAG.get(dest, "--" + dest.replace("_", "-"))
@@ -131,10 +139,7 @@ class TrainSettings:
             raise InputError(f"--norm {self.norm[0]} {self.norm[1]}: the scale must be positive")
         if self.load and self.overwrite:
             raise InputError("--load and --overwrite exclude each other: continue or start anew")
-        if self.encode_mode == "tilt":
-            raise InputError(f"--encode-mode tilt: {_TILT}")
-        if self.encode_mode == "conv":
-            raise InputError(f"--encode-mode conv: {REFUSED['use_real']}")
+        _check_mode(self.encode_mode)
         if self.pe_type == "none" and self.domain == "fourier":
             raise InputError("--pe-type none: the host's Fourier decoder cannot take it; give "
                              "--domain hartley or another encoding")  # fmt: skip
@@ -202,6 +207,7 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Plugins) -> TrainSett
     for dest in given:
         if dest in REFUSED:
             raise InputError(f"{flag_name(dest)}: {REFUSED[dest]}")
+    _check_mode(given.get("encode_mode", "resid"))
     values = dict(given)
     if values.get("recipe"):
         recipe = plugins.recipe(values["recipe"])
@@ -234,8 +240,8 @@ def _refuse_foreign(
     shown: InputSpec | None,
     plugins: Plugins,
 ) -> None:
-    specs = [o.item for kind in ("encoders", "encoder_inputs") for o in plugins.owned(kind).values()]
-    owned = set().union(*(spec.flags for spec in specs))
+    known = {**plugins.owned("encoders"), **plugins.owned("encoder_inputs")}
+    owned = set().union(*(entry.item.flags for entry in known.values()))
     mine = encoder.flags | (shown.flags if shown is not None else frozenset())
     for dest in given:
         if dest in owned - mine:

@@ -6,7 +6,7 @@ Edelberg & Lederman, arXiv 2303.07487, Section 3.2.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ class LookupTable(Encoder):
         super().__init__()
         self.zdim = mean.shape[1]
         self.register_buffer("weight", torch.cat([mean, logvar], 1).float())
-        self.adam = None if lr is None else LazyAdam(*self.weight.shape, lr)
+        self.adam = None if lr is None else LazyAdam(len(mean), 2 * self.zdim, lr)
         self._rows: Tensor | None = None
         self._index: Tensor | None = None
         self._epoch_start: Tensor | None = None
@@ -217,6 +217,7 @@ def add_table_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--table-init",
         metavar="normal|zeros|PATH",
+        type=lambda start: start if start in ("normal", "zeros") else os.path.abspath(start),
         default=argparse.SUPPRESS,
         help="Start of the means: N(0,1), 0, or the means and log variances of a z.pkl or of a\n"
         "finished run's folder (default: normal)",

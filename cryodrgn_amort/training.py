@@ -72,7 +72,8 @@ class Trainer:
         if source.norm is None and "norm" in own:  # a resumed run keeps its normalisation
             source = type(source)(**{**vars(source), "norm": tuple(own["norm"])})
         self.particles = load_particles(source, self.device)
-        amort = self.encoder_spec.build(settings, self.particles) if self.encoder_spec.build else None
+        build = self.encoder_spec.build
+        amort = None if build is None else build(settings, self.particles)
         self.shown = input_spec.build(settings, self.particles) if input_spec else None
 
         torch.manual_seed(settings.seed)
@@ -175,9 +176,7 @@ class Trainer:
         with torch.autocast(self.device.type, enabled=self.mixed_precision):
             mean, logvar = model.posterior(batch)
             z = model.reparameterize(mean, logvar)
-            decoded = model.decode_images(
-                particles.coords, particles.mask, batch.rot, batch.ctf, z
-            )
+            decoded = model.decode_images(particles.coords, particles.mask, batch.rot, batch.ctf, z)
             target = batch.y.view(len(z), -1)[:, particles.mask]
             result = losses(mean, logvar, target, decoded, beta, self.settings.beta_control)
         self.scaler.scale(result.total).backward()
@@ -185,8 +184,7 @@ class Trainer:
             model.amort.after_backward(self.scaler.get_scale())
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        detached = Losses(result.total.detach(), result.gen_loss.detach(), result.kld.detach(), beta)
-        return detached, mean.detach()
+        return result.detach(), mean.detach()
 
     @torch.no_grad()
     def encode(self) -> tuple[np.ndarray, np.ndarray]:
@@ -368,7 +366,7 @@ def _on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-class _logging_to:  # noqa: N801 - reads as a statement
+class _logging_to:
     """Copy our log lines into a file for a while, and keep them clear of the progress bar."""
 
     def __init__(self, path: Path, verbose: bool) -> None:

@@ -8,7 +8,6 @@ both image and Fourier space is pixel (box / 2, box / 2).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,8 @@ from torch import Tensor
 from cryodrgn_amort.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cryodrgn_amort.particles import Particles
 
 __all__ = ["TRANSFORMS", "Roll", "Rotation", "Transform", "TransformSpec"]
@@ -117,7 +118,7 @@ def _roll(argument: str | None, particles: Particles) -> Roll:
     try:
         shift_px = int(argument or "1")
     except ValueError:
-        raise InputError(f"--transform roll:{argument}: a whole number of pixels is needed") from None
+        raise InputError(f"--transform roll:{argument}: whole pixels are needed") from None
     if shift_px == 0 or abs(shift_px) >= particles.box:
         raise InputError(
             f"--transform roll:{argument}: must be between 1 and {particles.box - 1} pixels "

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import write_stack
 
+
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory):
     """70 particles of 16 px: not a multiple of the batch size."""

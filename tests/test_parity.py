@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 import torch
-
 from helpers import read_pickles, run_host, write_pickle
 
 
@@ -45,7 +44,9 @@ def test_baseline_equals_train_vae(more, stack, tmp_path, cli):
     for name in host:
         torch.testing.assert_close(ours[name], host[name], rtol=0, atol=1e-6, msg=name)
     for a, b in zip(
-        read_pickles(tmp_path / "host/z.pkl", 2), read_pickles(tmp_path / "ours/z.pkl", 2), strict=True
+        read_pickles(tmp_path / "host/z.pkl", 2),
+        read_pickles(tmp_path / "ours/z.pkl", 2),
+        strict=True,
     ):
         np.testing.assert_allclose(b, a, rtol=0, atol=2e-6)
     losses = epoch_losses(tmp_path / "host/run.log")

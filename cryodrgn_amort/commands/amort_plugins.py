@@ -11,9 +11,12 @@ $ CRYODRGN_AMORT_DISABLE_PLUGINS=1 cryodrgn amort_plugins
 
 from __future__ import annotations
 
-import argparse
+from typing import TYPE_CHECKING
 
 from cryodrgn_amort.plugins import KINDS, load_plugins
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +31,8 @@ def main(args: argparse.Namespace) -> None:
         for kind in KINDS:
             for name, owned in plugins.owned(kind).items():
                 if owned.plugin == plugin:
-                    print(f"  {kind.rstrip('s').replace('_', ' '):14} {name:20} {owned.item.summary}")
+                    what = kind.rstrip("s").replace("_", " ")
+                    print(f"  {what:14} {name:20} {owned.item.summary}")
         observed = plugins.observed(plugin)
         if observed:
             print(f"  {'hooks':14} {', '.join(observed)}")

@@ -1,4 +1,4 @@
-"""Train like train_vae, with any encoder: a network, a lookup table, an evil twin, noise, a plugin's.
+"""Train like train_vae, with any encoder: network, lookup table, evil twin, noise, a plugin's.
 
 Example usage
 -------------

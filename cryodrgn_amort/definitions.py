@@ -1,0 +1,217 @@
+"""What the measures mean, in words: one line each, used by every table, report and file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cryodrgn_amort.metrics import Measure
+    from cryodrgn_amort.results import Evaluation, TransformResult
+
+__all__ = [
+    "DEFINITIONS",
+    "MODE_NOTES",
+    "VERDICT_RULE",
+    "Definition",
+    "Verdict",
+    "is_control",
+    "number",
+    "verdict",
+]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a measure is: a title, one line, and its unit (empty: a pure number)."""
+
+    title: str
+    text: str
+    unit: str = ""
+
+
+DEFINITIONS = {
+    "retrieval_rank": Definition(
+        "Retrieval rank",
+        "Share of the other particles that lie nearer to a particle's transformed copy than the "
+        "particle itself does; mean over particles.",
+    ),
+    "top1": Definition(
+        "Found again",
+        "Share of particles that are the nearest of all particles to their own transformed copy.",
+    ),
+    "displacement": Definition(
+        "Displacement",
+        "Distance from a particle to its transformed copy in latent space, next to the median "
+        "distance of two random particles; median over particles.",
+        "median pair distances",
+    ),
+    "displacement_sigma": Definition(
+        "Displacement in sigma",
+        "The same distance in the particle's own posterior standard deviations; median over "
+        "particles. Null: random pairs.",
+        "standard deviations",
+    ),
+    "latent_correlation": Definition(
+        "Latent correlation",
+        "Correlation of latent coordinates before and after, averaged over dimensions by variance.",
+    ),
+    "label_agreement": Definition(
+        "Label agreement",
+        "Share of particles whose 15 nearest neighbours vote for the same class before and after. "
+        "Null: copies of other particles.",
+    ),
+    "amortization_loss_fraction": Definition(
+        "Amortization loss fraction",
+        "Of the fit to the images that is gained by each particle having its own latent, the "
+        "share that is lost with the copy's latent. Above 1: worse than one latent for all.",
+    ),
+    "control": Definition(
+        "Control",
+        "Change of the reconstruction loss when image, pose and CTF are transformed together and "
+        "the latent stays; mean over particles.",
+        "nats per particle",
+    ),
+    "volume_change": Definition(
+        "Volume change",
+        "Distance between the volumes decoded for a particle and for its copy, next to that "
+        "between two particles (medians).",
+        "median pair distances",
+    ),
+    "volume_fsc_loss": Definition(
+        "Volume FSC loss",
+        "1 minus the mean Fourier shell correlation of the volumes decoded for a particle and for "
+        "its copy. Null: two particles.",
+    ),
+    "active_units": Definition(
+        "Active units",
+        "Latent dimensions whose posterior means vary over particles (variance above 0.01).",
+        "dimensions",
+    ),
+    "kl": Definition(
+        "KL",
+        "Divergence of a particle's posterior from the prior N(0, I); mean over particles. Near "
+        "0, the latents carry no information.",
+        "nats per particle",
+    ),
+    "class_knn": Definition(
+        "Class kNN accuracy",
+        "Share of particles whose class is that of most of their 15 nearest neighbours. Null: "
+        "guessing by class size.",
+    ),
+    "coordinate_r2": Definition(
+        "Coordinate R²",
+        "Share of the coordinate's variance that the mean of the 15 nearest neighbours explains.",
+    ),
+}
+"""Measure name -> what it is. Numbers and null values: see ``metrics``."""
+
+MODE_NOTES = {
+    "held": "only the image is transformed; the pose and CTF tables stay as they are (as in the "
+    "paper)",
+    "follow": "pose and CTF are transformed with the image, so that nothing about the particle "
+    "has changed. The network never sees the rotation: the modes differ only in how its image is "
+    "centred and phase-flipped",
+}
+
+# Upper end of the retrieval rank, and what is said of it.
+_WORDS = (
+    (0.01, "stays where its particle is", "good"),
+    (0.10, "stays near its particle", "good"),
+    (0.25, "moves away from its particle", "fair"),
+    (0.45, "loses most of the relation to its particle", "poor"),
+    (math.inf, "lands at a place that has next to nothing to do with its particle", "poor"),
+)
+
+
+VERDICT_RULE = (
+    "by the largest mean retrieval rank that is not a control. "
+    + "; ".join(f"{words}: up to {most:g}" for most, words, _ in _WORDS[:-1])
+    + f"; {_WORDS[-1][1]}: above"
+)
+"""How the headline of a report is chosen."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The headline of a report.
+
+    Attributes
+    ----------
+    tone
+        "good", "fair", "poor", or "none" where there is no verdict.
+    lines
+        One sentence per transform and mode.
+    cautions
+        Why the numbers may say less than they seem to.
+    """
+
+    headline: str
+    tone: str
+    lines: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
+
+
+def number(value: float | None) -> str:
+    """Write a number with three significant digits; an en dash for none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value)).replace("-", "−")
+    text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return text.replace("-", "−")
+
+
+def verdict(evaluation: Evaluation) -> Verdict:
+    """Say in plain words whether a transformed copy finds its way back to its particle."""
+    if not evaluation.applicable:
+        return Verdict("Amortization: not applicable", "none", (evaluation.reason,))
+    if not evaluation.results:
+        return Verdict("Amortization: not measured (no transforms were asked for)", "none")
+    tests = [r for r in evaluation.results if not is_control(r)] or evaluation.results
+    known = [r for r in tests if math.isfinite(r.measures["retrieval_rank"].value)]
+    lines = tuple(_sentence(r) for r in evaluation.results)
+    if not known:
+        return Verdict("Amortization: could not be measured", "none", lines, _cautions(evaluation))
+    worst = max(known, key=lambda r: r.measures["retrieval_rank"].value)
+    words, tone = _words(worst.measures["retrieval_rank"].value)
+    rank = number(worst.measures["retrieval_rank"].value)
+    headline = f"An image that is {worst.title} {words} (retrieval rank {rank})"
+    return Verdict(headline, tone, lines, _cautions(evaluation))
+
+
+def is_control(result: TransformResult) -> bool:
+    """Tell whether centring undoes the transform, so that this is a control and not a test."""
+    return result.name.partition(":")[0] == "roll" and result.mode == "follow"
+
+
+def _words(rank: float) -> tuple[str, str]:
+    return next((words, tone) for most, words, tone in _WORDS if rank <= most)
+
+
+def _sentence(result: TransformResult) -> str:
+    m = result.measures["retrieval_rank"]
+    interval = f", 95 % interval {number(m.low)} to {number(m.high)}" if _finite(m.low) else ""
+    tail = ". A control: centring undoes the roll" if is_control(result) else ""
+    return f"{result.title}, {result.mode}: {number(m.value)}{interval}{tail}"
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _cautions(evaluation: Evaluation) -> tuple[str, ...]:
+    found = []
+    if _value(evaluation.measures, "active_units") == 0:
+        found.append(
+            "No latent dimension is active: all particles lie nearly at one place, and ranks and "
+            "distances say little."
+        )
+    if len(evaluation.z) < 100:
+        found.append(f"Only {len(evaluation.z)} particles: small ranks are coarse.")
+    return tuple(found)
+
+
+def _value(measures: dict[str, Measure], name: str) -> float | None:
+    return measures[name].value if name in measures else None

@@ -1,0 +1,416 @@
+"""Write an evaluation: numbers as JSON, arrays, volumes, figures, and one HTML file to read."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+
+from cryodrgn_amort import __version__, figures, host
+from cryodrgn_amort.checkpoints import write_pickle, write_z
+from cryodrgn_amort.definitions import (
+    DEFINITIONS,
+    MODE_NOTES,
+    VERDICT_RULE,
+    Definition,
+    number,
+    verdict,
+)
+from cryodrgn_amort.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from cryodrgn_amort.metrics import Measure
+    from cryodrgn_amort.results import Evaluation, TransformResult
+
+__all__ = ["Section", "check_outdir", "summary", "write_evaluation"]
+
+CITATION = (
+    "D. G. Edelberg, R. R. Lederman: Using VAEs to Learn Latent Variables: Observations on "
+    "Applications in cryo-EM. arXiv:2303.07487 (2023)"
+)
+_PNG_DPI = 150
+_MAIN = ("retrieval_rank", "latent_correlation", "amortization_loss_fraction", "volume_change")
+# What an earlier evaluation may have left, and a later one without that transform must remove.
+_OURS = re.compile(
+    r"vol\.\d+(\..+)?\.mrc|.+\.(held|follow)\.pkl|(latents|ranks|map\..+)\.(png|pdf)"
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report, as plugins bring it (hook ``report_sections``).
+
+    Attributes
+    ----------
+    title, text
+        Plain text; an empty line in the text starts a paragraph.
+    table
+        Rows of text or numbers; the first one is the header.
+    figures
+        Caption -> matplotlib figure.
+    """
+
+    title: str
+    text: str = ""
+    table: Sequence[Sequence[str | float | None]] | None = None
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A rendered figure."""
+
+    name: str
+    alt: str
+    caption: str
+    png: bytes
+    pdf: bytes
+
+    @property
+    def src(self) -> str:
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+
+@dataclass(frozen=True)
+class _PluginPart:
+    section: Section
+    plugin: str
+    pictures: list[_Picture]
+
+    @property
+    def paragraphs(self) -> list[str]:
+        return [p for p in re.split(r"\n\s*\n", self.section.text.strip()) if p]
+
+
+def check_outdir(outdir: str | os.PathLike[str]) -> Path:
+    """Return the output folder, before anything is computed.
+
+    Raises
+    ------
+    InputError
+        If it is a file, lies below one, or cannot be written to.
+    """
+    out = Path(outdir)
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise InputError(f"-o {outdir}: {there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"-o {outdir}: no permission to write to {there}")
+    return out
+
+
+def write_evaluation(evaluation: Evaluation, outdir: str | os.PathLike[str]) -> Path:
+    """Write everything into a folder; if anything fails, what was there stays as it was.
+
+    Written are ``report.html``, ``amortization.json``, figures (PNG and PDF), volumes of the
+    labelled particles (``vol.NUMBER.mrc``) and, for each transform and mode ``KEY``, the
+    transformed particles' latents (``z.KEY.pkl``), values per particle (``MEASURE.KEY.pkl``) and
+    volumes (``vol.NUMBER.KEY.mrc``). Files of an earlier evaluation that this one does not write
+    again are removed; files of others stay.
+
+    Returns
+    -------
+    Path
+        Of ``report.html``.
+    """
+    out = check_outdir(outdir)
+    with _staging(out) as staging:
+        pictures = _pictures(evaluation)
+        for picture in (p for some in pictures.values() for p in some):
+            (staging / f"{picture.name}.png").write_bytes(picture.png)
+            (staging / f"{picture.name}.pdf").write_bytes(picture.pdf)
+        _write_arrays(evaluation, staging)
+        page = _page(evaluation, pictures)
+        (staging / "report.html").write_text(page, encoding="utf-8")
+        files = sorted([*os.listdir(staging), "amortization.json"])
+        facts = _plain({**_facts(evaluation), "files": files})
+        text = json.dumps(facts, indent=2, allow_nan=False)
+        (staging / "amortization.json").write_text(text + "\n", encoding="utf-8")
+        _move(staging, out, files)
+    return out / "report.html"
+
+
+def summary(evaluation: Evaluation) -> str:
+    """Return the main numbers as a short table of plain text."""
+    run = evaluation.run
+    lines = [f"{run.name}, epoch {run.epoch}, --encoder {run.settings.encoder}, "
+             f"{len(evaluation.z)} particles"]  # fmt: skip
+    head = ("transform", "mode", "measure", "value", "95 % interval", "null", "ideal")
+    rows = [("", "", *_text_row(m)) for m in evaluation.measures.values()]
+    for result in evaluation.results:
+        shown = [result.measures[name] for name in _MAIN if name in result.measures]
+        rows += [(result.name, result.mode, *_text_row(m)) for m in shown]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        lines.append("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+    if not evaluation.applicable:
+        lines.append(evaluation.reason)
+    return "\n".join(lines)
+
+
+def _text_row(m: Measure) -> tuple[str, ...]:
+    interval = "-" if m.low is None else f"{number(m.low)} to {number(m.high)}"
+    cells = (m.name, number(m.value), interval, number(m.null), number(m.ideal))
+    return tuple(c.replace("–", "-").replace("−", "-") for c in cells)
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """Make a folder beside ``out``, named with a dot, that is gone afterwards."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.absolute().parent / f".{out.absolute().name}.{os.getpid()}.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move(staging: Path, out: Path, files: Sequence[str]) -> None:
+    blocked = [name for name in files if (out / name).is_dir()]
+    if blocked:
+        raise InputError(f"-o {out}: a folder {blocked[0]} is in the way")
+    stale = set(_earlier_files(out)) - set(files)
+    out.mkdir(exist_ok=True)
+    for name in files:
+        os.replace(staging / name, out / name)
+    for name in stale:
+        (out / name).unlink(missing_ok=True)
+
+
+def _earlier_files(out: Path) -> list[str]:
+    try:
+        listed = json.loads((out / "amortization.json").read_text(encoding="utf-8"))["files"]
+        return [n for n in listed if _OURS.fullmatch(n) and os.path.basename(n) == n]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _write_arrays(evaluation: Evaluation, folder: Path) -> None:
+    apix = {"Apix": evaluation.apix}
+    names = figures.numbers(len(evaluation.labelled))
+    for name, volume in zip(names, evaluation.volumes, strict=True):
+        host.write_mrc(str(folder / f"vol.{name}.mrc"), volume, **apix)
+    for result in evaluation.results:
+        write_z(folder / f"z.{result.key}.pkl", result.z, result.logvar)
+        for array, values in result.arrays.items():
+            write_pickle(folder / f"{array}.{result.key}.pkl", np.ascontiguousarray(values))
+        for name, volume in zip(names, result.volumes, strict=True):
+            host.write_mrc(str(folder / f"vol.{name}.{result.key}.mrc"), volume, **apix)
+
+
+def _picture(name: str, alt: str, caption: str, figure: Figure) -> _Picture:
+    png, pdf = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=_PNG_DPI)
+    figure.set_layout_engine("none")  # it stays as laid out
+    # no date: the same evaluation gives the same file
+    figure.savefig(pdf, format="pdf", dpi=2 * _PNG_DPI, metadata={"CreationDate": None})
+    return _Picture(name, alt, caption, png.getvalue(), pdf.getvalue())
+
+
+def _pictures(evaluation: Evaluation) -> dict[str, list[_Picture]]:
+    """Draw all figures: by key of a transform result, "latents" and "ranks"."""
+    shown = sorted(evaluation.embeddings.items(), key=lambda item: item[0] != "UMAP")
+    surfaces = figures.surfaces(evaluation.volumes)
+    volumes = (
+        f"Volumes decoded at the first {len(surfaces)}, from one direction, under one threshold "
+        f"({figures.THRESHOLD_RULE})."
+    )
+    found = {"latents": [_overview(evaluation)]}
+    for title, embedding in shown:
+        alt = f"The numbered particles in latent space ({title}), and their volumes."
+        caption = f"Where the numbered particles lie ({title}). {volumes}"
+        figure = figures.latent_map(embedding, surfaces)
+        found["latents"].append(_picture(f"map.{title.lower()}", alt, caption, figure))
+    for result in evaluation.results:
+        what = f"{result.title}, {result.mode}"
+        moved = figures.surfaces(result.volumes, evaluation.volumes)
+        found[result.key] = []
+        for title, embedding in shown:
+            alt = f"Particles and their copies in latent space ({title}): {what}."
+            caption = (
+                f"{_capital(what)} ({title}): particles red, their transformed copies green with "
+                f"a prime, a purple line from each to its copy. {volumes}"
+            )
+            figure = figures.latent_map(embedding, surfaces, result, moved)
+            name = f"map.{result.key}.{title.lower()}"
+            found[result.key].append(_picture(name, alt, caption, figure))
+    if evaluation.results:
+        alt = "Distributions of retrieval rank and displacement, with their null values."
+        caption = (
+            "Retrieval rank and displacement of every particle. The dotted line is what a "
+            "transform would give that destroys everything; the ideal rises to 1 at once, at 0."
+        )
+        found["ranks"] = [_picture("ranks", alt, caption, figures.ranks(evaluation.results))]
+    return found
+
+
+def _overview(evaluation: Evaluation) -> _Picture:
+    shown, labels, coordinate = evaluation.embeddings, evaluation.labels, evaluation.coordinate
+    known = [k for k, v in (("class", labels), ("coordinate", coordinate)) if v is not None]
+    colours = f", coloured by {' and by '.join(known)}" if known else ""
+    figure = figures.embeddings(shown, labels, coordinate, evaluation.label_names)
+    alt = f"All particles in latent space ({' and '.join(shown) or 'none'}){colours}."
+    return _picture("latents", alt, f"All particles in latent space{colours}.", figure)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _page(evaluation: Evaluation, pictures: dict[str, list[_Picture]]) -> str:
+    """Render report.html."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cryodrgn_amort"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["capitalize_first"] = _capital
+    environment.filters["number"] = lambda v: number(v) if isinstance(v, float | int) else v
+    return environment.get_template("report.html.j2").render(
+        evaluation=evaluation,
+        run=evaluation.run,
+        verdict=verdict(evaluation),
+        transforms=_by_transform(evaluation),
+        pictures=pictures,
+        definitions=DEFINITIONS,
+        nothing=Definition("", ""),
+        mode_notes=MODE_NOTES,
+        facts=_table_of_facts(evaluation),
+        sections=_plugin_parts(evaluation),
+        citation=CITATION,
+    )
+
+
+def _by_transform(evaluation: Evaluation) -> list[list[TransformResult]]:
+    names = dict.fromkeys(r.name for r in evaluation.results)
+    return [[r for r in evaluation.results if r.name == name] for name in names]
+
+
+def _plugin_parts(evaluation: Evaluation) -> list[_PluginPart]:
+    """Collect the plugins' sections; one that fails says so in its place."""
+    found = []
+    for impl in evaluation.run.plugins.hook.report_sections.get_hookimpls():
+        given = {"evaluation": evaluation} if "evaluation" in impl.argnames else {}
+        try:
+            parts = [_plugin_part(section, impl.plugin_name) for section in impl.function(**given)]
+        except Exception as err:
+            text = f"This plugin's part is left out ({type(err).__name__}: {err})."
+            sys.stderr.write(f"cryodrgn_amort: plugin {impl.plugin_name!r}: report_sections left "
+                             f"out ({type(err).__name__}: {err})\n")  # fmt: skip
+            parts = [_PluginPart(Section(impl.plugin_name, text), impl.plugin_name, [])]
+        found += parts
+    return found
+
+
+def _plugin_part(section: Section, plugin: str) -> _PluginPart:
+    drawn = [_picture("", caption, caption, figure) for caption, figure in section.figures.items()]
+    return _PluginPart(section, plugin, drawn)
+
+
+def _facts(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what amortization.json holds, but for the list of files."""
+    run = evaluation.run
+    _, shown = run.settings.resolve(run.plugins)
+    used = [evaluation.measures, *(r.measures for r in evaluation.results)]
+    names = dict.fromkeys(name for measures in used for name in measures)
+    return {
+        "format": 1,
+        "cryodrgn_amort": __version__,
+        "cryodrgn": host.VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "citation": CITATION,
+        "run": {
+            "name": run.name,
+            "folder": str(run.folder),
+            "epoch": run.epoch,
+            "encoder": run.settings.encoder,
+            "encoder_kind": run.encoder.name,
+            "encoder_input": None if shown is None else shown.name,
+            "n": len(evaluation.z),
+            "zdim": evaluation.z.shape[1],
+            "box_px": evaluation.volumes.shape[-1],
+            "apix": evaluation.apix,
+            "settings": run.settings.to_dict(),
+        },
+        "options": asdict(evaluation.options),
+        "applicable": evaluation.applicable,
+        "reason": evaluation.reason,
+        "verdict": verdict(evaluation).headline,
+        "labelled": {
+            name: int(position)
+            for name, position in zip(
+                figures.numbers(len(evaluation.labelled)), evaluation.labelled, strict=True
+            )
+        },
+        "measures": _measures(evaluation.measures),
+        "transforms": {
+            r.key: {
+                "name": r.name, "title": r.title, "mode": r.mode, "measures": _measures(r.measures)
+            }
+            for r in evaluation.results
+        },
+        "definitions": {name: asdict(DEFINITIONS[name]) for name in names if name in DEFINITIONS},
+    }  # fmt: skip
+
+
+def _measures(measures: Mapping[str, Measure]) -> dict[str, Any]:
+    columns = ("value", "low", "high", "null", "ideal", "n")
+    return {name: {c: getattr(m, c) for c in columns} for name, m in measures.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Turn into what strict JSON can hold; what is not finite becomes null."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def _table_of_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Return what the numbers were measured on, and how, for humans."""
+    facts = _facts(evaluation)
+    run, options = facts["run"], evaluation.options
+    shown = run["encoder_input"] or "nothing (its latents are a table)"
+    rows = [
+        ("Run", f"{run['name']}, epoch {run['epoch']}"),
+        ("Encoder", f"{run['encoder']} ({evaluation.run.encoder.summary}); it is shown: {shown}"),
+        ("Particles", f"{run['n']} from {evaluation.run.settings.particles}, box {run['box_px']} "
+                      f"px, {evaluation.apix:g} Å/px"),
+        ("Latent dimensions", str(run["zdim"])),
+        ("Sample sizes", f"reconstruction losses {options.sample}, volumes {options.volumes}, at "
+                         "most; all other measures use every particle"),
+        ("Intervals", f"95 %, bootstrap over particles, {options.bootstrap} rounds, seed "
+                      f"{options.seed}"),
+        ("Headline", VERDICT_RULE),
+        ("Numbered particles", f"the first {len(evaluation.labelled)}, counted from 1"),
+    ]  # fmt: skip
+    given = [(flag, getattr(options, flag)) for flag in ("labels", "coordinate")]
+    rows += [(flag.capitalize(), path) for flag, path in given if path]
+    rows.append(("Versions", f"cryodrgn_amort {__version__}, cryodrgn {host.VERSION}"))
+    rows.append(("Written", facts["created"]))
+    return rows

@@ -1,0 +1,170 @@
+"""What an evaluation found: plain data that figures and reports show and files keep."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cryodrgn_amort.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cryodrgn_amort.metrics import Measure
+    from cryodrgn_amort.runs import Run
+
+__all__ = ["MODES", "Embedding", "EvalOptions", "Evaluation", "TransformResult"]
+
+MODES = ("held", "follow")
+"""held: pose and CTF tables stay, as in the paper. follow: they are transformed with the image."""
+
+NOT_APPLICABLE = (
+    "not applicable: this run's encoder is a table. It is never shown an image, so its latents "
+    "cannot move when an image does; that is no merit, and no score is given."
+)
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What ``eval_amort`` is asked to do.
+
+    Attributes
+    ----------
+    transforms
+        Names with arguments, as on the command line.
+    labels, coordinate
+        Paths of pickled arrays: a class and a continuous coordinate per particle.
+    sample, volumes
+        Number of particles for reconstruction losses, and for comparing decoded volumes.
+    labelled
+        The first so many particles are shown by number, with their volumes.
+    particles, poses, ctf, ind, datadir
+        New places of the run's inputs, if they have moved.
+    """
+
+    transforms: tuple[str, ...] = ("roll:1", "rotate:90")
+    labels: str | None = None
+    coordinate: str | None = None
+    sample: int = 1000
+    volumes: int = 30
+    labelled: int = 10
+    seed: int = 0
+    bootstrap: int = 500
+    batch_size: int = 256
+    umap: bool = True
+    particles: str | None = None
+    poses: str | None = None
+    ctf: str | None = None
+    ind: str | None = None
+    datadir: str | None = None
+
+    def __post_init__(self) -> None:
+        least_of = {"sample": 2, "volumes": 2, "labelled": 1, "batch_size": 1, "bootstrap": 0}
+        for name, least in {**least_of, "seed": 0}.items():
+            if getattr(self, name) < least:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {getattr(self, name)}: must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A picture of latent space in the plane.
+
+    Attributes
+    ----------
+    points
+        Particles `(M, 2)`: all, or a sample of a large set.
+    labelled
+        The labelled particles `(L, 2)`.
+    moved
+        Key of a transform result -> its labelled particles `(L, 2)`.
+    axes
+        Axis labels.
+    index
+        Which particles ``points`` are: positions `(M,)`.
+    """
+
+    points: np.ndarray
+    labelled: np.ndarray
+    moved: dict[str, np.ndarray]
+    axes: tuple[str, str]
+    index: np.ndarray
+
+
+@dataclass(frozen=True)
+class TransformResult:
+    """What one transform in one mode did.
+
+    Attributes
+    ----------
+    name, title
+        As given on the command line, and for humans.
+    z, logvar
+        Posterior of the transformed copies, `(N, zdim)`.
+    measures
+        By name, in the order in which they are to be read.
+    arrays
+        Per-particle values `(N,)` by name.
+    volumes
+        Decoded at the labelled particles' transformed latents, `(L, box, box, box)`.
+    """
+
+    name: str
+    title: str
+    mode: str
+    z: np.ndarray
+    logvar: np.ndarray
+    measures: dict[str, Measure]
+    arrays: dict[str, np.ndarray]
+    volumes: np.ndarray
+
+    @property
+    def key(self) -> str:
+        """Name for files: ``roll-1.held``."""
+        return f"{re.sub('[^A-Za-z0-9.+-]', '-', self.name)}.{self.mode}"
+
+
+@dataclass
+class Evaluation:
+    """All that was measured of one run at one epoch.
+
+    Attributes
+    ----------
+    applicable
+        Whether the encoder is shown images, so that amortization can be measured.
+    z, logvar
+        Posterior of the particles, `(N, zdim)`.
+    measures
+        Of the run itself: latent use, and heterogeneity where there are labels.
+    results
+        One per transform and mode; empty where not applicable.
+    labelled
+        Positions of the labelled particles.
+    volumes
+        Decoded at the labelled particles, `(L, box, box, box)`.
+    embeddings
+        "PCA" and "UMAP".
+    labels, coordinate
+        As the user gave them, `(N,)`, labels as positions in ``label_names``; None if not given.
+    """
+
+    run: Run
+    options: EvalOptions
+    applicable: bool
+    z: np.ndarray
+    logvar: np.ndarray
+    apix: float
+    measures: dict[str, Measure]
+    labelled: np.ndarray
+    volumes: np.ndarray
+    results: list[TransformResult] = field(default_factory=list)
+    embeddings: dict[str, Embedding] = field(default_factory=dict)
+    labels: np.ndarray | None = None
+    coordinate: np.ndarray | None = None
+    label_names: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Why amortization was not measured; empty if it was."""
+        return "" if self.applicable else NOT_APPLICABLE

@@ -1,0 +1,213 @@
+"""A user's mistake: one line that names flag and file, exit code 2, nothing touched on disk."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import read_pickles, write_pickle, write_stack
+
+
+@pytest.fixture
+def files(stack, tmp_path):
+    return write_stack(tmp_path / "in", 12)
+
+
+@pytest.fixture
+def refused(cli, files, tmp_path):
+    """Train with some flags changed; check the refusal and that nothing was written."""
+
+    def run(*more, says, particles=None, poses=None, ctf=None, drop=()):
+        before = snapshot(tmp_path)
+        argv = [
+            "train_amort", particles or files.particles, "--poses", poses or files.poses,
+            "--ctf", ctf or files.ctf, "--zdim", "2", "-o", tmp_path / "out", "-n", "1",
+            "--no-analysis", *more,
+        ]  # fmt: skip
+        code, _, err = cli(*[a for a in argv if a not in drop])
+        assert code == 2, err
+        assert err.count("\n") == 1, err
+        assert err.startswith("cryodrgn train_amort: error: ")
+        for words in [says] if isinstance(says, str) else says:
+            assert words in err
+        assert snapshot(tmp_path) == before
+
+    return run
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_counts(refused, files, tmp_path):
+    short = write_pickle(tmp_path / "short.pkl", (files.rots[:7], files.trans[:7]))
+    refused(poses=short, says=["--poses", "short.pkl", "7 rows for 12 particles"])
+    ctf = write_pickle(tmp_path / "few.pkl", files.ctf_table[:5])
+    refused(ctf=ctf, says=["--ctf", "few.pkl", "5 rows for 12 particles"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda r, t: (np.where(np.arange(12)[:, None, None] == 4, np.nan, r), t),
+         "rotation of particle 4 is not finite"),
+        (lambda r, t: (r * 1.01, t), "the matrix of particle 0 is not a rotation"),
+        (lambda r, t: (r * -1, t), "the matrix of particle 0 is not a rotation"),
+        (lambda r, t: (r[:, :2], t), "(12, 2, 3), not (N, 3, 3)"),
+        (lambda r, t: (r, t * 0 - 1.5), "leaves the box"),
+        (lambda r, t: (r, t * np.nan), "leaves the box"),
+        (lambda r, t: (r, t[:, :1]), "(12, 1), not (N, 2)"),
+        (lambda r, t: "poses", "not poses"),
+        (lambda r, t: (r, t, t), "not poses"),
+        (lambda r, t: [[1, 2], [[3], 4]], "different lengths"),
+    ],
+)  # fmt: skip
+def test_poses(refused, files, tmp_path, change, says):
+    path = write_pickle(tmp_path / "bad_poses.pkl", change(files.rots, files.trans))
+    refused(poses=path, says=["--poses", "bad_poses.pkl", says])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c[:, :8], "not CTF parameters"),
+        (lambda c: np.where(np.arange(12)[:, None] == 3, np.inf, c), "particle 3 is not finite"),
+        (lambda c: c * 0, "must be positive"),
+    ],
+)  # fmt: skip
+def test_ctf(refused, files, tmp_path, change, says):
+    path = write_pickle(tmp_path / "bad_ctf.pkl", change(files.ctf_table))
+    refused(ctf=path, says=["--ctf", "bad_ctf.pkl", says])
+
+
+@pytest.mark.parametrize(
+    ("ind", "says"),
+    [
+        (np.arange(12) % 2 == 0, "holds booleans"),
+        (np.array([1, 12]), "index 12 is out of range, there are 12 particles"),
+        (np.array([-1, 3]), "index -1 is out of range"),
+        (np.array([1, 1]), "more than once"),
+        (np.array([], int), "selects no particle"),
+        (np.array([0.5]), "not a list of integer indices"),
+        ({"a": 1}, "not a list of integer indices"),
+        ([[1], [1, 2]], "different lengths"),
+    ],
+)
+def test_ind(refused, tmp_path, ind, says):
+    path = write_pickle(tmp_path / "ind.pkl", ind)
+    refused("--ind", path, says=["--ind", "ind.pkl", says])
+
+
+def test_files_that_are_something_else(refused, files, tmp_path):
+    text = tmp_path / "text.pkl"
+    text.write_text("no pickle at all")
+    for flag in ("poses", "ctf"):
+        refused(**{flag: str(text)}, says=[f"--{flag}", "text.pkl", "not a usable pickle"])
+        refused(
+            **{flag: str(tmp_path / "gone.pkl")}, says=[f"--{flag}", "gone.pkl", "no such file"]
+        )
+    refused("--ind", text, says=["--ind", "text.pkl", "not a usable pickle"])
+    refused(particles=str(text), says=["PARTICLES", "text.pkl", ".mrcs"])
+    refused(particles=str(tmp_path / "gone.mrcs"), says=["gone.mrcs", "no such file"])
+    mrc = tmp_path / "short.mrcs"
+    mrc.write_bytes(b"\0" * 100)
+    refused(particles=str(mrc), says=["PARTICLES", "short.mrcs", "cannot be read"])
+
+
+def test_truncated_stack(refused, files, tmp_path):
+    path = tmp_path / "cut.mrcs"
+    path.write_bytes(Path(files.particles).read_bytes()[:-2000])
+    refused(particles=str(path), says=["PARTICLES", "cut.mrcs", "cannot be read"])
+
+
+def test_odd_box(refused, tmp_path):
+    odd = write_stack(tmp_path / "odd", 12, box=15)
+    refused(particles=odd.particles, says=["particles.mrcs", "15 pixels is odd"])
+
+
+def test_pickles_that_run_code_do_not(refused, tmp_path):
+    import os
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    path = write_pickle(tmp_path / "evil.pkl", Payload())
+    for flag in ("poses", "ctf"):
+        refused(**{flag: path}, says=["evil.pkl", "mkdir", "not plain data"])
+    refused("--ind", path, says="not plain data")
+    refused("--load", path, says="not a checkpoint")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--zdim", "0"], "--zdim 0: must be at least 1"),
+        (["-n", "0"], "--num-epochs 0"),
+        (["--enc-layers", "-1"], "--enc-layers -1"),
+        (["--lr", "0"], "--lr 0.0: must be positive"),
+        (["--enc-mask", "99"], "--enc-mask 99: must be -1 or between 1 and 8"),
+        (["--encoder", "vlb"], "--encoder vlb: unknown; known are mlp, noise, particle, resid"),
+        (["--recipe", "base"], "--recipe base: unknown; known are baseline, noise-large"),
+        (["--recipe", "vlt-frozen-encoder"], "needs --table-init"),
+        (["--beta", "x"], "--beta x"),
+        (["--beta", "a"], "needs --beta-control"),
+        (["--norm", "0", "0"], "--norm"),
+        (["--table-lr", "1"], "--table-lr: does not apply to --encoder resid"),
+        (["--encoder", "vlt", "--enc-dim", "8"], "--enc-dim: does not apply to --encoder vlt"),
+        (["--encoder", "resid", "--encode-mode", "mlp"], "--encode-mode mlp: contradicts"),
+        (["--encode-mode", "tilt"], "--encode-mode tilt: tilt series"),
+        (["--encode-mode", "conv"], "--encode-mode conv: real-space"),
+        (["--dose-per-tilt", "3"], "--dose-per-tilt: tilt series"),
+        (["--ntilts", "10"], "--ntilts: tilt series"),
+        (["--do-pose-sgd"], "--do-pose-sgd: pose refinement"),
+        (["--pose-lr", "1"], "--pose-lr: pose refinement"),
+        (["--multigpu"], "--multigpu: "),
+        (["--use-real"], "--use-real: "),
+        (["--lazy", "--shuffler-size", "4"], "--shuffler-size: "),
+        (["--num-workers", "2"], "--num-workers 2: only with --lazy"),
+        (["--pe-type", "none"], "--pe-type none: "),
+        (["--load", "latest"], "has no checkpoint"),
+        (["--load", "gone.pkl"], "--load gone.pkl: no such file"),
+    ],
+)  # fmt: skip
+def test_flags(refused, more, says):
+    refused(*more, says=says)
+
+
+def test_zdim_is_required(cli, files, tmp_path):
+    code, _, err = cli("train_amort", files.particles, "--poses", files.poses, "-o", tmp_path / "o")
+    assert code == 2
+    assert "--zdim" in err
+
+
+def test_run_folders_are_not_overwritten_by_accident(cli, files, tmp_path, refused):
+    argv = [
+        "train_amort", files.particles, "--poses", files.poses, "--ctf", files.ctf, "--zdim", "2",
+        "-o", tmp_path / "out", "-n", "1", "--no-analysis", "--enc-dim", "8", "--dec-dim", "8",
+    ]  # fmt: skip
+    assert cli(*argv)[0] == 0
+    refused(says=["-o", "out", "holds a run already", "--load latest", "--overwrite"])
+    refused(
+        "--load", tmp_path / "out/z.pkl", "-n", "3", says=["--load", "z.pkl", "not a checkpoint"]
+    )
+    refused("--load", "latest", says=["has 1 epochs already"])
+    refused("--load", "latest", "--overwrite", says="exclude each other")
+    refused("--load", "latest", "-n", "3", says=["weights of another model"])
+    refused("--load", "latest", "-n", "3", "--encoder", "vlt", says="--encoder resid, not vlt")
+    poses = write_pickle(tmp_path / "bad.pkl", (files.rots[:3], files.trans[:3]))
+    refused("--overwrite", poses=poses, says="3 rows for 12")
+    old = read_pickles(tmp_path / "out/z.pkl", 2)
+    assert cli(*argv, "--overwrite", "--seed", "5")[0] == 0
+    assert not np.array_equal(read_pickles(tmp_path / "out/z.pkl", 2)[0], old[0])
+
+
+def test_unwritable_folder_is_one_line(cli, files, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = cli(
+        "train_amort", files.particles, "--poses", files.poses, "--zdim", "2",
+        "-o", tmp_path / "file" / "run", "-n", "1", "--no-analysis",
+    )  # fmt: skip
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "file" in err

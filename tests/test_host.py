@@ -1,0 +1,91 @@
+"""Runs as stock cryodrgn sees them. The host's commands know nothing of this package."""
+
+import numpy as np
+import pytest
+from helpers import read_pickles, run_host
+
+
+@pytest.fixture(scope="module")
+def runs(stack, tmp_path_factory, plugins):
+    from cryodrgn_amort.settings import settings_from_flags
+    from cryodrgn_amort.training import Trainer
+
+    folders = {}
+    for encoder in ("resid", "vlt", "twin"):
+        more = {} if encoder == "vlt" else {"qdim": 16}
+        folder = tmp_path_factory.mktemp(encoder) / "run"
+        flags = {
+            "particles": stack.particles, "poses": stack.poses, "ctf": stack.ctf, "zdim": 3,
+            "pdim": 16, "players": 1, "num_epochs": 2, "do_analysis": False, "seed": 1,
+            "encoder": encoder, "outdir": str(folder), **more,
+        }  # fmt: skip
+        trainer = Trainer(settings_from_flags(flags, plugins), plugins)
+        trainer.fit()
+        folders[encoder] = trainer
+    return folders
+
+
+@pytest.mark.parametrize("encoder", ["resid", "vlt", "twin"])
+def test_volumes_are_those_of_our_decoder(runs, encoder, tmp_path):
+    from cryodrgn.mrcfile import parse_mrc
+
+    from cryodrgn_amort import host
+
+    trainer = runs[encoder]
+    z = trainer.encode()[0]
+    np.savetxt(tmp_path / "z.txt", z[:2])
+    run_host(
+        "eval_vol", trainer.folder / "weights.2.pkl", "-c", trainer.folder / "config.yaml",
+        "--zfile", tmp_path / "z.txt", "-o", tmp_path / "vols",
+    )  # fmt: skip
+    found = sorted((tmp_path / "vols").glob("*.mrc"))
+    assert len(found) == 2
+    p = trainer.particles
+    for path, latent in zip(found, z[:2], strict=True):
+        ours = host.eval_volume(trainer.model.eval().decoder, p.lattice, p.norm, latent)
+        theirs = parse_mrc(str(path))[0]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_eval_images_agrees_for_a_network_and_refuses_a_table(runs, stack, tmp_path):
+    def evaluate(encoder):
+        folder = runs[encoder].folder
+        run_host(
+            "eval_images", stack.particles, folder / "weights.2.pkl", "-c", folder / "config.yaml",
+            "--poses", stack.poses, "--ctf", stack.ctf, "-o", tmp_path / encoder / "out.pkl",
+            "--out-z", tmp_path / encoder / "z.pkl",
+        )  # fmt: skip
+
+    evaluate("resid")
+    theirs = read_pickles(tmp_path / "resid/z.pkl", 2)
+    for a, b in zip(theirs, runs["resid"].encode(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    with pytest.raises(Exception, match="nan"):
+        evaluate("vlt")
+    assert not (tmp_path / "vlt/z.pkl").exists()
+
+
+@pytest.mark.parametrize("encoder", ["vlt", "twin"])
+def test_analyze_and_traversals(runs, encoder, tmp_path):
+    folder = runs[encoder].folder
+    run_host("analyze", folder, 2, "--skip-umap", "--ksample", "3", "--pc", "1")
+    out = folder / "analyze.2"
+    assert len(list((out / "kmeans3").glob("vol_*.mrc"))) == 3
+    run_host("pc_traversal", folder / "z.2.pkl", "-o", tmp_path / "pc", "--pc", "1")
+    assert any((tmp_path / "pc").iterdir())
+    run_host(
+        "graph_traversal", folder / "z.2.pkl", "--anchors", "0", "5", "9",
+        "--max-neighbors", "60", "--avg-neighbors", "60",
+        "-o", tmp_path / "path.txt", "--outind", tmp_path / "ind.txt",
+    )  # fmt: skip
+    assert np.loadtxt(tmp_path / "path.txt").shape[1] == 3
+
+
+def test_training_ends_with_the_hosts_analysis(stack, tmp_path, cli):
+    code, _, err = cli(
+        "train_amort", stack.particles, "--poses", stack.poses, "--zdim", "1", "-n", "3",
+        "--checkpoint", "2", "--encoder", "vlt", "--dec-dim", "8", "--dec-layers", "1",
+        "-o", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, err
+    assert (tmp_path / "run/analyze.3").is_dir()

@@ -1,0 +1,119 @@
+"""Every measure against its definition, computed naively, and at its null and its ideal."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cryodrgn_amort import metrics
+
+
+def latents(n=300, zdim=4, seed=0):
+    return (
+        np.random.default_rng(seed).standard_normal((n, zdim)) * np.array([3, 1, 0.5, 0.1])[:zdim]
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(2, 700), seed=st.integers(0, 99), far=st.sampled_from([0.0, 0.3, 30.0]))
+def test_retrieval_rank_is_the_fraction_of_others_that_are_nearer(n, seed, far):
+    z = latents(n, seed=seed)
+    moved = z + far * np.random.default_rng(seed + 1).standard_normal(z.shape)
+    naive = []
+    for i in range(n):
+        distance = np.linalg.norm(z - moved[i], axis=1)
+        naive.append((np.delete(distance, i) < distance[i]).sum() / (n - 1))
+    np.testing.assert_allclose(metrics.retrieval_rank(z, moved), naive, atol=1e-9)
+
+
+def test_nulls_and_ideals():
+    z = latents(2000)
+    shuffled = z[np.random.default_rng(5).permutation(len(z))]
+    scale = metrics.pair_scale(z)
+    assert metrics.retrieval_rank(z, z).max() == 0
+    assert metrics.retrieval_rank(z, shuffled).mean() == pytest.approx(0.5, abs=0.02)
+    assert metrics.displacement(z, z, scale).max() == 0
+    assert np.median(metrics.displacement(z, shuffled, scale)) == pytest.approx(1, abs=0.06)
+    assert metrics.latent_correlation(z, z) == pytest.approx(1)
+    assert metrics.latent_correlation(z, -z) == pytest.approx(-1)
+    assert metrics.latent_correlation(z, shuffled) == pytest.approx(0, abs=0.05)
+    logvar = np.zeros_like(z)
+    pairs = np.median(metrics.displacement_sigma(z, shuffled, logvar))
+    assert metrics.random_pair_sigma(z, logvar) == pytest.approx(pairs, rel=0.06)
+
+
+def test_a_collapsed_encoder_gets_the_null():
+    same = np.full((1000, 4), 0.3)
+    np.testing.assert_allclose(metrics.retrieval_rank(same, same), 0.5)
+
+
+def test_latent_correlation_is_weighted_by_variance():
+    z = latents(1000)
+    moved = z.copy()
+    moved[:, 3] = np.random.default_rng(0).standard_normal(1000)  # carries 0.1 % of the variance
+    assert metrics.latent_correlation(z, moved) > 0.99
+    moved = z.copy()
+    moved[:, 0] *= -1
+    weight = z.var(0) / z.var(0).sum()
+    assert metrics.latent_correlation(z, moved) == pytest.approx(1 - 2 * weight[0])
+    constant = np.c_[z, np.ones(1000)]
+    assert metrics.latent_correlation(constant, constant) == pytest.approx(1)
+
+
+def test_displacement_sigma_counts_posterior_standard_deviations():
+    z = np.zeros((1, 3))
+    moved = np.array([[0.2, 0.0, 0.0]])
+    logvar = np.full((1, 3), 2 * np.log(0.1))
+    np.testing.assert_allclose(metrics.displacement_sigma(z, moved, logvar), [2.0])
+
+
+def test_class_and_coordinate_follow_the_latent():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 600)
+    coordinate = rng.uniform(size=600)
+    good = np.c_[10.0 * labels, coordinate] + 0.01 * rng.standard_normal((600, 2))
+    bad = rng.standard_normal((600, 2))
+    assert metrics.class_knn(good, labels).mean() == 1
+    assert metrics.class_knn(bad, labels).mean() == pytest.approx(1 / 3, abs=0.08)
+    r2 = metrics.coordinate_r2(metrics.knn_coordinate(good, coordinate), coordinate)
+    assert r2 > 0.97
+    r2 = metrics.coordinate_r2(metrics.knn_coordinate(bad, coordinate), coordinate)
+    assert r2 == pytest.approx(-0.05, abs=0.15)
+    votes = metrics.knn_labels(good, labels, good)
+    assert metrics.label_agreement(metrics.knn_labels(good, labels), votes) == 1
+
+
+def test_leave_one_out_leaves_the_particle_out():
+    z = np.r_[np.zeros(16), 100 + np.arange(16) * 0.01][:, None]
+    labels = np.r_[np.zeros(16, int), np.ones(16, int)]
+    labels[0] = 1  # all of its 15 neighbours are of class 0
+    right = metrics.class_knn(z, labels)
+    assert right[0] == 0
+    assert right[1:].all()
+
+
+def test_loss_fraction_and_volume_change():
+    original, constant = np.full(9, 100.0), np.full(9, 120.0)
+    assert metrics.loss_fraction(original, original, constant) == 0
+    assert metrics.loss_fraction(constant, original, constant) == 1
+    assert metrics.loss_fraction(np.full(9, 105.0), original, constant) == pytest.approx(0.25)
+    assert metrics.volume_change(np.array([1.0, 2, 3]), np.array([4.0, 4, 5])) == 0.5
+
+
+def test_fsc():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 16, 16, 16))
+    np.testing.assert_allclose(metrics.fsc(a, 2 * a), 1)
+    np.testing.assert_allclose(metrics.fsc(a, -a), -1)
+    assert metrics.fsc(a, b).shape == (9,)
+    assert np.abs(metrics.fsc(a, b)[4:]).max() < 0.25
+    assert metrics.fsc(a, np.roll(a, 3, 0))[4:].max() < 0.5
+
+
+def test_bootstrap_interval_has_the_right_width():
+    values = np.random.default_rng(0).standard_normal(400)
+    found = metrics.measure("mean", np.mean, values, null=0.0, ideal=None)
+    assert found.low < found.value < found.high
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.2)
+    assert found.n == 400
+    assert found == metrics.measure("mean", np.mean, values, null=0.0, ideal=None)

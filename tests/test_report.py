@@ -1,0 +1,479 @@
+"""What eval_amort writes: complete, strict, escaped, self-contained, and whole or not at all."""
+
+import json
+import pickle
+import re
+import warnings
+from dataclasses import replace
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers import read_pickles, write_pickle
+from matplotlib.figure import Figure
+
+from cryodrgn_amort import figures, hookimpl, report
+from cryodrgn_amort.definitions import DEFINITIONS, number, verdict
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.evaluation import EvalOptions, evaluate
+from cryodrgn_amort.plugins import Plugins
+from cryodrgn_amort.report import Section, summary, write_evaluation
+from cryodrgn_amort.runs import load_run
+from cryodrgn_amort.settings import settings_from_flags
+from cryodrgn_amort.training import Trainer
+
+AMORTIZATION = {
+    "retrieval_rank", "top1", "displacement", "displacement_sigma", "latent_correlation",
+    "label_agreement", "volume_change", "volume_fsc_loss", "amortization_loss_fraction", "control",
+}  # fmt: skip
+RUN = {"active_units", "kl", "class_knn", "coordinate_r2"}
+KEYS = ["roll-1.held", "roll-1.follow", "rotate-90.held", "rotate-90.follow"]
+HOSTILE = "<script>alert(1)</script>"
+
+
+def run_of(encoder, stack, folder, **more):
+    plugins = Plugins(found={})
+    flags = {
+        "particles": stack.particles, "poses": stack.poses, "ctf": stack.ctf, "zdim": 3,
+        "outdir": str(folder), "num_epochs": 1, "do_analysis": False, "seed": 3, "pdim": 16,
+        "players": 1, "encoder": encoder, **more,
+    }  # fmt: skip
+    Trainer(settings_from_flags(flags, plugins), plugins).fit()
+    return load_run(folder, plugins)
+
+
+@pytest.fixture(scope="module")
+def known(stack, tmp_path_factory):
+    """Labels, one of them hostile, and a coordinate."""
+    folder = tmp_path_factory.mktemp("known")
+    labels = np.where(np.arange(stack.n) % 3, HOSTILE, "$a & b")
+    return SimpleNamespace(
+        labels=write_pickle(folder / "labels.pkl", labels),
+        coordinate=write_pickle(folder / "coordinate.pkl", np.linspace(0, 1, stack.n)),
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluation(stack, known, tmp_path_factory):
+    run = run_of("resid", stack, tmp_path_factory.mktemp("network") / "run", qdim=16, qlayers=1)
+    return evaluate(
+        run,
+        EvalOptions(labels=known.labels, coordinate=known.coordinate, volumes=3, labelled=2,
+                    bootstrap=5, umap=False),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table_evaluation(stack, tmp_path_factory):
+    run = run_of("vlt", stack, tmp_path_factory.mktemp("table") / "run")
+    return evaluate(run, EvalOptions(volumes=2, labelled=2, bootstrap=5, umap=False))
+
+
+@pytest.fixture(scope="module")
+def written(evaluation, tmp_path_factory):
+    out = tmp_path_factory.mktemp("written") / "out"
+    path = write_evaluation(evaluation, out)
+    assert path == out / "report.html"
+    assert [p.name for p in out.parent.iterdir()] == ["out"]  # nothing left beside it
+    return out
+
+
+@pytest.fixture(scope="module")
+def light(evaluation):
+    """Return the evaluation with one transform and few figures, to write quickly."""
+    return with_(evaluation, results=evaluation.results[:1], embeddings={})
+
+
+def with_(evaluation, **changes):
+    return replace(evaluation, **changes)
+
+
+def with_plugin(evaluation, **hooks):
+    plugin = SimpleNamespace(**{name: hookimpl(function) for name, function in hooks.items()})
+    run = replace(evaluation.run, plugins=Plugins(found={"mine": plugin}))
+    return with_(evaluation, run=run)
+
+
+def strict_json(path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+class Page(HTMLParser):
+    """Collects what a page would load, link to, run, and say."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.loads, self.links, self.images, self.texts = [], [], [], [], []
+        self._styled = False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append(tag)
+        self._styled = tag == "style"
+        assert not [name for name in attrs if name.startswith("on")]
+        for name in ("src", "srcset", "data", "poster"):
+            self.loads += [attrs[name]] if name in attrs else []
+        if "href" in attrs:
+            (self.links if tag == "a" else self.loads).append(attrs["href"])
+        if tag == "img":
+            self.images.append(attrs)
+
+    def handle_data(self, data):
+        if not self._styled:
+            self.texts.append(data)
+
+    def handle_endtag(self, tag):
+        self._styled = False
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+
+def test_the_json_is_strict_and_complete(written, evaluation):
+    facts = strict_json(written / "amortization.json")
+    assert list(facts["transforms"]) == KEYS
+    for result in evaluation.results:
+        entry = facts["transforms"][result.key]
+        assert set(entry["measures"]) == AMORTIZATION
+        assert (entry["name"], entry["mode"]) == (result.name, result.mode)
+        for name, m in entry["measures"].items():
+            assert set(m) == {"value", "low", "high", "null", "ideal", "n"}
+            assert m["value"] == pytest.approx(result.measures[name].value)
+    assert set(facts["measures"]) == RUN
+    assert set(facts["definitions"]) == RUN | AMORTIZATION == set(DEFINITIONS)
+    assert facts["run"]["epoch"] == 1
+    assert facts["run"]["encoder_input"] == "particle"
+    assert facts["run"]["n"] == 70
+    assert facts["options"]["bootstrap"] == 5
+    assert facts["labelled"] == {"1": 0, "2": 1}
+    assert {"cryodrgn", "cryodrgn_amort"} <= set(facts)
+    assert sorted(facts["files"]) == sorted(p.name for p in written.iterdir())
+
+
+def test_what_is_not_finite_becomes_null_and_a_dash(light, tmp_path):
+    first = light.results[0]
+    rank = replace(first.measures["retrieval_rank"], value=np.nan, low=-np.inf, high=None)
+    broken = replace(first, measures={**first.measures, "retrieval_rank": rank})
+    write_evaluation(with_(light, results=[broken]), tmp_path / "out")
+    m = strict_json(tmp_path / "out/amortization.json")["transforms"]["roll-1.held"]["measures"]
+    assert m["retrieval_rank"]["value"] is m["retrieval_rank"]["low"] is None
+    page = Page((tmp_path / "out/report.html").read_text())
+    assert "could not be measured" in page.text
+    assert not re.search(r"\b(nan|inf)\b", page.text)
+
+
+def test_arrays_latents_and_volumes(written, evaluation):
+    from cryodrgn.dashboard.covariate_pkl import _parse_particle_covariate_raw
+    from cryodrgn.mrcfile import parse_mrc
+
+    for result in evaluation.results:
+        for name, values in result.arrays.items():
+            path = written / f"{name}.{result.key}.pkl"
+            array, kind = _parse_particle_covariate_raw(read_pickles(path), str(path))
+            assert kind == "numeric"
+            np.testing.assert_array_equal(array, values)
+            with open(path, "rb") as handle:  # one pickle and nothing behind it
+                pickle.load(handle)
+                assert not handle.read()
+        mean, logvar = read_pickles(written / f"z.{result.key}.pkl", 2)
+        np.testing.assert_array_equal(mean, result.z)
+        np.testing.assert_array_equal(logvar, result.logvar)
+        for i in (1, 2):
+            volume, header = parse_mrc(str(written / f"vol.{i}.{result.key}.mrc"))
+            np.testing.assert_array_equal(volume, result.volumes[i - 1])
+            assert header.apix == pytest.approx(evaluation.apix)
+    volume, _ = parse_mrc(str(written / "vol.2.mrc"))
+    np.testing.assert_array_equal(volume, evaluation.volumes[1])
+
+
+def test_every_figure_as_png_and_pdf(written):
+    names = ["latents", "ranks", "map.pca", *(f"map.{key}.pca" for key in KEYS)]
+    for name in names:
+        assert (written / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (written / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    page = Page((written / "report.html").read_text())
+    assert len(page.images) == len(names)
+    assert all(len(image["alt"]) > 20 for image in page.images)
+
+
+def test_the_report_loads_nothing_and_runs_nothing(written):
+    page = Page((written / "report.html").read_text())
+    assert all(url.startswith("data:image/png;base64,") for url in page.loads)
+    assert page.links == ["https://arxiv.org/abs/2303.07487"]
+    assert not {"script", "iframe", "link", "object", "form"} & set(page.tags)
+    style = re.search(r"<style>(.*?)</style>", (written / "report.html").read_text(), re.DOTALL)[1]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_the_report_says_what_the_numbers_mean(written, evaluation):
+    page = Page((written / "report.html").read_text())
+    assert verdict(evaluation).headline in page.text
+    for name in RUN | AMORTIZATION:
+        assert DEFINITIONS[name].text in page.text
+        assert name in page.text
+    for result in evaluation.results:
+        for m in result.measures.values():
+            assert number(m.value) in page.text
+    assert page.text.index("Retrieval rank") < page.text.index("Methods and versions")
+    assert page.tags.count("h1") == 1
+
+
+def test_hostile_text_is_escaped(light, tmp_path):
+    settings = replace(light.run.settings, particles=f"{HOSTILE}.mrcs")
+    options = replace(light.options, labels=f"{HOSTILE}.pkl")
+    section = Section(HOSTILE, HOSTILE, [[HOSTILE], [HOSTILE]], {HOSTILE: Figure()})
+    hostile = with_plugin(light, report_sections=lambda: [section])
+    run = replace(hostile.run, settings=settings)
+    results = [replace(light.results[0], title=HOSTILE)]
+    write_evaluation(with_(hostile, run=run, options=options, results=results), tmp_path / "out")
+    html = (tmp_path / "out/report.html").read_text()
+    page = Page(html)
+    assert HOSTILE not in html
+    assert "script" not in page.tags
+    assert page.text.count(HOSTILE) >= 7
+
+
+def test_a_table_gets_no_score(table_evaluation, tmp_path):
+    write_evaluation(table_evaluation, tmp_path / "out")
+    facts = strict_json(tmp_path / "out/amortization.json")
+    assert facts["applicable"] is False
+    assert facts["reason"].startswith("not applicable")
+    assert facts["transforms"] == {}
+    assert set(facts["measures"]) == {"active_units", "kl"} == set(facts["definitions"])
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"amortization.json", "report.html", "vol.1.mrc", "vol.2.mrc"} | {
+        f"{name}.{kind}" for name in ("latents", "map.pca") for kind in ("png", "pdf")
+    }
+    page = Page((tmp_path / "out/report.html").read_text())
+    assert "not applicable" in page.text
+    assert "is a table" in page.text
+    for name in AMORTIZATION - {"control"}:
+        assert name not in page.text
+    assert "not applicable" in summary(table_evaluation)
+    assert "retrieval_rank" not in summary(table_evaluation)
+
+
+@pytest.mark.parametrize("step", ["_page", "_write_arrays", "_picture", "_plain"])
+def test_a_failure_leaves_what_was_there(step, light, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("halfway")
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.html").write_text("old")
+    (out / "notes.txt").write_text("mine")
+    monkeypatch.setattr(report, step, fail)
+    with pytest.raises(RuntimeError, match="halfway"):
+        write_evaluation(light, out)
+    assert {p.name: p.read_text() for p in out.iterdir()} == {
+        "report.html": "old", "notes.txt": "mine"
+    }  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_writing_again_removes_what_is_stale_and_nothing_else(light, tmp_path):
+    out = tmp_path / "out"
+    again = replace(light.results[0], name="rotate:90")
+    write_evaluation(with_(light, results=[*light.results, again]), out)
+    assert list(out.glob("*rotate-90*"))
+    facts = json.loads((out / "amortization.json").read_text())
+    facts["files"] += ["notes.txt", "../outside.held.pkl", "weights.1.pkl"]
+    (out / "amortization.json").write_text(json.dumps(facts))
+    others = [out / "notes.txt", tmp_path / "outside.held.pkl", out / "weights.1.pkl"]
+    for path in others:
+        path.write_text("mine")
+    write_evaluation(light, out)
+    assert not list(out.glob("*rotate-90*"))
+    assert list(out.glob("*roll-1.held*"))
+    assert all(path.read_text() == "mine" for path in others)
+
+
+def test_an_output_that_cannot_be(light, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(InputError, match="not a folder"):
+            write_evaluation(light, out)
+    (tmp_path / "out/report.html").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"a folder report\.html is in the way"):
+        write_evaluation(light, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["report.html"]
+
+
+def test_plugin_sections(light, tmp_path):
+    def report_sections(evaluation):
+        figure = Figure()
+        figure.subplots().plot([0, 1])
+        table = [["name", "value"], ["particles", len(evaluation.z)], ["third", 1 / 3], ["x", None]]
+        yield Section("My section", "One.\n\nTwo.", table, {"A line of my own": figure})
+
+    write_evaluation(with_plugin(light, report_sections=report_sections), tmp_path / "out")
+    page = Page((tmp_path / "out/report.html").read_text())
+    for text in ("My section", "From plugin mine", "One.", "Two.", "0.333", "A line of my own"):
+        assert text in page.text
+    assert "A line of my own" in [image["alt"] for image in page.images]
+
+
+def test_a_plugin_that_fails_is_named(light, tmp_path, capsys):
+    def report_sections():
+        raise RuntimeError("no luck")
+
+    write_evaluation(with_plugin(light, report_sections=report_sections), tmp_path / "out")
+    assert "no luck" in Page((tmp_path / "out/report.html").read_text()).text
+    assert "plugin 'mine': report_sections left out (RuntimeError: no luck)" in (
+        capsys.readouterr().err
+    )
+
+
+def test_the_verdict_follows_the_worst_test_and_not_the_control(evaluation):
+    def at(rank, index):
+        result = evaluation.results[index]
+        m = replace(result.measures["retrieval_rank"], value=rank)
+        return replace(result, measures={**result.measures, "retrieval_rank": m})
+
+    ranks = {0: 0.005, 1: 0.49, 2: 0.2, 3: 0.005}  # 1 is the control: roll, follow
+    said = verdict(with_(evaluation, results=[at(r, i) for i, r in ranks.items()]))
+    assert said.tone == "fair"
+    assert "turned 90 degrees clockwise" in said.headline
+    assert "control" in said.lines[1]
+    assert verdict(with_(evaluation, results=[at(0.005, 0)])).tone == "good"
+    assert verdict(with_(evaluation, results=[at(0.48, 3)])).tone == "poor"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.123456, "0.123"), (-2.0, "−2"), (0, "0"), (1e-7, "1e−07"), (12345.6, "12346"),
+     (None, "–"), (float("nan"), "–")],
+)  # fmt: skip
+def test_numbers(value, text):
+    assert number(value) == text
+
+
+def ball(box, radius, centre=(0, 0, 0)):
+    axis = np.arange(box) - (box - 1) / 2
+    z, y, x = np.meshgrid(*(axis - c for c in centre), indexing="ij", sparse=True)
+    return (radius - np.sqrt(z**2 + y**2 + x**2)).astype(np.float32)
+
+
+def test_a_ball_is_drawn_as_a_lit_disc():
+    picture = figures.surface(ball(32, 8), 0.0)
+    assert picture.shape == (128, 128, 4)
+    area = picture[..., 3].mean() * 32**2
+    assert area == pytest.approx(np.pi * 8**2, rel=0.03)
+    upper, lower = picture[40:64, 52:76, :3].mean(), picture[64:88, 52:76, :3].mean()
+    assert upper > lower  # the light comes from above
+
+
+@pytest.mark.parametrize(
+    ("centre", "moves"), [((6, 0, 0), (0, -1)), ((0, 0, 6), (-1, 0)), ((0, 6, 0), (1, 0))]
+)
+def test_where_the_axes_of_a_volume_point(centre, moves):
+    """z (first axis) points up; y to the right, x (last axis) to the left, both to the viewer."""
+    mask = figures.surface(ball(32, 4, centre), 0.0)[..., 3] > 0
+    rows, columns = np.nonzero(mask)
+    if moves[0]:
+        assert np.sign(columns.mean() - 63.5) == moves[0]
+    if moves[1]:
+        assert np.sign(rows.mean() - 63.5) == moves[1]
+
+
+@pytest.mark.parametrize("volume", [np.zeros((8, 8, 8)), np.full((9, 9, 9), np.nan)])
+def test_an_empty_surface_is_an_empty_picture(volume, evaluation):
+    pictures = figures.surfaces(np.stack([volume, volume]).astype(np.float32))
+    assert not any(picture[..., 3].any() for picture in pictures)
+    figure = figures.latent_map(evaluation.embeddings["PCA"], pictures)
+    assert any("nothing above" in text.get_text() for text in figure.findobj(match_text))
+
+
+def match_text(artist):
+    return hasattr(artist, "get_text")
+
+
+def test_a_large_volume_is_averaged_down():
+    large = figures.surface(ball(130, 32), 0.0)
+    small = figures.surface(ball(65, 16), 0.0)
+    np.testing.assert_allclose(large[..., 3].mean(), small[..., 3].mean(), rtol=0.05)
+
+
+def test_a_map_shows_both_ends_of_every_pair(evaluation):
+    result = evaluation.results[0]
+    pictures, moved = figures.surfaces(evaluation.volumes), figures.surfaces(result.volumes)
+    figure = figures.latent_map(evaluation.embeddings["PCA"], pictures, result, moved)
+    texts = [text.get_text() for text in figure.findobj(match_text)]
+    for name in ("1", "2", "1′", "2′"):
+        assert texts.count(name) == 2  # in the plane and at the volume
+
+
+def test_latents_of_one_dimension_have_no_map(light, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_evaluation(light, tmp_path / "out")
+    assert "one dimension" not in (tmp_path / "out/report.html").read_text()
+    assert (tmp_path / "out/ranks.png").is_file()
+
+
+QUICK = ("--no-umap", "--bootstrap", "3", "--volumes", "2", "--labelled", "2", "--sample", "20")
+
+
+def test_the_command(evaluation, cli, tmp_path):
+    folder = evaluation.run.folder
+    code, out, err = cli("eval_amort", folder, *QUICK, "--transform", "rotate:180")
+    assert code == 0, err
+    assert "retrieval_rank" in out
+    assert f"Report: {folder / 'amort.1/report.html'}" in out
+    facts = strict_json(folder / "amort.1/amortization.json")
+    assert list(facts["transforms"]) == ["rotate-180.held", "rotate-180.follow"]
+    assert facts["options"]["sample"] == 20
+
+
+def test_the_command_on_a_table(table_evaluation, cli, tmp_path):
+    folder = table_evaluation.run.folder
+    code, out, err = cli("eval_amort", folder, *QUICK, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert "not applicable: this run's encoder is a table" in out
+    assert "retrieval_rank" not in out
+    assert (tmp_path / "out/report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--transform", "mirror"], "--transform mirror: unknown; known are roll, rotate"),
+        (["--transform", "rotate:45"], "--transform rotate:45"),
+        (["--epoch", "9"], "--epoch 9"),
+        (["--labels", "SHORT"], "has shape (3,)"),
+        (["--coordinate", "MISSING"], "no such file"),
+        (["--sample", "1"], "--sample 1"),
+        (["-o", "SHORT"], "not a folder"),
+    ],
+)
+def test_bad_input_writes_nothing(argv, message, evaluation, cli, tmp_path):
+    words = {
+        "SHORT": write_pickle(tmp_path / "short.pkl", np.zeros(3)),
+        "MISSING": str(tmp_path / "missing.pkl"),
+    }
+    argv = [words.get(word, word) for word in argv]
+    place = [] if "-o" in argv else ["-o", tmp_path / "out"]
+    code, out, err = cli("eval_amort", evaluation.run.folder, *QUICK, *argv, *place)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not out
+    assert [p.name for p in tmp_path.iterdir()] == ["short.pkl"]
+
+
+def test_the_help_names_the_defaults_of_the_options(cli):
+    code, out, _ = cli("eval_amort", "--help")
+    assert code == 0
+    text = re.sub(r"\s+", " ", out)
+    for name in ("sample", "volumes", "labelled", "bootstrap", "batch_size", "seed"):
+        default = getattr(EvalOptions(), name)
+        flag = "--" + name.replace("_", "-")
+        assert re.search(rf"{flag} N [^(]*\(default: {default}\)", text), flag
+    assert " ".join(EvalOptions().transforms) in text

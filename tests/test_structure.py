@@ -1,0 +1,94 @@
+"""The structure of the package: one importer of the host, imports point one way, all is typed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "cryodrgn_amort"
+LAYERS = [  # each may import from those below it
+    {"__main__"},
+    {"cli"},
+    {"commands"},
+    {"plugins"},
+    {"builtin"},
+    {"hookspecs", "recipes"},
+    {"training", "report"},
+    {"figures", "definitions"},
+    {"evaluation", "simulate"},
+    {"results"},
+    {"specimens"},
+    {"runs"},
+    {"settings"},
+    {"model"},
+    {"table", "inputs", "transforms"},
+    {"encoders"},
+    {"particles", "metrics", "objective"},
+    {"checkpoints", "host"},
+    {"errors"},
+]
+
+
+def imports(path):
+    """Yield the modules that are imported when the code runs: not under TYPE_CHECKING."""
+    tree = ast.parse(path.read_text())
+    hidden = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            if node.module == "cryodrgn_amort":
+                yield from (f"cryodrgn_amort.{alias.name}" for alias in node.names)
+
+
+def modules():
+    return [p for p in SOURCE.rglob("*.py") if "startup" not in p.parts and p.name != "__init__.py"]
+
+
+def test_only_one_module_imports_the_host():
+    importers = {
+        p.name for p in SOURCE.rglob("*.py") for m in imports(p) if m.split(".")[0] == "cryodrgn"
+    }
+    assert importers == {"host.py"}
+
+
+def test_imports_point_one_way():
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    for path in modules():
+        here = "commands" if path.parent.name == "commands" else path.stem
+        assert here in level, f"{here} has no place in the layers"
+        if here == "builtin":  # names what ships, whatever it is, when asked
+            continue
+        for module in imports(path):
+            parts = module.split(".")
+            if parts[0] != "cryodrgn_amort" or len(parts) < 2 or parts[1] not in level:
+                continue
+            assert level[here] < level[parts[1]], f"{here} imports {parts[1]}"
+
+
+def test_the_command_line_starts_without_heavy_imports():
+    code = (
+        "import sys, cryodrgn_amort.cli\n"
+        "from cryodrgn_amort.plugins import load_plugins\n"
+        "load_plugins().commands()\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'umap', 'cryodrgn'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ruff_and_mypy_have_nothing_to_say():
+    root = SOURCE.parent
+    for tool in (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]):
+        found = subprocess.run(
+            [sys.executable, "-m", *tool], cwd=root, capture_output=True, text=True
+        )
+        assert found.returncode == 0, found.stdout + found.stderr
