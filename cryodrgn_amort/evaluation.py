@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cryodrgn_amort import host, metrics
+from cryodrgn_amort import metrics
 from cryodrgn_amort.checkpoints import read_pickle, to_array
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.metrics import Measure, measure
@@ -207,13 +207,9 @@ class _Evaluator:
     def decode(self, z: np.ndarray) -> np.ndarray:
         """Decode volumes `(M, box, box, box)` as ``cryodrgn eval_vol`` does."""
         p = self.particles
-        with host.quiet():
-            return np.stack(
-                [
-                    host.eval_volume(self.model.decoder, p.lattice, p.norm, row)
-                    for row in _bar(z, "volumes")
-                ]
-            ).astype(np.float32)
+        latents = torch.from_numpy(z).float().to(p.device)
+        volumes = self.model.decode_volumes(latents, p.norm)
+        return np.stack([v.numpy() for v in _bar(volumes, "volumes", len(z))]).astype(np.float32)
 
     def run_measures(
         self, z: np.ndarray, logvar: np.ndarray, coordinate: np.ndarray | None

@@ -17,9 +17,9 @@ with warnings.catch_warnings():  # the host's imports warn of their own dependen
     from cryodrgn.commands import train_vae as _train_vae
     from cryodrgn.ctf import compute_ctf
     from cryodrgn.dataset import ImageDataset, make_dataloader
-    from cryodrgn.fft import fftn_center, ht2_center, iht2_center
+    from cryodrgn.fft import fftn_center, ht2_center, iht2_center, ihtn_center
     from cryodrgn.lattice import Lattice
-    from cryodrgn.models import HetOnlyVAE
+    from cryodrgn.models import FTPositionalDecoder, HetOnlyVAE
     from cryodrgn.mrcfile import MRCHeader, parse_mrc, write_mrc
     from cryodrgn.source import ImageSource
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VERSION",
+    "FTPositionalDecoder",
     "HetOnlyVAE",
     "ImageDataset",
     "ImageSource",
@@ -47,8 +48,8 @@ __all__ = [
     "parse_mrc",
     "preprocess",
     "quiet",
-    "run_umap",
     "save_config",
+    "volume_of",
     "write_mrc",
 ]
 
@@ -104,20 +105,19 @@ def save_config(
 
 def eval_volume(
     decoder: Any, lattice: Lattice, norm: tuple[float, float], z: np.ndarray
-) -> np.ndarray:
+) -> torch.Tensor:
     """Decode one volume `(box, box, box)` at latent `z` `(zdim,)`, density positive."""
-    volume: np.ndarray = (
-        decoder.eval_volume(lattice.coords, lattice.D, lattice.extent, norm, z).cpu().numpy()
-    )
+    volume: torch.Tensor = decoder.eval_volume(
+        lattice.coords, lattice.D, lattice.extent, norm, z
+    ).cpu()
     return volume
 
 
-def run_umap(z: np.ndarray) -> np.ndarray:
-    """UMAP of `z` `(N, zdim)` with the settings of ``cryodrgn analyze``: `(N, 2)`."""
-    from cryodrgn.analysis import run_umap as host_umap
-
-    embedding: np.ndarray = host_umap(z)
-    return embedding
+def volume_of(hartley: torch.Tensor, norm: tuple[float, float]) -> torch.Tensor:
+    """Transform a decoded Hartley volume `(D, D, D)` to real space, `(box, box, box)`."""
+    scaled = hartley * norm[1] + norm[0]
+    volume: torch.Tensor = ihtn_center(scaled[:-1, :-1, :-1])
+    return volume
 
 
 def analyze(run_folder: str, epoch: int) -> None:

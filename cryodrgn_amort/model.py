@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from cryodrgn_amort import host
 from cryodrgn_amort.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from cryodrgn_amort.encoders import Encoder
     from cryodrgn_amort.particles import Batch, Particles
@@ -24,6 +25,7 @@ The host then builds a tiny network, which it never needs to decode volumes. Its
 so that ``cryodrgn eval_images`` fails instead of encoding with weights that were never trained.
 """
 
+_VOLUME_FEATURES = 4_000_000  # numbers of positional encoding at a time
 _ACTIVATION = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
 _OWN = "amort."
 
@@ -71,6 +73,37 @@ class AmortVAE(host.HetOnlyVAE):  # type: ignore[misc]
         if ctf is not None:
             decoded = decoded * ctf[:, mask]
         return decoded
+
+    @torch.no_grad()
+    def decode_volumes(self, z: Tensor, norm: tuple[float, float]) -> Iterator[Tensor]:
+        """Decode volumes `(box, box, box)` at latents `(M, zdim)`, as ``eval_vol`` does.
+
+        Only half of Fourier space is evaluated (the volume is real), and its positional encoding
+        once for all latents.
+        """
+        lattice, decoder = self.lattice, self.decoder
+        if not isinstance(decoder, host.FTPositionalDecoder):
+            for row in z.cpu().numpy():
+                yield host.eval_volume(decoder, lattice, norm, row)
+            return
+        size, plane = lattice.D, lattice.coords
+        levels = torch.linspace(-lattice.extent, lattice.extent, size, device=plane.device)
+        half = levels[: size // 2 + 1]  # the rest is the complex conjugate, in reverse order
+        coords = plane + torch.stack([half * 0, half * 0, half], 1)[:, None]
+        coords = coords.view(-1, 3)[: size**3 // 2 + 1]
+        kept = (coords.square().sum(1) <= lattice.extent**2).nonzero()[:, 0]
+        parts = kept.split(max(1, _VOLUME_FEATURES // decoder.in_dim))
+        volumes = torch.zeros(len(z), size**3, device=plane.device)
+        for part in parts:
+            blank = torch.zeros(len(part), self.zdim, device=plane.device)
+            features = decoder.positional_encoding_geom(torch.cat([coords[part], blank], 1))
+            for volume, latent in zip(volumes, z, strict=True):
+                features[:, -self.zdim :] = latent
+                real, imag = decoder.decoder(features).unbind(1)
+                volume[size**3 - 1 - part] = real + imag
+                volume[part] = real - imag
+        for volume in volumes:
+            yield host.volume_of(volume.view(size, size, size), norm).cpu()
 
     def host_state_dict(self) -> dict[str, Tensor]:
         """Return the state that the host's ``HetOnlyVAE`` has, and no more."""

@@ -239,13 +239,14 @@ class Trainer:
     def _checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read what ``--load`` names: the checkpoint, and our part of it."""
         load = self.settings.load
+        here = load == "latest" or (load and Path(load).parent.resolve() == self.folder.resolve())
+        taken = any((self.folder / name).exists() for name in _RUN_FILES) or epochs(self.folder)
+        if taken and not here and not self.settings.overwrite:
+            raise InputError(
+                f"-o {self.folder}: holds a run already; continue it with --load latest, "
+                "or replace it with --overwrite"
+            )
         if not load:
-            taken = [name for name in _RUN_FILES if (self.folder / name).exists()]
-            if (taken or epochs(self.folder)) and not self.settings.overwrite:
-                raise InputError(
-                    f"-o {self.folder}: holds a run already; continue it with --load latest, "
-                    "or replace it with --overwrite"
-                )
             return {}, {}
         if load == "latest":
             known = epochs(self.folder)

@@ -192,6 +192,9 @@ def test_run_folders_are_not_overwritten_by_accident(cli, files, tmp_path, refus
         "--load", tmp_path / "out/z.pkl", "-n", "3", says=["--load", "z.pkl", "not a checkpoint"]
     )
     refused("--load", "latest", says=["has 1 epochs already"])
+    other = tmp_path / "weights.1.pkl"  # of another run: must not take this one's place
+    other.write_bytes((tmp_path / "out/weights.1.pkl").read_bytes())
+    refused("--load", other, "-n", "3", says=["-o", "holds a run already"])
     refused("--load", "latest", "--overwrite", says="exclude each other")
     refused("--load", "latest", "-n", "3", says=["weights of another model"])
     refused("--load", "latest", "-n", "3", "--encoder", "vlt", says="--encoder resid, not vlt")

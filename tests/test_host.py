@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from helpers import read_pickles, run_host
 
 
@@ -29,8 +30,6 @@ def runs(stack, tmp_path_factory, plugins):
 def test_volumes_are_those_of_our_decoder(runs, encoder, tmp_path):
     from cryodrgn.mrcfile import parse_mrc
 
-    from cryodrgn_amort import host
-
     trainer = runs[encoder]
     z = trainer.encode()[0]
     np.savetxt(tmp_path / "z.txt", z[:2])
@@ -41,10 +40,23 @@ def test_volumes_are_those_of_our_decoder(runs, encoder, tmp_path):
     found = sorted((tmp_path / "vols").glob("*.mrc"))
     assert len(found) == 2
     p = trainer.particles
-    for path, latent in zip(found, z[:2], strict=True):
-        ours = host.eval_volume(trainer.model.eval().decoder, p.lattice, p.norm, latent)
+    ours = trainer.model.eval().decode_volumes(torch.from_numpy(z[:2]), p.norm)
+    for path, volume in zip(found, ours, strict=True):
         theirs = parse_mrc(str(path))[0]
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+        np.testing.assert_allclose(volume, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("pe_type", ["gaussian", "geom_lowf", "linear_lowf"])
+@pytest.mark.parametrize("domain", ["fourier", "hartley"])
+def test_volumes_equal_the_hosts_for_every_decoder(train, flags, domain, pe_type):
+    from cryodrgn_amort import host
+
+    trainer = train(flags, encoder="vlt", num_epochs=1, domain=domain, pe_type=pe_type)
+    model, p = trainer.model.eval(), trainer.particles
+    z = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    for ours, latent in zip(model.decode_volumes(z, p.norm), z.numpy(), strict=True):
+        theirs = host.eval_volume(model.decoder, p.lattice, p.norm, latent)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
 def test_eval_images_agrees_for_a_network_and_refuses_a_table(runs, stack, tmp_path):
@@ -89,3 +101,24 @@ def test_training_ends_with_the_hosts_analysis(stack, tmp_path, cli):
     )  # fmt: skip
     assert code == 0, err
     assert (tmp_path / "run/analyze.3").is_dir()
+
+
+def test_a_stock_run_is_measured_like_ours(stack, tmp_path, train, flags, plugins):
+    """The same training by the host and by us: the same measures."""
+    from cryodrgn_amort.evaluation import EvalOptions, evaluate
+    from cryodrgn_amort.runs import load_run
+
+    run_host(
+        "train_vae", stack.particles, "--poses", stack.poses, "--ctf", stack.ctf, "--zdim", "3",
+        "-o", tmp_path / "stock", "-n", "2", "--enc-dim", "16", "--dec-dim", "16", "--lr", "1e-3",
+        "--dec-layers", "1", "--seed", "3", "--no-analysis",
+    )  # fmt: skip
+    ours = train(flags, qdim=16).folder
+    options = EvalOptions(bootstrap=0, umap=False, volumes=4, labelled=2)
+    a, b = (evaluate(load_run(f, plugins), options) for f in (tmp_path / "stock", ours))
+    assert len(a.results) == 4
+    for one, two in zip(a.results, b.results, strict=True):
+        assert one.key == two.key
+        for name, measure in one.measures.items():
+            assert measure.value == pytest.approx(two.measures[name].value, rel=1e-3, abs=1e-4)
+    np.testing.assert_allclose(a.z, read_pickles(tmp_path / "stock/z.pkl", 2)[0], atol=1e-5)
