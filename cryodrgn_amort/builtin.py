@@ -19,6 +19,7 @@ _COMMANDS = {
     "simulate_amort": "simulate particles with known heterogeneity",
     "train_amort": "train with any encoder: network, lookup table, evil twin, noise, plugins'",
     "eval_amort": "measure how far a run's encoder can be trusted",
+    "compare_amort": "compare finished runs of the same particles",
     "amort_plugins": "list the loaded plugins and what they bring",
 }
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cryodrgn_amort.metrics import Measure
     from cryodrgn_amort.results import Evaluation, TransformResult
 
@@ -100,6 +102,25 @@ DEFINITIONS = {
         "Share of particles whose class is that of most of their 15 nearest neighbours. Null: "
         "guessing by class size.",
     ),
+    "knn_overlap": Definition(
+        "Neighbour overlap",
+        "Share of a particle's 15 nearest neighbours in one run that are so in the other; mean.",
+    ),
+    "linear_cka": Definition(
+        "Linear CKA", "Alignment of the two sets of latents up to rotation and scale."
+    ),
+    "procrustes_disparity": Definition(
+        "Procrustes disparity",
+        "Squared distance of the two sets after the best translation, rotation and scaling.",
+    ),
+    "kmeans_ari": Definition(
+        "k-means ARI", "Adjusted Rand index of the two runs' k-means clusters."
+    ),
+    "volume_fsc": Definition(
+        "Volume FSC",
+        "Mean Fourier shell correlation of the volumes that the two runs decode for the same "
+        "particle. Null: for two particles.",
+    ),
     "coordinate_r2": Definition(
         "Coordinate R²",
         "Share of the coordinate's variance that the mean of the 15 nearest neighbours explains.",
@@ -161,6 +182,21 @@ def number(value: float | None) -> str:
         return str(int(value)).replace("-", "−")
     text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return text.replace("-", "−")
+
+
+def text_row(m: Measure) -> tuple[str, ...]:
+    """Write name, value, interval, null and ideal of a measure in plain ASCII."""
+    interval = "-" if m.low is None else f"{number(m.low)} to {number(m.high)}"
+    cells = (m.name, number(m.value), interval, number(m.null), number(m.ideal))
+    return tuple(c.replace("–", "-").replace("−", "-") for c in cells)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Align the columns of a table of plain text."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def verdict(evaluation: Evaluation) -> Verdict:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 
 if TYPE_CHECKING:
@@ -22,11 +24,15 @@ __all__ = [
     "displacement",
     "displacement_sigma",
     "fsc",
+    "kmeans_ari",
     "knn_labels",
+    "knn_overlap",
     "label_agreement",
     "latent_correlation",
+    "linear_cka",
     "loss_fraction",
     "measure",
+    "procrustes_disparity",
     "retrieval_rank",
     "volume_change",
 ]
@@ -218,3 +224,44 @@ def fsc(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     power = per_shell(np.abs(fa) ** 2) * per_shell(np.abs(fb) ** 2)
     curve: np.ndarray = np.divide(cross, np.sqrt(power), out=np.zeros_like(cross), where=power > 0)
     return curve
+
+
+def knn_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Share of each particle's 15 nearest neighbours in `a` that are so in `b`: `(N,)`.
+
+    `a` and `b` are latents of the same particles, of any dimensions. Null k / N, ideal 1.
+    """
+    first, second = _neighbours(a, None), _neighbours(b, None)
+    shared = (first[:, :, None] == second[:, None, :]).any(2)
+    overlap: np.ndarray = shared.mean(1)
+    return overlap
+
+
+def linear_cka(a: np.ndarray, b: np.ndarray) -> float:
+    """Linear centred kernel alignment of two sets of latents. Null about 0, ideal 1.
+
+    Kornblith et al., arXiv 1905.00414, equation 3 with linear kernels.
+    """
+    a, b = a - a.mean(0), b - b.mean(0)
+    size = np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b)
+    return float(np.linalg.norm(a.T @ b) ** 2 / size) if size > 0 else 0.0
+
+
+def procrustes_disparity(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared distance left after the best translation, scaling and rotation. Null 1, ideal 0.
+
+    The set of fewer dimensions is padded with zeros; both are scaled to unit size.
+    """
+    a, b = a - a.mean(0), b - b.mean(0)
+    norms = np.linalg.norm(a), np.linalg.norm(b)
+    if min(norms) == 0:
+        return 1.0
+    # with sets of unit size the optimum is 1 - (sum of singular values)^2; padding changes nothing
+    singular = np.linalg.svd((a / norms[0]).T @ (b / norms[1]), compute_uv=False)
+    return float(1 - singular.sum() ** 2)
+
+
+def kmeans_ari(a: np.ndarray, b: np.ndarray, k: int, seed: int = 0) -> float:
+    """Adjusted Rand index of k-means clusters of two sets of latents. Null 0, ideal 1."""
+    clusters = (KMeans(k, n_init=4, random_state=seed).fit_predict(z) for z in (a, b))
+    return float(adjusted_rand_score(*clusters))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from cryodrgn_amort.encoders import Encoder
-    from cryodrgn_amort.particles import Batch, Particles
+    from cryodrgn_amort.particles import Batch
 
 __all__ = ["TOKEN_ENCODER", "AmortVAE", "build_model"]
 
@@ -137,13 +137,12 @@ class AmortVAE(host.HetOnlyVAE):  # type: ignore[misc]
 
 
 def build_model(
-    model_args: Mapping[str, Any], particles: Particles, amort: Encoder | None
+    model_args: Mapping[str, Any], lattice: host.Lattice, amort: Encoder | None
 ) -> AmortVAE:
     """Build a model from the ``model_args`` of a config.yaml, as the host would.
 
-    Encoder before decoder, so that the random draws are the host's.
+    Encoder before decoder, so that the random draws are the host's. It is put where the lattice is.
     """
-    lattice = particles.lattice
     radius = model_args["enc_mask"]
     if radius != -1 and not 0 < radius <= lattice.D // 2:
         raise InputError(f"--enc-mask {radius}: must be -1 or between 1 and {lattice.D // 2}")
@@ -166,5 +165,5 @@ def build_model(
         activation=_ACTIVATION[model_args["activation"]],
         feat_sigma=model_args["feat_sigma"],
     )
-    model.to(particles.device)
+    model.to(lattice.device)
     return model

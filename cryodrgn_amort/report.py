@@ -28,6 +28,8 @@ from cryodrgn_amort.definitions import (
     VERDICT_RULE,
     Definition,
     number,
+    text_row,
+    text_table,
     verdict,
 )
 from cryodrgn_amort.errors import InputError
@@ -152,22 +154,14 @@ def summary(evaluation: Evaluation) -> str:
     lines = [f"{run.name}, epoch {run.epoch}, --encoder {run.settings.encoder}, "
              f"{len(evaluation.z)} particles"]  # fmt: skip
     head = ("transform", "mode", "measure", "value", "95 % interval", "null", "ideal")
-    rows = [("", "", *_text_row(m)) for m in evaluation.measures.values()]
+    rows = [("", "", *text_row(m)) for m in evaluation.measures.values()]
     for result in evaluation.results:
         shown = [result.measures[name] for name in _MAIN if name in result.measures]
-        rows += [(result.name, result.mode, *_text_row(m)) for m in shown]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        lines.append("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+        rows += [(result.name, result.mode, *text_row(m)) for m in shown]
+    lines.append(text_table([head, *rows]))
     if not evaluation.applicable:
         lines.append(evaluation.reason)
     return "\n".join(lines)
-
-
-def _text_row(m: Measure) -> tuple[str, ...]:
-    interval = "-" if m.low is None else f"{number(m.low)} to {number(m.high)}"
-    cells = (m.name, number(m.value), interval, number(m.null), number(m.ideal))
-    return tuple(c.replace("–", "-").replace("−", "-") for c in cells)
 
 
 @contextlib.contextmanager

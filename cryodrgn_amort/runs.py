@@ -6,11 +6,19 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import yaml
 
 from cryodrgn_amort import host
-from cryodrgn_amort.checkpoints import epochs, read_weights, read_z, replacing
+from cryodrgn_amort.checkpoints import (
+    epochs,
+    read_pickle,
+    read_weights,
+    read_z,
+    replacing,
+    to_array,
+)
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.model import TOKEN_ENCODER, AmortVAE, build_model
 from cryodrgn_amort.particles import Particles, ParticleSource, load_particles
@@ -19,9 +27,7 @@ from cryodrgn_amort.settings import TrainSettings
 if TYPE_CHECKING:
     import os
 
-    import numpy as np
-
-    from cryodrgn_amort.encoders import EncoderSpec
+    from cryodrgn_amort.encoders import Encoder, EncoderSpec
     from cryodrgn_amort.inputs import EncoderInput
     from cryodrgn_amort.plugins import Plugins
 
@@ -83,23 +89,32 @@ def write_config(
         temporary.write_text(yaml.safe_dump(config))
 
 
+def _vae_args(args: dict[str, Any]) -> dict[str, Any]:
+    """Return the ``model_args`` of a train_vae run, also for those of train_dec."""
+    if "encode_mode" in args:
+        return args
+    return {**args, **TOKEN_ENCODER, "players": args["layers"], "pdim": args["dim"]}
+
+
 def _settings_of(config: dict[str, Any], folder: Path) -> TrainSettings:
     known = {f.name for f in fields(TrainSettings)}
     if OWN_KEY in config:
         values = {k: v for k, v in config[OWN_KEY]["settings"].items() if k in known}
-    else:  # a run of the host's train_vae
-        together = {**config["dataset_args"], **config["model_args"]}
+    else:  # a run of the host's
+        together = {**config["dataset_args"], **_vae_args(config["model_args"])}
         values = {k: v for k, v in together.items() if k in known}
-        values.update(encoder=config["model_args"]["encode_mode"], seed=config.get("seed", 0))
+        mode = config["model_args"].get("encode_mode")
+        values.update(encoder=mode or "vlt", seed=config.get("seed", 0))
+        if mode is None:
+            values.update(encode_mode="resid")
     values.update(outdir=str(folder), load=None, overwrite=False)
     values["norm"] = tuple(config["dataset_args"]["norm"])
-    values["beta"] = values.get("beta")
     return TrainSettings(**values)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished or growing run, of ours or of ``cryodrgn train_vae``, at one epoch.
+    """A finished or growing run, of ours or of the host's train_vae or train_dec, at one epoch.
 
     Attributes
     ----------
@@ -123,11 +138,27 @@ class Run:
         """The folder's name."""
         return self.folder.resolve().name
 
-    def z(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the saved means and log variances, each `(N, zdim)`."""
-        return read_z(self.folder / f"z.{self.epoch}.pkl", "RUN")
+    @property
+    def device(self) -> torch.device:
+        """Where models and particles are put."""
+        return default_device()
 
-    def particles(self, device: torch.device | None = None, **moved: str | None) -> Particles:
+    @property
+    def autodecoder(self) -> bool:
+        """Whether it is of ``train_dec``: latents without a posterior, a decoder by itself."""
+        return "encode_mode" not in self.config["model_args"]
+
+    def z(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the saved means and log variances, each `(N, zdim)`; NaN where it has none."""
+        path = self.folder / f"z.{self.epoch}.pkl"
+        if not self.autodecoder:
+            return read_z(path, "RUN")
+        mean = to_array(read_pickle(path, "RUN"), f"RUN {path}")
+        if mean.ndim != 2 or mean.dtype.kind != "f" or not np.isfinite(mean).all():
+            raise InputError(f"RUN {path}: not a z file (an array, N x zdim)")
+        return mean, np.full_like(mean, np.nan)
+
+    def particles(self, **moved: str | None) -> Particles:
         """Open the particles that it was trained on.
 
         Parameters
@@ -137,23 +168,17 @@ class Run:
         """
         given = {name: path for name, path in moved.items() if path is not None}
         source = replace(source_of(self.settings), **given, lazy=True)  # type: ignore[arg-type]
-        return load_particles(source, device or default_device())
+        return load_particles(source, self.device)
 
     def load(self, particles: Particles) -> tuple[AmortVAE, EncoderInput | None]:
         """Load the model, and what its encoder was shown in training.
 
         A table is not loaded: its latents are those of ``z()``, and the model only decodes.
         """
-        path = self.folder / f"weights.{self.epoch}.pkl"
-        checkpoint = read_weights(path, "RUN")
-        own = checkpoint.get(OWN_KEY, {})
         amort = None
         if self.encoder.build is not None and self.encoder.shown_images:
             amort = self.encoder.build(self.settings, particles)
-        model = build_model(self.config["model_args"], particles, amort)
-        own_state = {} if amort is None else own["encoder_state_dict"]
-        model.restore(checkpoint["model_state_dict"], own_state, f"RUN {path}")
-        model.eval()
+        model, own = self._model(particles.lattice, amort)
         _, input_spec = self.settings.resolve(self.plugins)
         if input_spec is None:
             return model, None
@@ -161,9 +186,32 @@ class Run:
         shown.load_state_dict(own.get("input_state", {}))
         return model, shown
 
+    def load_decoder(self) -> tuple[AmortVAE, tuple[float, float]]:
+        """Load a model that decodes, and the normalisation of its images; needs no particles."""
+        args = self.config["lattice_args"]
+        lattice = host.Lattice(args["D"], extent=args["extent"], device=self.device)
+        offset, scale = self.config["dataset_args"]["norm"]
+        return self._model(lattice, None)[0], (float(offset), float(scale))
+
+    def _model(
+        self, lattice: host.Lattice, amort: Encoder | None
+    ) -> tuple[AmortVAE, dict[str, Any]]:
+        """Load the model in evaluation mode; also returns our part of the checkpoint."""
+        path = self.folder / f"weights.{self.epoch}.pkl"
+        checkpoint = read_weights(path, "RUN")
+        own = checkpoint.get(OWN_KEY, {})
+        model = build_model(_vae_args(self.config["model_args"]), lattice, amort)
+        state = checkpoint["model_state_dict"]
+        if self.autodecoder:
+            token = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
+            state = {**token, **{f"decoder.{name}": value for name, value in state.items()}}
+        model.restore(state, own["encoder_state_dict"] if amort is not None else {}, f"RUN {path}")
+        model.eval()
+        return model, own
+
 
 def load_run(folder: str | os.PathLike[str], plugins: Plugins, epoch: int | None = None) -> Run:
-    """Open a run folder of ``train_amort`` or ``train_vae``.
+    """Open a run folder of ``train_amort``, ``train_vae`` or ``train_dec``.
 
     Parameters
     ----------
@@ -181,15 +229,11 @@ def load_run(folder: str | os.PathLike[str], plugins: Plugins, epoch: int | None
         raise InputError(f"RUN {folder}: not a run folder (it has no config.yaml)")
     try:
         config = yaml.safe_load(config_path.read_text())
-        settings = None
-        if "encode_mode" in config["model_args"]:
-            settings = _settings_of(config, path)
+        settings = _settings_of(config, path)
     except InputError:
         raise
     except Exception as err:
         raise InputError(f"RUN {config_path}: damaged ({type(err).__name__}: {err})") from None
-    if settings is None:
-        raise InputError(f"RUN {folder}: runs of train_dec and abinit are not supported yet")
     known = epochs(path)
     if not known:
         raise InputError(f"RUN {folder}: no epoch has both weights and z yet")

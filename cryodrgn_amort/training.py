@@ -78,7 +78,7 @@ class Trainer:
 
         torch.manual_seed(settings.seed)
         args = model_args(settings, self.encoder_spec, self.particles.D)
-        self.model = build_model(args, self.particles, amort)
+        self.model = build_model(args, self.particles.lattice, amort)
         self.optimizer = torch.optim.Adam(
             self.model.trained_parameters(), lr=settings.lr, weight_decay=settings.wd
         )

@@ -35,7 +35,9 @@ def input_named(name):
 
 def test_what_ships_in_the_box(plugins):
     names = {kind: set(plugins.owned(kind)) for kind in KINDS}
-    assert names["commands"] == {"simulate_amort", "train_amort", "eval_amort", "amort_plugins"}
+    assert names["commands"] == {
+        "simulate_amort", "train_amort", "eval_amort", "compare_amort", "amort_plugins",
+    }  # fmt: skip
     assert names["encoders"] == {"resid", "mlp", "vlt"}
     assert names["encoder_inputs"] == {"particle", "twin", "noise"}
     assert names["transforms"] == {"roll", "rotate"}

@@ -16,7 +16,7 @@ import pytest
 from cryodrgn_amort import cli
 
 ROOT = Path(__file__).parents[1]
-OURS = ("simulate_amort", "train_amort", "eval_amort", "amort_plugins")
+OURS = ("simulate_amort", "train_amort", "eval_amort", "compare_amort", "amort_plugins")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ LAYERS = [  # each may import from those below it
     {"plugins"},
     {"builtin"},
     {"hookspecs", "recipes"},
-    {"training", "report"},
+    {"training", "report", "compare"},
     {"figures", "definitions"},
     {"evaluation", "simulate"},
     {"results"},

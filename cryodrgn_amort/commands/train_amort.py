@@ -30,6 +30,7 @@ from cryodrgn_amort.plugins import load_plugins
 def add_args(parser: argparse.ArgumentParser) -> None:
     """Add every flag of ``train_vae``, then ours; a flag that is not given leaves no trace."""
     from cryodrgn_amort import host
+    from cryodrgn_amort.settings import REFUSED
 
     host.add_train_vae_args(parser)
     for action in parser._actions:
@@ -37,6 +38,8 @@ def add_args(parser: argparse.ArgumentParser) -> None:
             continue
         if action.help:  # the defaults are about to go
             action.help = action.help.replace("%(default)s", str(action.default))
+        if action.dest in REFUSED:
+            action.help = f"Refused: {REFUSED[action.dest]}"
         action.default = argparse.SUPPRESS
         if action.dest == "zdim":
             action.required = False  # a recipe may set it

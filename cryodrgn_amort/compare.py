@@ -1,0 +1,185 @@
+"""Do runs of the same particles agree? Pair by pair, next to what a change of seed alone does."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from cryodrgn_amort import metrics
+from cryodrgn_amort.checkpoints import replacing
+from cryodrgn_amort.definitions import text_row, text_table
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.metrics import Measure, measure
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from cryodrgn_amort.runs import Run
+
+__all__ = ["CompareOptions", "Comparison", "compare", "summary", "write"]
+
+_NOT_CONFIGURATION = {
+    "seed", "shuffle_seed", "outdir", "load", "overwrite", "do_analysis", "checkpoint",
+    "log_interval", "verbose", "lazy", "num_workers", "max_threads", "recipe", "particles",
+    "poses", "ctf", "ind", "datadir", "norm",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What ``compare_amort`` is asked to do.
+
+    Attributes
+    ----------
+    volumes
+        Number of particles whose decoded volumes are compared; 0: none.
+    clusters
+        k of the k-means.
+    """
+
+    volumes: int = 20
+    clusters: int = 10
+    bootstrap: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("volumes", 0), ("clusters", 2), ("bootstrap", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Agreement of two runs.
+
+    Attributes
+    ----------
+    first, second
+        Their folders.
+    only_seed
+        Whether they differ in nothing but the seed: the figure to hold the others against.
+    measures
+        By name.
+    """
+
+    first: str
+    second: str
+    only_seed: bool
+    measures: dict[str, Measure]
+
+
+def compare(runs: Sequence[Run], options: CompareOptions) -> list[Comparison]:
+    """Measure the agreement of every pair of runs.
+
+    Raises
+    ------
+    InputError
+        If there are fewer than two runs, or they are not of the same particles.
+    """
+    if len(runs) < 2:
+        raise InputError("RUN: at least two runs are needed")
+    latents = [run.z()[0] for run in runs]
+    n = len(latents[0])
+    for run, z in zip(runs[1:], latents[1:], strict=True):
+        if len(z) != n:
+            raise InputError(
+                f"RUN {run.folder}: has {len(z)} particles, {runs[0].folder} has {n}; runs of the "
+                "same particles are needed"
+            )
+    if options.clusters > n:
+        raise InputError(f"--clusters {options.clusters}: there are only {n} particles")
+    sample = np.random.default_rng(options.seed).permutation(n)[: options.volumes]
+    volumes = [_volumes(run, z[sample]) for run, z in zip(runs, latents, strict=True)]
+    found = []
+    for i, j in combinations(range(len(runs)), 2):
+        measures = _latent_measures(latents[i], latents[j], options)
+        if len(sample):
+            measures.append(_volume_measure(volumes[i], volumes[j], runs[i], runs[j], options))
+        found.append(
+            Comparison(
+                str(runs[i].folder),
+                str(runs[j].folder),
+                _configuration(runs[i]) == _configuration(runs[j]),
+                {m.name: m for m in measures},
+            )
+        )
+    return found
+
+
+def _volumes(run: Run, z: np.ndarray) -> np.ndarray:
+    """Decode volumes `(M, box, box, box)` at latents `(M, zdim)`."""
+    if not len(z):
+        return np.empty((0, 0, 0, 0), np.float32)
+    model, norm = run.load_decoder()
+    decoded = model.decode_volumes(torch.from_numpy(z).float().to(run.device), norm)
+    return np.stack([volume.numpy() for volume in decoded])
+
+
+def _latent_measures(a: np.ndarray, b: np.ndarray, options: CompareOptions) -> list[Measure]:
+    n, opts = len(a), {"rounds": options.bootstrap, "seed": options.seed}
+    k = min(metrics.K, n - 1)
+    ari = metrics.kmeans_ari(a, b, options.clusters, options.seed)
+    disparity = metrics.procrustes_disparity(a, b)
+    return [
+        measure("knn_overlap", np.mean, metrics.knn_overlap(a, b), null=k / n, ideal=1.0, **opts),  # type: ignore[arg-type]
+        measure("linear_cka", metrics.linear_cka, a, b, null=0.0, ideal=1.0, **opts),  # type: ignore[arg-type]
+        Measure("procrustes_disparity", disparity, None, None, 1.0, 0.0, n),
+        Measure("kmeans_ari", ari, None, None, 0.0, 1.0, n),
+    ]
+
+
+def _volume_measure(
+    a: np.ndarray, b: np.ndarray, first: Run, second: Run, options: CompareOptions
+) -> Measure:
+    if a.shape != b.shape:
+        raise InputError(
+            f"RUN {second.folder}: volumes of {b.shape[1]} px, those of {first.folder} have "
+            f"{a.shape[1]}; compare latents alone with --volumes 0"
+        )
+    areas = np.array([metrics.fsc(u, v)[1:].mean() for u, v in zip(a, b, strict=True)])
+    others = np.roll(b, 1, axis=0)
+    null = np.mean([metrics.fsc(u, v)[1:].mean() for u, v in zip(a, others, strict=True)])
+    return measure("volume_fsc", np.mean, areas, null=float(null), ideal=1.0,
+                   rounds=options.bootstrap, seed=options.seed)  # fmt: skip
+
+
+def _configuration(run: Run) -> dict[str, Any]:
+    settings = asdict(run.settings)
+    kept = {name: value for name, value in settings.items() if name not in _NOT_CONFIGURATION}
+    return {**kept, "epoch": run.epoch}
+
+
+def summary(found: Sequence[Comparison]) -> str:
+    """Return all pairs as a table of plain text; those that differ in the seed alone are marked."""
+    rows: list[tuple[str, ...]] = [
+        ("first", "second", "measure", "value", "95 % interval", "null", "ideal")
+    ]
+    for pair in found:
+        seed = " (other seed)" if pair.only_seed else ""
+        names = (Path(pair.first).name, Path(pair.second).name + seed)
+        rows += [(*names, *text_row(m)) for m in pair.measures.values()]
+    note = "" if any(pair.only_seed for pair in found) else (
+        "\nNo two runs differ in the seed alone: what counts as agreement here is not known."
+    )  # fmt: skip
+    return text_table(rows) + note
+
+
+def write(found: Sequence[Comparison], path: str | os.PathLike[str]) -> None:
+    """Write all pairs as JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    facts = [plain(asdict(pair)) for pair in found]
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")

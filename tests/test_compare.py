@@ -1,0 +1,126 @@
+"""Agreement of runs: the measures at null and ideal, and the command on runs of all kinds."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import run_host
+from scipy.spatial import procrustes
+from scipy.stats import ortho_group
+
+from cryodrgn_amort import metrics
+
+
+def latents(n=400, zdim=3, seed=0):
+    return np.random.default_rng(seed).standard_normal((n, zdim))
+
+
+def test_a_rotated_scaled_copy_agrees():
+    z = latents()
+    copy = 3.0 * z @ ortho_group.rvs(3, random_state=0) + 5
+    assert metrics.knn_overlap(z, copy).min() == 1
+    assert metrics.linear_cka(z, copy) == pytest.approx(1)
+    assert metrics.procrustes_disparity(z, copy) == pytest.approx(0, abs=1e-9)
+    assert metrics.kmeans_ari(z, z, 5) == 1
+
+
+def test_unrelated_latents_do_not():
+    z, other = latents(2000), latents(2000, seed=1)
+    assert metrics.knn_overlap(z, other).mean() == pytest.approx(15 / 2000, abs=0.003)
+    assert metrics.linear_cka(z, other) < 0.01
+    assert metrics.procrustes_disparity(z, other) > 0.95
+    assert abs(metrics.kmeans_ari(z, other, 5)) < 0.02
+
+
+def test_overlap_is_the_naive_one_and_dimensions_may_differ():
+    z, other = latents(60), latents(60, zdim=2, seed=1)
+
+    def nearest(points, i):
+        order = np.argsort(np.linalg.norm(points - points[i], axis=1))
+        return set(order[order != i][:15])
+
+    naive = [len(nearest(z, i) & nearest(other, i)) / 15 for i in range(60)]
+    np.testing.assert_allclose(metrics.knn_overlap(z, other), naive)
+    padded = np.c_[other, np.zeros(60)]
+    assert metrics.procrustes_disparity(z, other) == pytest.approx(procrustes(z, padded)[2])
+    assert metrics.procrustes_disparity(z, np.zeros((60, 2))) == 1
+
+
+@pytest.fixture(scope="module")
+def folders(stack, tmp_path_factory, plugins):
+    from cryodrgn_amort.settings import settings_from_flags
+    from cryodrgn_amort.training import Trainer
+
+    out = tmp_path_factory.mktemp("runs")
+    common = {
+        "particles": stack.particles, "poses": stack.poses, "ctf": stack.ctf, "zdim": 3,
+        "pdim": 16, "players": 1, "num_epochs": 1, "do_analysis": False,
+    }  # fmt: skip
+    for name, more in {
+        "a": {"seed": 0, "qdim": 16},
+        "b": {"seed": 1, "qdim": 16},
+        "vlt": {"seed": 0, "encoder": "vlt"},
+    }.items():
+        flags = {**common, **more, "outdir": str(out / name)}
+        Trainer(settings_from_flags(flags, plugins), plugins).fit()
+    run_host(
+        "train_dec", stack.particles, "--poses", stack.poses, "--ctf", stack.ctf, "--zdim", "3",
+        "-n", "1", "--dim", "16", "--layers", "1", "-o", out / "dec",
+    )  # fmt: skip
+    return out
+
+
+def test_the_command(folders, cli, tmp_path):
+    runs = [folders / name for name in ("a", "b", "vlt", "dec")]
+    out = tmp_path / "agreement.json"
+    code, shown, err = cli("compare_amort", *runs, "--volumes", "3", "-o", out)
+    assert code == 0, err
+    found = json.loads(out.read_text())
+    assert len(found) == 6
+    assert [pair["only_seed"] for pair in found] == [True] + [False] * 5
+    for pair in found:
+        values = {name: m["value"] for name, m in pair["measures"].items()}
+        assert set(values) == {
+            "knn_overlap", "linear_cka", "procrustes_disparity", "kmeans_ari", "volume_fsc",
+        }  # fmt: skip
+        assert 0 <= values["knn_overlap"] <= 1
+        assert -1 <= values["volume_fsc"] <= 1
+    assert "b (other seed)" in shown
+
+
+def test_a_run_agrees_with_itself(folders, cli):
+    code, shown, _ = cli("compare_amort", folders / "a", folders / "a", "--volumes", "2")
+    assert code == 0
+    rows = {line.split()[4]: line for line in shown.splitlines() if "other seed" in line}
+    assert " 1 " in rows["knn_overlap"]
+    assert " 1 " in rows["volume_fsc"]
+
+
+def test_mistakes_are_one_line(folders, cli, tmp_path, stack, train, flags):
+    few = train(flags, encoder="vlt", zdim=2, ind=_pickle(tmp_path / "ind.pkl", range(40))).folder
+    for argv, says in (
+        ([folders / "a"], "at least two runs"),
+        ([folders / "a", tmp_path / "gone"], "gone: not a run folder"),
+        ([folders / "a", few], "has 40 particles"),
+        ([folders / "a", folders / "b", "--clusters", "500"], "--clusters 500"),
+        ([folders / "a", folders / "b", "--epoch", "7"], "--epoch 7"),
+        ([folders / "a", folders / "b", "--volumes", "-1"], "--volumes -1"),
+    ):
+        code, _, err = cli("compare_amort", *argv, "-o", tmp_path / "out.json")
+        assert code == 2
+        assert err.count("\n") == 1
+        assert says in err
+    assert not (tmp_path / "out.json").exists()
+
+
+def _pickle(path, indices):
+    from helpers import write_pickle
+
+    return write_pickle(path, np.array(indices))
+
+
+def test_a_stock_autodecoder_is_not_applicable(folders, cli):
+    code, shown, err = cli("eval_amort", folders / "dec", "--no-umap", "--bootstrap", "0")
+    assert code == 0, err
+    assert "not applicable" in shown
+    assert (folders / "dec/amort.1/report.html").is_file()
