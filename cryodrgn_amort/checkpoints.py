@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
+    "OWN_KEY",
     "epochs",
     "latest_z",
     "read_pickle",
@@ -30,6 +32,11 @@ __all__ = [
     "write_pickle",
     "write_z",
 ]
+
+OWN_KEY = "amort"
+"""Our key in config.yaml and in checkpoints; the host ignores it."""
+OWN_PARTS = frozenset({"encoder", "encoder_state_dict", "input_state", "norm", "random"})
+"""What a checkpoint holds under ``OWN_KEY``."""
 
 _ARRAY_NAMES = {
     "numpy": {"ndarray", "dtype"},
@@ -119,16 +126,24 @@ def read_weights(path: str | os.PathLike[str], flag: str) -> dict[str, Any]:
         If the file is missing, damaged, or no checkpoint.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickles, which are refused below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{flag} {path}: no such file") from None
     except OSError as err:
         raise InputError(f"{flag} {path}: {err.strerror}") from None
     except Exception:  # torch raises many kinds for damaged or foreign files
         raise InputError(f"{flag} {path}: not a checkpoint (a weights.pkl is needed)") from None
-    if not isinstance(checkpoint, dict) or not {"epoch", "model_state_dict"} <= checkpoint.keys():
+    parts = checkpoint if isinstance(checkpoint, dict) else {}
+    if not (
+        isinstance(parts.get("epoch"), int) and isinstance(parts.get("model_state_dict"), dict)
+    ):
         raise InputError(f"{flag} {path}: not a checkpoint (a weights.pkl is needed)")
-    return checkpoint
+    own = parts.get(OWN_KEY, {})
+    if not isinstance(own, dict) or (own and not own.keys() >= OWN_PARTS):
+        raise InputError(f"{flag} {path}: a damaged checkpoint (its part {OWN_KEY!r})")
+    return parts
 
 
 @contextlib.contextmanager

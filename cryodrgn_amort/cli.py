@@ -62,7 +62,7 @@ def _usable() -> dict[str, types.ModuleType]:
     for name, spec in load_plugins().commands().items():
         try:
             usable[name] = _load(spec)
-        except Exception as err:
+        except (Exception, SystemExit) as err:
             warn(f"`{name}` is not available ({type(err).__name__}: {err})")
     return usable
 
@@ -82,7 +82,7 @@ def join_host(command_line: Any) -> None:
         if os.path.basename(cmd_dir) == "commands":
             try:
                 ours = _usable()
-            except Exception as err:
+            except (Exception, SystemExit) as err:
                 warn(f"subcommands not added ({type(err).__name__}: {err})")
                 ours = {}
             for name, module in ours.items():

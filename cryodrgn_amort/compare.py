@@ -14,7 +14,7 @@ import torch
 
 from cryodrgn_amort import metrics
 from cryodrgn_amort.checkpoints import replacing
-from cryodrgn_amort.definitions import text_row, text_table
+from cryodrgn_amort.definitions import DEFINITIONS, text_row, text_table
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.metrics import Measure, measure
 
@@ -180,6 +180,10 @@ def write(found: Sequence[Comparison], path: str | os.PathLike[str]) -> None:
             return {key: plain(item) for key, item in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    facts = [plain(asdict(pair)) for pair in found]
+    names = dict.fromkeys(name for pair in found for name in pair.measures)
+    facts = {
+        "definitions": {name: asdict(DEFINITIONS[name]) for name in names},
+        "pairs": [plain(asdict(pair)) for pair in found],
+    }
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["EvalOptions", "evaluate"]
 
 _UMAP_MOST = 20_000
+_MOST_CLASSES = 500
 _ACTIVE_VARIANCE = 0.01
 
 
@@ -45,6 +46,8 @@ def evaluate(run: Run, options: EvalOptions) -> Evaluation:
     """
     moved = {n: getattr(options, n) for n in ("particles", "poses", "ctf", "ind", "datadir")}
     particles = run.particles(**moved)
+    if particles.n < 2:
+        raise InputError(f"RUN {run.folder}: one particle alone has none to be compared with")
     names = dict.fromkeys(options.transforms)  # each once, in order
     transforms = [(name, _build(run, name, particles)) for name in names]
     labels = _per_particle(options.labels, "--labels", particles)
@@ -53,6 +56,11 @@ def evaluate(run: Run, options: EvalOptions) -> Evaluation:
     if labels is not None:
         found, labels = np.unique(labels, return_inverse=True)
         labels, label_names = labels.ravel(), tuple(map(str, found))
+        if len(found) > _MOST_CLASSES:
+            raise InputError(
+                f"--labels {options.labels}: {len(found)} different values are no classes; is it "
+                "for --coordinate?"
+            )
     model, shown = run.load(particles)
     evaluator = _Evaluator(run, options, particles, model, shown, labels)
     z, logvar = run.z()

@@ -164,7 +164,7 @@ def knn_labels(z: np.ndarray, labels: np.ndarray, query: np.ndarray | None = Non
     ``query`` None: each particle's own, leave-one-out.
     """
     votes = labels[_neighbours(z, query)]
-    counts = (votes[:, :, None] == np.arange(labels.max() + 1)).sum(1)
+    counts = np.stack([(votes == label).sum(1) for label in range(labels.max() + 1)], 1)
     winners: np.ndarray = counts.argmax(1)
     return winners
 

@@ -238,7 +238,8 @@ class Particles:
         try:
             raw: Tensor = self.images.src.images(rows.numpy())
         except Exception as err:  # truncated or vanished files: whatever the host's reader raises
-            raise InputError(f"PARTICLES: images cannot be read ({err})") from err
+            files = ", ".join(sorted(set(self.images.src.filenames[rows.numpy()].tolist()))[:3])
+            raise InputError(f"PARTICLES {files}: images cannot be read ({err})") from err
         return raw
 
     def hartley(self, raw: Tensor) -> Tensor:
@@ -370,15 +371,21 @@ def load_particles(source: ParticleSource, device: torch.device | str = "cpu") -
     if not source.particles.endswith(_EXTENSIONS):
         raise InputError(f"{what}: not one of {', '.join(_EXTENSIONS)}")
     if not os.path.isfile(source.particles):
-        raise InputError(f"{what}: no such file")
+        raise InputError(f"{what}: no such file (a folder does not count)")
     try:
         with host.quiet():
             stack = host.ImageSource.from_file(
                 source.particles, lazy=True, datadir=source.datadir or ""
             )
             n, box = stack.n, stack.D
+            stack.images([n - 1])  # a truncated stack ends before its last image
     except Exception as err:  # whatever the host's readers raise
         raise InputError(f"{what}: cannot be read ({type(err).__name__}: {err})") from err
+    if np.issubdtype(np.dtype(stack.dtype), np.integer):
+        raise InputError(
+            f"{what}: stored as {np.dtype(stack.dtype).name}, which the host cannot train on; "
+            "convert it to float32"
+        )
     if box % 2:
         raise InputError(f"{what}: the box of {box} pixels is odd; the host needs an even one")
     ind = _load_ind(source.ind, n) if source.ind else None

@@ -15,6 +15,7 @@ from cryodrgn_amort import builtin, hookspecs
 from cryodrgn_amort.errors import InputError
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Mapping
 
     from cryodrgn_amort.encoders import EncoderSpec
@@ -87,7 +88,7 @@ class Plugins:
                 plugin = plugin.load()
             self._manager.register(plugin, name=name)
             self._manager.check_pending()  # refuses hooks that do not exist
-        except Exception as err:
+        except (Exception, SystemExit) as err:
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
             warn(f"plugin {name!r} left out ({type(err).__name__}: {err})")
@@ -122,7 +123,10 @@ class Plugins:
             owner = impl.plugin_name
             try:
                 items = list(impl.function())
-            except Exception as err:
+                for item in items:
+                    if not (isinstance(item.name, str) and isinstance(item.summary, str)):
+                        raise TypeError(f"name and summary must be strings, not {item.name!r}")
+            except (Exception, SystemExit) as err:
                 warn(f"plugin {owner!r}: {kind} left out ({type(err).__name__}: {err})")
                 continue
             for item in items:
@@ -164,6 +168,15 @@ class Plugins:
         """Return the transform of that name."""
         spec: TransformSpec = self._get("transforms", name, "--transform")
         return spec
+
+    def add_train_args(self, parser: argparse.ArgumentParser) -> None:
+        """Let every plugin add its flags to ``train_amort``; one that fails is left out."""
+        for impl in self.hook.train_args.get_hookimpls():
+            try:
+                impl.function(parser)
+            except (Exception, SystemExit) as err:
+                why = f"{type(err).__name__}: {err}"
+                warn(f"plugin {impl.plugin_name!r}: train_args left out ({why})")
 
     def commands(self) -> dict[str, CommandSpec]:
         """All subcommands by name."""

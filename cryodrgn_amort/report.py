@@ -114,6 +114,8 @@ def check_outdir(outdir: str | os.PathLike[str]) -> Path:
         raise InputError(f"-o {outdir}: {there} is not a folder")
     if not os.access(there, os.W_OK):
         raise InputError(f"-o {outdir}: no permission to write to {there}")
+    if (out / "report.html").is_file() and "report.html" not in _earlier_files(out):
+        raise InputError(f"-o {outdir}: holds a report.html that is not of eval_amort")
     return out
 
 
@@ -166,23 +168,25 @@ def summary(evaluation: Evaluation) -> str:
 
 @contextlib.contextmanager
 def _staging(out: Path) -> Iterator[Path]:
-    """Make a folder beside ``out``, named with a dot, that is gone afterwards."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = out.absolute().parent / f".{out.absolute().name}.{os.getpid()}.tmp"
+    """Make a folder within ``out``, named with a dot, that is gone afterwards."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    staging = out / f".amort.{os.getpid()}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if made and not any(out.iterdir()):
+            out.rmdir()
 
 
 def _move(staging: Path, out: Path, files: Sequence[str]) -> None:
     blocked = [name for name in files if (out / name).is_dir()]
     if blocked:
         raise InputError(f"-o {out}: a folder {blocked[0]} is in the way")
-    stale = set(_earlier_files(out)) - set(files)
-    out.mkdir(exist_ok=True)
+    stale = {name for name in _earlier_files(out) if _OURS.fullmatch(name)} - set(files)
     for name in files:
         os.replace(staging / name, out / name)
     for name in stale:
@@ -192,7 +196,7 @@ def _move(staging: Path, out: Path, files: Sequence[str]) -> None:
 def _earlier_files(out: Path) -> list[str]:
     try:
         listed = json.loads((out / "amortization.json").read_text(encoding="utf-8"))["files"]
-        return [n for n in listed if _OURS.fullmatch(n) and os.path.basename(n) == n]
+        return [name for name in listed if os.path.basename(name) == name]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -390,11 +394,14 @@ def _table_of_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
     facts = _facts(evaluation)
     run, options = facts["run"], evaluation.options
     shown = run["encoder_input"] or "nothing (its latents are a table)"
+    settings = evaluation.run.settings
+    particles = options.particles or settings.particles
+    known = options.ctf or settings.ctf
+    apix = f"{evaluation.apix:g} Å/px" if known else "pixel size unknown (no CTF)"
     rows = [
         ("Run", f"{run['name']}, epoch {run['epoch']}"),
         ("Encoder", f"{run['encoder']} ({evaluation.run.encoder.summary}); it is shown: {shown}"),
-        ("Particles", f"{run['n']} from {evaluation.run.settings.particles}, box {run['box_px']} "
-                      f"px, {evaluation.apix:g} Å/px"),
+        ("Particles", f"{run['n']} from {particles}, box {run['box_px']} px, {apix}"),
         ("Latent dimensions", str(run["zdim"])),
         ("Sample sizes", f"reconstruction losses {options.sample}, volumes {options.volumes}, at "
                          "most; all other measures use every particle"),

@@ -12,6 +12,7 @@ import yaml
 
 from cryodrgn_amort import host
 from cryodrgn_amort.checkpoints import (
+    OWN_KEY,
     epochs,
     read_pickle,
     read_weights,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from cryodrgn_amort.plugins import Plugins
 
 __all__ = [
-    "OWN_KEY",
     "Run",
     "default_device",
     "load_run",
@@ -40,9 +40,6 @@ __all__ = [
     "source_of",
     "write_config",
 ]
-
-OWN_KEY = "amort"
-"""Our key in config.yaml and in checkpoints; the host ignores it."""
 
 
 def default_device() -> torch.device:
@@ -55,13 +52,15 @@ def source_of(settings: TrainSettings) -> ParticleSource:
     return ParticleSource(**{f.name: getattr(settings, f.name) for f in fields(ParticleSource)})
 
 
+_MODEL_ARGS = frozenset({
+    "qlayers", "qdim", "players", "pdim", "zdim", "encode_mode", "enc_mask", "pe_type",
+    "feat_sigma", "pe_dim", "domain", "activation",
+})  # fmt: skip
+
+
 def model_args(settings: TrainSettings, encoder: EncoderSpec, D: int) -> dict[str, Any]:
     """Return the ``model_args`` of config.yaml."""
-    names = (
-        "qlayers", "qdim", "players", "pdim", "zdim", "encode_mode", "enc_mask", "pe_type",
-        "feat_sigma", "pe_dim", "domain", "activation",
-    )  # fmt: skip
-    args = {name: getattr(settings, name) for name in names}
+    args = {name: getattr(settings, name) for name in sorted(_MODEL_ARGS)}
     if args["enc_mask"] is None:
         args["enc_mask"] = D // 2
     if encoder.host_mode is None:
@@ -97,6 +96,13 @@ def _vae_args(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings_of(config: dict[str, Any], folder: Path) -> TrainSettings:
+    """Return what a run was trained with. A damaged config raises whatever it raises."""
+    if config["dataset_args"].get("do_pose_sgd"):
+        raise InputError(f"RUN {folder}: its poses were refined; such runs are not supported yet")
+    args = _vae_args(config["model_args"])
+    missing = _MODEL_ARGS - args.keys()
+    if missing:
+        raise ValueError(f"model_args lacks {', '.join(sorted(missing))}")
     known = {f.name for f in fields(TrainSettings)}
     if OWN_KEY in config:
         values = {k: v for k, v in config[OWN_KEY]["settings"].items() if k in known}
@@ -109,7 +115,10 @@ def _settings_of(config: dict[str, Any], folder: Path) -> TrainSettings:
             values.update(encode_mode="resid")
     values.update(outdir=str(folder), load=None, overwrite=False)
     values["norm"] = tuple(config["dataset_args"]["norm"])
-    return TrainSettings(**values)
+    settings = TrainSettings(**values)
+    if args["activation"] not in ("relu", "leaky_relu") or args["zdim"] != settings.zdim:
+        raise ValueError(f"activation {args['activation']}, zdim {args['zdim']}")
+    return settings
 
 
 @dataclass(frozen=True)
@@ -183,7 +192,10 @@ class Run:
         if input_spec is None:
             return model, None
         shown = input_spec.build(self.settings, particles)
-        shown.load_state_dict(own.get("input_state", {}))
+        try:
+            shown.load_state_dict(own.get("input_state", {}))
+        except InputError as err:
+            raise InputError(f"RUN {self.folder}: {err}") from None
         return model, shown
 
     def load_decoder(self) -> tuple[AmortVAE, tuple[float, float]]:

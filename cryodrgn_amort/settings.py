@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import random
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -50,6 +52,8 @@ _FLAG = {  # argument name -> flag, where the host's parser names them different
 }
 
 
+_WINDOW_EDGE = 0.99  # outer radius of the host's window
+_PATHS = ("particles", "outdir", "poses", "ctf", "ind", "datadir")
 _REFUSED_MODES = {"tilt": _TILT, "conv": REFUSED["use_real"]}
 
 
@@ -130,13 +134,21 @@ class TrainSettings:
             if value is not None and value < 1:
                 raise InputError(f"{flag_name(name)} {value}: must be at least 1")
         for name in ("lr", "feat_sigma", "window_r"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{flag_name(name)} {getattr(self, name)}: must be positive")
-        if self.qlayers < 0 or self.wd < 0:
-            name = "qlayers" if self.qlayers < 0 else "wd"
-            raise InputError(f"{flag_name(name)} {getattr(self, name)}: must not be negative")
-        if self.norm is not None and not self.norm[1] > 0:
-            raise InputError(f"--norm {self.norm[0]} {self.norm[1]}: the scale must be positive")
+        for name in ("qlayers", "wd", "seed", "shuffle_seed", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**63:
+                raise InputError(f"{flag_name(name)} {value}: must not be negative, nor huge")
+        if self.window_r > _WINDOW_EDGE:
+            raise InputError(f"--window-r {self.window_r}: at most {_WINDOW_EDGE}, where it ends")
+        if self.beta_control is not None and not math.isfinite(self.beta_control):
+            raise InputError(f"--beta-control {self.beta_control}: must be finite")
+        if self.norm is not None and not (
+            math.isfinite(self.norm[0]) and 0 < self.norm[1] < math.inf
+        ):
+            given = f"{self.norm[0]} {self.norm[1]}"
+            raise InputError(f"--norm {given}: an offset and a positive scale are needed")
         if self.load and self.overwrite:
             raise InputError("--load and --overwrite exclude each other: continue or start anew")
         _check_mode(self.encode_mode)
@@ -155,7 +167,12 @@ class TrainSettings:
         if self.beta is None:
             return 1.0 / self.zdim
         try:
-            return float(self.beta)
+            beta = float(self.beta)
+            if not 0 <= beta < math.inf:
+                raise InputError(f"--beta {self.beta}: must not be negative, nor infinite")
+            return beta
+        except InputError:
+            raise
         except ValueError:
             if self.beta not in ("a", "b", "c", "d"):
                 raise InputError(
@@ -225,6 +242,9 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Plugins) -> TrainSett
         if mode != named.host_mode:
             raise InputError(f"--encode-mode {mode}: contradicts --encoder {named.name}")
     values.setdefault("seed", random.SystemRandom().randrange(100_000))
+    for name in _PATHS:
+        if values.get(name):
+            values[name] = os.path.abspath(values[name])
     own = {f.name for f in fields(TrainSettings)} - {"extra"}
     extra = {dest: values.pop(dest) for dest in list(values) if dest not in own}
     settings = TrainSettings(**values, extra=extra)

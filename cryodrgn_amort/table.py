@@ -5,6 +5,7 @@ Edelberg & Lederman, arXiv 2303.07487, Section 3.2.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -201,8 +202,10 @@ def build_table(settings: TrainSettings, particles: Particles) -> LookupTable:
             )
         if "table_logvar" not in given:
             logvar = from_file
+    if not math.isfinite(given.get("table_logvar", 0.0)):
+        raise InputError(f"--table-logvar {given['table_logvar']}: must be finite")
     lr = float(given.get("table_lr", DEFAULT_LR))
-    if not lr > 0:
+    if not 0 < lr < math.inf:
         raise InputError(f"--table-lr {lr}: must be positive; --table-freeze keeps the table fixed")
     if given.get("table_freeze") and "table_lr" in given:
         raise InputError("--table-lr and --table-freeze exclude each other")

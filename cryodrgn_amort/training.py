@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -14,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import yaml
 from tqdm import tqdm  # tqdm.auto would start an iterator of its own: one more random draw
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cryodrgn_amort import __version__, host
-from cryodrgn_amort.checkpoints import epochs, read_weights, replacing, write_z
+from cryodrgn_amort.checkpoints import OWN_KEY, epochs, read_weights, replacing, write_z
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.model import build_model
 from cryodrgn_amort.objective import Losses, losses
 from cryodrgn_amort.particles import load_particles
-from cryodrgn_amort.runs import OWN_KEY, default_device, model_args, source_of, write_config
+from cryodrgn_amort.runs import default_device, model_args, source_of, write_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -69,7 +71,7 @@ class Trainer:
         checkpoint, own = self._checkpoint()
 
         source = source_of(settings)
-        if source.norm is None and "norm" in own:  # a resumed run keeps its normalisation
+        if source.norm is None and own.get("norm"):  # a resumed run keeps its normalisation
             source = type(source)(**{**vars(source), "norm": tuple(own["norm"])})
         self.particles = load_particles(source, self.device)
         build = self.encoder_spec.build
@@ -100,13 +102,22 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last epoch, with a checkpoint every ``--checkpoint`` epochs."""
         settings = self.settings
+        self.particles.fill_cache(self._bar("preprocessing", -(-self.particles.n // 256)))
+        self.loader = self.particles.batches(
+            self.shown, batch_size=settings.batch_size, shuffle=True, **self._loading
+        )
         self._prepare_folder()
+        try:
+            self._train()
+        finally:  # a run that ends before its first checkpoint replaces nothing
+            self._put_back()
+        if settings.do_analysis:
+            host.analyze(str(self.folder), self.epoch)
+
+    def _train(self) -> None:
+        settings = self.settings
         with _logging_to(self.folder / "run.log", settings.verbose):
             self._log_start()
-            self.particles.fill_cache(self._bar("preprocessing", -(-self.particles.n // 256)))
-            self.loader = self.particles.batches(
-                self.shown, batch_size=settings.batch_size, shuffle=True, **self._loading
-            )
             self._restore_random(self._random)
             self.plugins.hook.training_start(trainer=self)
             started, first = time.monotonic(), self.epoch + 1
@@ -120,8 +131,6 @@ class Trainer:
             took = timedelta(seconds=time.monotonic() - started)
             logger.info(f"Finished in {took} ({took / (self.epoch - first + 1)} per epoch)")
             self.plugins.hook.training_end(trainer=self)
-        if settings.do_analysis:
-            host.analyze(str(self.folder), self.epoch)
 
     def _train_epoch(self) -> dict[str, float]:
         """Go through all particles once; returns the epoch's row of metrics.csv."""
@@ -147,9 +156,10 @@ class Trainer:
                 self._log_batch(seen, result)
         gen_loss, kld, total = (sums / seen).tolist()
         if not np.isfinite(total):
+            kept = f"epoch {epochs(self.folder)[-1]}" if epochs(self.folder) else "none"
             raise InputError(
-                f"the loss of epoch {self.epoch} is {total}: training has diverged; the last "
-                f"checkpoint in {self.folder} is from before. Try a smaller --lr"
+                f"the loss of epoch {self.epoch} is {total}: training has diverged (last good "
+                f"checkpoint: {kept}); try a smaller --lr"
             )
         took = time.monotonic() - started
         variance = moments[1] / seen - (moments[0] / seen).square()
@@ -227,6 +237,7 @@ class Trainer:
         write_z(self.folder / f"z.{self.epoch}.pkl", *z)
         with replacing(path) as temporary:
             torch.save(checkpoint, temporary)
+        shutil.rmtree(self._replaced, ignore_errors=True)
         self.plugins.hook.checkpoint_written(trainer=self, path=path)
 
     def _finish(self) -> None:
@@ -240,8 +251,7 @@ class Trainer:
         """Read what ``--load`` names: the checkpoint, and our part of it."""
         load = self.settings.load
         here = load == "latest" or (load and Path(load).parent.resolve() == self.folder.resolve())
-        taken = any((self.folder / name).exists() for name in _RUN_FILES) or epochs(self.folder)
-        if taken and not here and not self.settings.overwrite:
+        if self._run_files() and not here and not self.settings.overwrite:
             raise InputError(
                 f"-o {self.folder}: holds a run already; continue it with --load latest, "
                 "or replace it with --overwrite"
@@ -260,12 +270,14 @@ class Trainer:
                 f"-n {self.settings.num_epochs} leaves nothing to train"
             )
         own = checkpoint.get(OWN_KEY, {})
-        if own and own["encoder"] != self.settings.encoder:
+        if not own:  # of the host: its normalisation is in the config beside it
+            own = {"norm": _norm_beside(Path(load))}
+        elif own["encoder"] != self.settings.encoder:
             raise InputError(
                 f"--load {load}: was trained with --encoder {own['encoder']}, "
                 f"not {self.settings.encoder}"
             )
-        if not own and self.encoder_spec.host_mode is None:
+        if "encoder" not in own and self.encoder_spec.host_mode is None:
             raise InputError(f"--load {load}: has no {self.settings.encoder} encoder")
         return checkpoint, own
 
@@ -277,8 +289,11 @@ class Trainer:
             self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         except (KeyError, ValueError) as err:
             raise InputError(f"{name}: optimizer of another model ({err})") from None
-        if self.shown is not None and own:
-            self.shown.load_state_dict(own["input_state"])
+        if self.shown is not None and "input_state" in own:
+            try:
+                self.shown.load_state_dict(own["input_state"])
+            except InputError as err:
+                raise InputError(f"{name}: {err}") from None
         if self.mixed_precision and own.get("scaler"):
             self.scaler.load_state_dict(own["scaler"])
         self._random = own.get("random", {})
@@ -307,18 +322,40 @@ class Trainer:
         generator: torch.Generator | None = self.loader.sampler.sampler.generator
         return generator
 
+    def _run_files(self, after: int = -1) -> list[Path]:
+        """Return the files of a run in the folder; of epochs after ``after`` only, if given."""
+        found = [] if after >= 0 else [self.folder / name for name in _RUN_FILES]
+        for path in self.folder.glob("*.pkl"):
+            match = re.fullmatch(r"(?:weights|z)\.(\d+)\.pkl", path.name)
+            if match and int(match[1]) > after:
+                found.append(path)
+        return [path for path in found if path.exists()]
+
+    @property
+    def _replaced(self) -> Path:
+        """Where a replaced run waits until the new one has its first checkpoint."""
+        return self.folder / ".replaced"
+
     def _prepare_folder(self) -> None:
         """Make the run folder. From here on files are written."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._put_back()  # of a run that was killed before its first checkpoint
         if self.settings.overwrite:
-            for name in _RUN_FILES:
-                (self.folder / name).unlink(missing_ok=True)
-        for path in self.folder.glob("*.pkl"):
-            kind, _, epoch = path.stem.partition(".")
-            stale = kind in ("weights", "z") and epoch.isdigit() and int(epoch) > self.epoch
-            if stale:  # of the run that is replaced, or of epochs that will be trained again
-                path.unlink()
+            stale = self._run_files()
+        else:  # later epochs will be trained again
+            stale = self._run_files(after=self.epoch) if self.epoch else []
+        if stale:
+            self._replaced.mkdir()
+            for path in stale:
+                os.replace(path, self._replaced / path.name)
         write_config(self.folder, self.settings, self.encoder_spec, self.particles)
+
+    def _put_back(self) -> None:
+        if not self._replaced.is_dir():
+            return
+        for path in self._replaced.iterdir():
+            os.replace(path, self.folder / path.name)
+        self._replaced.rmdir()
 
     def _write_metrics(self, row: dict[str, float]) -> None:
         """Append to metrics.csv; epochs that are trained again replace their old rows."""
@@ -348,6 +385,9 @@ class Trainer:
             logger.info(f"{count} parameters in {name}")
         if self.epoch:
             logger.info(f"Continuing after epoch {self.epoch} of {self.settings.load}")
+        if self._replaced.is_dir():
+            names = ", ".join(sorted(p.name for p in self._replaced.iterdir()))
+            logger.info(f"To be replaced once there is a new checkpoint: {names}")
 
     def _log_batch(self, seen: int, result: Losses) -> None:
         logger.info(
@@ -365,6 +405,16 @@ class Trainer:
 
 def _on_terminal() -> bool:
     return sys.stderr.isatty()
+
+
+def _norm_beside(checkpoint: Path) -> list[float] | None:
+    """Return the normalisation in the config.yaml beside a checkpoint of the host, if there."""
+    try:
+        config = yaml.safe_load((checkpoint.parent / "config.yaml").read_text())
+        offset, scale = config["dataset_args"]["norm"]
+        return [float(offset), float(scale)]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return None
 
 
 class _logging_to:

@@ -115,8 +115,30 @@ def test_files_that_are_something_else(refused, files, tmp_path):
 
 def test_truncated_stack(refused, files, tmp_path):
     path = tmp_path / "cut.mrcs"
-    path.write_bytes(Path(files.particles).read_bytes()[:-2000])
+    path.write_bytes(Path(files.particles).read_bytes()[:-100])
     refused(particles=str(path), says=["PARTICLES", "cut.mrcs", "cannot be read"])
+
+
+def test_integer_stack(refused, files, tmp_path):
+    from cryodrgn.mrcfile import write_mrc
+
+    path = tmp_path / "int16.mrcs"
+    write_mrc(str(path), (files.images * 100).astype(np.int16))
+    refused(particles=str(path), says=["int16.mrcs", "stored as int16", "float32"])
+
+
+def test_checkpoints_that_are_damaged(refused, tmp_path):
+    import torch
+
+    path = tmp_path / "weights.1.pkl"
+    for content in (
+        {"epoch": "x", "model_state_dict": {}},
+        {"epoch": 1, "model_state_dict": 3},
+        {"epoch": 1, "model_state_dict": {}, "amort": {"version": "1"}},
+        {"epoch": 1, "model_state_dict": {}, "amort": 5},
+    ):
+        torch.save(content, path)
+        refused("--load", path, says=["--load", "weights.1.pkl", "checkpoint"])
 
 
 def test_odd_box(refused, tmp_path):
@@ -151,6 +173,17 @@ def test_pickles_that_run_code_do_not(refused, tmp_path):
         (["--recipe", "base"], "--recipe base: unknown; known are baseline, noise-large"),
         (["--recipe", "vlt-frozen-encoder"], "needs --table-init"),
         (["--beta", "x"], "--beta x"),
+        (["--beta", "nan"], "--beta nan: must not be negative, nor infinite"),
+        (["--beta", "-1"], "--beta -1"),
+        (["--lr", "inf"], "--lr inf"),
+        (["--wd", "nan"], "--wd nan"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--seed", str(2**70)], "--seed 1180591620717411303424"),
+        (["--lazy", "--num-workers", "-1"], "--num-workers -1"),
+        (["--window-r", "5"], "--window-r 5.0"),
+        (["--norm", "nan", "1"], "--norm nan 1.0"),
+        (["--encoder", "vlt", "--table-logvar", "nan"], "--table-logvar nan"),
+        (["--encoder", "vlt", "--table-lr", "inf"], "--table-lr inf"),
         (["--beta", "a"], "needs --beta-control"),
         (["--norm", "0", "0"], "--norm"),
         (["--table-lr", "1"], "--table-lr: does not apply to --encoder resid"),

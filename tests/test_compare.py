@@ -75,7 +75,9 @@ def test_the_command(folders, cli, tmp_path):
     out = tmp_path / "agreement.json"
     code, shown, err = cli("compare_amort", *runs, "--volumes", "3", "-o", out)
     assert code == 0, err
-    found = json.loads(out.read_text())
+    facts = json.loads(out.read_text())
+    found = facts["pairs"]
+    assert all(facts["definitions"][name]["text"] for name in found[0]["measures"])
     assert len(found) == 6
     assert [pair["only_seed"] for pair in found] == [True] + [False] * 5
     for pair in found:

@@ -102,6 +102,29 @@ def test_a_plugin_that_fails_is_left_out_in_one_line(capsys):
     assert list(plugins.origins()) == ["built-in", "bad", "good"]
 
 
+def test_a_plugin_that_exits_or_brings_nonsense_is_left_out(capsys):
+    import argparse
+
+    def leave():
+        raise SystemExit(3)
+
+    def clash(parser):
+        parser.add_argument("--mine", default=3)
+        parser.add_argument("--mine")
+
+    found = {
+        "exits": plugin(commands=leave),
+        "nonsense": plugin(encoders=lambda: [object()]),
+        "clash": plugin(train_args=clash),
+    }
+    plugins = Plugins(found=found)
+    assert "train_amort" in plugins.commands()
+    assert "resid" in plugins.owned("encoders")
+    plugins.add_train_args(argparse.ArgumentParser())
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("'")[1] for line in lines] == ["exits", "nonsense", "clash"]
+
+
 def test_a_taken_name_is_refused_naming_both(capsys):
     found = {
         "first": plugin(encoder_inputs=lambda: [input_named("mine")]),

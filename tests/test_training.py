@@ -11,6 +11,7 @@ from helpers import read_pickles, run_host, write_pickle
 
 from cryodrgn_amort.checkpoints import epochs, read_weights, replacing
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.training import Trainer
 
 
 def same(a, b):
@@ -84,6 +85,27 @@ def test_overwrite_leaves_nothing_of_the_old_run(train, flags):
     assert [r["epoch"] for r in metrics(folder)] == ["1", "2"]
     assert (folder / "run.log").read_text().count("=====>") == 2
     assert (folder / "mine.txt").read_text() == "kept"
+
+
+def test_overwrite_that_fails_leaves_the_old_run(train, flags, monkeypatch):
+    folder = train(flags, qdim=16).folder
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(InputError, match=r"has diverged .*checkpoint: none"):
+        train(flags, qdim=16, overwrite=True, lr=1e30)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    monkeypatch.setattr(Trainer, "_train_epoch", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # later epochs come back as well
+        train(flags, qdim=16, num_epochs=3, load=str(folder / "weights.1.pkl"))
+    assert epochs(folder) == [1, 2]
+
+
+def test_anothers_epoch_files_are_not_touched(train, flags, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "z.3.pkl").write_text("mine")
+    with pytest.raises(InputError, match="holds a run already"):
+        train(flags, qdim=16)
+    assert (folder / "z.3.pkl").read_text() == "mine"
 
 
 def test_checkpoint_interval(train, flags):

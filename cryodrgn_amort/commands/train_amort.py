@@ -64,7 +64,9 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="Replace the run that is in the output folder",
     )
-    load_plugins().hook.train_args(parser=parser)
+    load_plugins().add_train_args(parser)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # also what plugins added
 
 
 def main(args: argparse.Namespace) -> None:

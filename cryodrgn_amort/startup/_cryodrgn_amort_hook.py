@@ -35,7 +35,7 @@ class _Finder:
                 from cryodrgn_amort.cli import join_host
 
                 join_host(module)
-            except Exception as err:
+            except (Exception, SystemExit) as err:
                 reason = " ".join(f"{type(err).__name__}: {err}".split())
                 sys.stderr.write(f"cryodrgn_amort: subcommands not added ({reason})\n")
 
