@@ -17,7 +17,7 @@ with warnings.catch_warnings():  # the host's imports warn of their own dependen
     from cryodrgn.commands import train_vae as _train_vae
     from cryodrgn.ctf import compute_ctf
     from cryodrgn.dataset import ImageDataset, make_dataloader
-    from cryodrgn.fft import fftn_center, ht2_center, iht2_center, ihtn_center
+    from cryodrgn.fft import fftn_center, iht2_center, ihtn_center
     from cryodrgn.lattice import Lattice
     from cryodrgn.models import FTPositionalDecoder, HetOnlyVAE
     from cryodrgn.mrcfile import MRCHeader, parse_mrc, write_mrc
@@ -41,8 +41,6 @@ __all__ = [
     "eval_volume",
     "fftn_center",
     "get_beta_schedule",
-    "hartley",
-    "ht2_center",
     "iht2_center",
     "make_dataloader",
     "parse_mrc",
@@ -78,12 +76,6 @@ def preprocess(images: ImageDataset, raw: torch.Tensor) -> torch.Tensor:
     processed: torch.Tensor = images._process(raw.clone())[1]
     # the host drops the batch axis of a single image
     return processed.view(len(raw), images.D, images.D)
-
-
-def hartley(raw: torch.Tensor) -> torch.Tensor:
-    """Centred Hartley transform of real images `(B, box, box)`, not symmetrised."""
-    transformed: torch.Tensor = ht2_center(raw)
-    return transformed
 
 
 def save_config(
