@@ -51,9 +51,6 @@ __all__ = [
     "write_mrc",
 ]
 
-MASK_TOKEN = 2
-"""Encoder mask radius of the token encoder that stands in for a table (see model.py)."""
-
 
 def add_train_vae_args(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` every flag of the installed ``cryodrgn train_vae``."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TOKEN_ENCODER", "AmortVAE", "build_model"]
 
-TOKEN_ENCODER = {"encode_mode": "mlp", "qlayers": 0, "qdim": 1, "enc_mask": host.MASK_TOKEN}
+TOKEN_ENCODER = {"encode_mode": "mlp", "qlayers": 0, "qdim": 1, "enc_mask": 2}
 """Encoder arguments in the config.yaml of runs whose encoder is none of the host's.
 
 The host then builds a tiny network, which it never needs to decode volumes. Its weights are NaN,

@@ -72,9 +72,7 @@ def write_config(
     folder: Path, settings: TrainSettings, encoder: EncoderSpec, particles: Particles
 ) -> None:
     """Write config.yaml as the host does, with what is ours under ``OWN_KEY``."""
-    values = {**settings.to_dict(), **model_args(settings, encoder, particles.D), "use_real": False}
-    for name in ("keepreal", "do_pose_sgd"):
-        values.setdefault(name, False)
+    values = {**settings.to_dict(), **model_args(settings, encoder, particles.D)}
     with replacing(folder / "config.yaml") as temporary:
         # the host chooses the format by the extension, which a temporary name keeps in front
         staged = temporary.with_suffix(".yaml")

@@ -168,11 +168,6 @@ class TrainSettings:
             return 1.0 / self.zdim
         try:
             beta = float(self.beta)
-            if not 0 <= beta < math.inf:
-                raise InputError(f"--beta {self.beta}: must not be negative, nor infinite")
-            return beta
-        except InputError:
-            raise
         except ValueError:
             if self.beta not in ("a", "b", "c", "d"):
                 raise InputError(
@@ -181,6 +176,9 @@ class TrainSettings:
             if self.beta_control is None:
                 raise InputError(f"--beta {self.beta}: a schedule needs --beta-control") from None
             return self.beta
+        if not 0 <= beta < math.inf:
+            raise InputError(f"--beta {self.beta}: must not be negative, nor infinite")
+        return beta
 
     def resolve(self, plugins: Plugins) -> tuple[EncoderSpec, InputSpec | None]:
         """Look up what ``--encoder`` names: the encoder, and what it is shown (None: nothing).

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ class Trainer:
 
         source = source_of(settings)
         if source.norm is None and own.get("norm"):  # a resumed run keeps its normalisation
-            source = type(source)(**{**vars(source), "norm": tuple(own["norm"])})
+            source = replace(source, norm=tuple(own["norm"]))
         self.particles = load_particles(source, self.device)
         build = self.encoder_spec.build
         amort = None if build is None else build(settings, self.particles)
@@ -251,6 +252,11 @@ class Trainer:
         """Read what ``--load`` names: the checkpoint, and our part of it."""
         load = self.settings.load
         here = load == "latest" or (load and Path(load).parent.resolve() == self.folder.resolve())
+        if self._replaced.is_dir() and not epochs(self.folder) and not self.settings.overwrite:
+            raise InputError(
+                f"-o {self.folder}: its run was about to be replaced when training was killed; "
+                f"it is whole in {self._replaced}: move it back, or go on with --overwrite"
+            )
         if self._run_files() and not here and not self.settings.overwrite:
             raise InputError(
                 f"-o {self.folder}: holds a run already; continue it with --load latest, "

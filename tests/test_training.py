@@ -99,6 +99,23 @@ def test_overwrite_that_fails_leaves_the_old_run(train, flags, monkeypatch):
     assert epochs(folder) == [1, 2]
 
 
+def test_a_run_whose_replacement_was_killed_is_not_lost(train, flags):
+    folder = train(flags, qdim=16).folder
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    (folder / ".replaced").mkdir()  # as a SIGKILL in the first epoch of --overwrite leaves it
+    for name in before:
+        (folder / name).rename(folder / ".replaced" / name)
+    (folder / "config.yaml").write_text("")
+    for more in ({}, {"load": "latest"}):
+        with pytest.raises(InputError, match=r"whole in .*\.replaced: move it back"):
+            train(flags, qdim=16, num_epochs=3, **more)
+    kept = {p.name: p.read_bytes() for p in (folder / ".replaced").iterdir()}
+    assert kept == before
+    train(flags, qdim=16, num_epochs=1, overwrite=True)
+    assert epochs(folder) == [1]
+    assert not (folder / ".replaced").exists()
+
+
 def test_anothers_epoch_files_are_not_touched(train, flags, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
