@@ -20,6 +20,8 @@ _COMMANDS = {
     "train_amort": "train with any encoder: network, lookup table, evil twin, noise, plugins'",
     "eval_amort": "measure how far a run's encoder can be trusted",
     "compare_amort": "compare finished runs of the same particles",
+    "time_amort": "time the training step of several runs, side by side",
+    "study_amort": "run a whole study: every recipe, every figure, one report",
     "amort_plugins": "list the loaded plugins and what they bring",
 }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 import torch
 
 from cryodrgn_amort import metrics
-from cryodrgn_amort.checkpoints import replacing
+from cryodrgn_amort.checkpoints import write_json
 from cryodrgn_amort.definitions import DEFINITIONS, text_row, text_table
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.metrics import Measure, measure
@@ -174,16 +172,12 @@ def summary(found: Sequence[Comparison]) -> str:
 
 def write(found: Sequence[Comparison], path: str | os.PathLike[str]) -> None:
     """Write all pairs as JSON."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     names = dict.fromkeys(name for pair in found for name in pair.measures)
-    facts = {
-        "definitions": {name: asdict(DEFINITIONS[name]) for name in names},
-        "pairs": [plain(asdict(pair)) for pair in found],
-    }
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        path,
+        {
+            "definitions": {name: asdict(DEFINITIONS[name]) for name in names},
+            "pairs": [asdict(pair) for pair in found],
+        },
+    )

@@ -20,6 +20,9 @@ __all__ = [
     "Verdict",
     "is_control",
     "number",
+    "plain_number",
+    "text_row",
+    "text_table",
     "verdict",
 ]
 
@@ -97,6 +100,23 @@ DEFINITIONS = {
         "0, the latents carry no information.",
         "nats per particle",
     ),
+    "aggregate_kl": Definition(
+        "Aggregate KL",
+        "Divergence of all posteriors together, as one distribution, from the prior. An upper "
+        "estimate: N particles cannot show less than KL - ln N. Near 0, a latent drawn from the "
+        "prior is one that a particle could have.",
+        "nats",
+    ),
+    "kl_per_dimension": Definition(
+        "KL per dimension", "The KL of each latent dimension; their sum is KL.", "nats per particle"
+    ),
+    "reconstruction": Definition(
+        "Reconstruction loss",
+        "Half the squared distance between a particle's image and the one decoded for it, in units "
+        "of the data's standard deviation; mean over the sampled particles, which are the same in "
+        "every run of as many particles. Null: the mean latent for all.",
+        "nats per particle",
+    ),
     "class_knn": Definition(
         "Class kNN accuracy",
         "Share of particles whose class is that of most of their 15 nearest neighbours. Null: "
@@ -121,9 +141,40 @@ DEFINITIONS = {
         "Mean Fourier shell correlation of the volumes that the two runs decode for the same "
         "particle. Null: for two particles.",
     ),
+    "memorisation": Definition(
+        "Memorisation",
+        "Of the fit to the images that the reference gains over one volume for all, the share that "
+        "is also gained without being shown the particle. 1: the input does not matter. Beside "
+        "vlt-frozen-zero, on the same particles.",
+    ),
+    "volume_spread": Definition(
+        "Volume spread",
+        "Mean squared distance of the numbered particles' volumes to their mean, next to that of "
+        "the reference's. 0: one volume for all.",
+    ),
+    "relative_time": Definition(
+        "Relative time", "Seconds per epoch next to those of the first recipe of the table."
+    ),
     "coordinate_r2": Definition(
         "Coordinate R²",
         "Share of the coordinate's variance that the mean of the 15 nearest neighbours explains.",
+    ),
+    "neighbourhood": Definition(
+        "Neighbourhood",
+        "Share of a particle's nearest neighbours, 5 % of all, that are among as many nearest by "
+        "true volume, or as near as those; mean over the sampled particles.",
+    ),
+    "per_image_fsc": Definition(
+        "Per-image FSC",
+        "Area under the Fourier shell correlation of the decoded and the true volume of a "
+        "particle, from 0 to just below 0.5 cycles per pixel, as in CryoBench; mean. Null: one "
+        "volume for all, the mean of the decoded ones.",
+        "cycles per pixel",
+    ),
+    "volume_fve": Definition(
+        "Volume variance explained",
+        "Share of what the true volumes differ from their mean that the decoded volumes explain, "
+        "up to 9/32 cycles per pixel. 0 or less: no better than one true volume for all.",
     ),
 }
 """Measure name -> what it is. Numbers and null values: see ``metrics``."""
@@ -186,9 +237,13 @@ def number(value: float | None) -> str:
 
 def text_row(m: Measure) -> tuple[str, ...]:
     """Write name, value, interval, null and ideal of a measure in plain ASCII."""
-    interval = "-" if m.low is None else f"{number(m.low)} to {number(m.high)}"
-    cells = (m.name, number(m.value), interval, number(m.null), number(m.ideal))
-    return tuple(c.replace("–", "-").replace("−", "-") for c in cells)
+    interval = "-" if m.low is None else f"{plain_number(m.low)} to {plain_number(m.high)}"
+    return (m.name, plain_number(m.value), interval, plain_number(m.null), plain_number(m.ideal))
+
+
+def plain_number(value: float | None) -> str:
+    """Write a number as ``number`` does, in plain ASCII."""
+    return number(value).replace("–", "-").replace("−", "-")
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:

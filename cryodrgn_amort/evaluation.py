@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,12 +10,13 @@ import torch
 from tqdm import tqdm
 
 from cryodrgn_amort import metrics
-from cryodrgn_amort.checkpoints import read_pickle, to_array
+from cryodrgn_amort.embeddings import embed
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.metrics import Measure, measure
-from cryodrgn_amort.objective import kl_divergence, reconstruction_nats
+from cryodrgn_amort.objective import reconstruction_nats
 from cryodrgn_amort.particles import Batch
-from cryodrgn_amort.results import MODES, Embedding, EvalOptions, Evaluation, TransformResult
+from cryodrgn_amort.results import MODES, EvalOptions, Evaluation, TransformResult
+from cryodrgn_amort.truth import load_known, volume_errors, volume_fve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from cryodrgn_amort.particles import Particles
     from cryodrgn_amort.runs import Run
     from cryodrgn_amort.transforms import Transform
+    from cryodrgn_amort.truth import Known, Truth
 
 __all__ = ["EvalOptions", "evaluate"]
 
-_UMAP_MOST = 20_000
-_MOST_CLASSES = 500
 _ACTIVE_VARIANCE = 0.01
+_VOXELS_AT_ONCE = 100_000_000  # of decoded volumes: 400 MB
 
 
 def evaluate(run: Run, options: EvalOptions) -> Evaluation:
@@ -50,19 +50,9 @@ def evaluate(run: Run, options: EvalOptions) -> Evaluation:
         raise InputError(f"RUN {run.folder}: one particle alone has none to be compared with")
     names = dict.fromkeys(options.transforms)  # each once, in order
     transforms = [(name, _build(run, name, particles)) for name in names]
-    labels = _per_particle(options.labels, "--labels", particles)
-    coordinate = _per_particle(options.coordinate, "--coordinate", particles)
-    label_names: tuple[str, ...] = ()
-    if labels is not None:
-        found, labels = np.unique(labels, return_inverse=True)
-        labels, label_names = labels.ravel(), tuple(map(str, found))
-        if len(found) > _MOST_CLASSES:
-            raise InputError(
-                f"--labels {options.labels}: {len(found)} different values are no classes; is it "
-                "for --coordinate?"
-            )
+    known = load_known(options, particles)
     model, shown = run.load(particles)
-    evaluator = _Evaluator(run, options, particles, model, shown, labels)
+    evaluator = _Evaluator(run, options, particles, model, shown, known)
     z, logvar = run.z()
     if len(z) != particles.n:
         raise InputError(
@@ -71,7 +61,9 @@ def evaluate(run: Run, options: EvalOptions) -> Evaluation:
     copies: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
     if shown is not None:
         z, logvar, copies = evaluator.encode(transforms)
-    measures = evaluator.run_measures(z, logvar, coordinate)
+    mean = np.broadcast_to(z.mean(0), z.shape)
+    losses = evaluator.reconstruction({"own": z, "mean": mean})
+    measures, arrays = evaluator.run_measures(z, logvar, losses)
     labelled = evaluator.labelled
     decoded = evaluator.volume_sample if copies else labelled
     volumes = evaluator.decode(z[decoded])
@@ -85,36 +77,22 @@ def evaluate(run: Run, options: EvalOptions) -> Evaluation:
         measures=measures,
         labelled=labelled,
         volumes=volumes[: len(labelled)],
-        labels=labels,
-        coordinate=coordinate,
-        label_names=label_names,
+        arrays=arrays,
+        labels=known.labels,
+        coordinate=known.coordinate,
+        label_names=known.label_names,
     )
+    if np.isfinite(logvar).all():
+        result.kl_per_dimension = metrics.kl_by_dimension(z, logvar).mean(0)
     if copies:
-        result.results = evaluator.results(z, logvar, transforms, copies, volumes)
-    result.embeddings = _embeddings(result)
+        result.results = evaluator.results(z, logvar, transforms, copies, volumes, losses)
+    result.embeddings = embed(result)
     return result
 
 
 def _build(run: Run, name: str, particles: Particles) -> Transform:
     kind, colon, argument = name.partition(":")
     return run.plugins.transform(kind).build(argument if colon else None, particles)
-
-
-def _per_particle(path: str | None, flag: str, particles: Particles) -> np.ndarray | None:
-    """Read one value per particle: of the run's particles, or of the whole stack."""
-    if path is None:
-        return None
-    values = to_array(read_pickle(path, flag), f"{flag} {path}")
-    if particles.ind is not None and values.shape == (particles.images.src.orig_n,):
-        values = values[particles.ind]
-    if values.shape != (particles.n,):
-        raise InputError(f"{flag} {path}: has shape {values.shape}, not one value for each of the "
-                         f"{particles.n} particles")  # fmt: skip
-    if flag == "--coordinate" and not (values.dtype.kind in "fiu" and np.isfinite(values).all()):
-        raise InputError(f"{flag} {path}: finite numbers are needed")
-    if flag == "--labels" and values.dtype.kind not in "biufSU":
-        raise InputError(f"{flag} {path}: numbers or words are needed, not Python objects")
-    return values
 
 
 def _bar(items: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
@@ -131,12 +109,16 @@ class _Evaluator:
         particles: Particles,
         model: AmortVAE,
         shown: EncoderInput | None,
-        labels: np.ndarray | None,
+        known: Known,
     ) -> None:
         self.run, self.options, self.particles = run, options, particles
-        self.model, self.shown, self.labels = model, shown, labels
+        self.model, self.shown, self.known = model, shown, known
         rng = np.random.default_rng(options.seed)
-        self.sample = np.sort(rng.permutation(particles.n)[: options.sample])
+        # samples depend on the number of particles and the seed alone, so that runs can be
+        # compared particle by particle
+        mixed = rng.permutation(particles.n)
+        self.sample = np.sort(mixed[: options.sample])
+        self.truth_sample = np.sort(mixed[: options.truth_volumes])
         self.labelled = np.arange(min(options.labelled, particles.n))
         rest = len(self.labelled) + rng.permutation(particles.n - len(self.labelled))
         # the labelled particles first: their volumes are decoded once, to show and to compare
@@ -214,34 +196,89 @@ class _Evaluator:
 
     def decode(self, z: np.ndarray) -> np.ndarray:
         """Decode volumes `(M, box, box, box)` as ``cryodrgn eval_vol`` does."""
+        return np.stack(list(self._decoded(z)))
+
+    def _decoded(self, z: np.ndarray) -> Iterator[np.ndarray]:
+        """Decode volumes `(box, box, box)`, a few at a time."""
         p = self.particles
         latents = torch.from_numpy(z).float().to(p.device)
-        volumes = self.model.decode_volumes(latents, p.norm)
-        return np.stack([v.numpy() for v in _bar(volumes, "volumes", len(z))]).astype(np.float32)
+        parts = latents.split(max(1, _VOXELS_AT_ONCE // p.D**3))
+        volumes = (volume for part in parts for volume in self.model.decode_volumes(part, p.norm))
+        return (volume.numpy().astype(np.float32) for volume in _bar(volumes, "volumes", len(z)))
 
     def run_measures(
-        self, z: np.ndarray, logvar: np.ndarray, coordinate: np.ndarray | None
-    ) -> dict[str, Measure]:
-        """Measure latent use and, where there are labels, the heterogeneity."""
-        opts = {"rounds": self.options.bootstrap, "seed": self.options.seed}
+        self, z: np.ndarray, logvar: np.ndarray, losses: dict[str, np.ndarray]
+    ) -> tuple[dict[str, Measure], dict[str, np.ndarray]]:
+        """Measure latent use, the fit to the images and, where it is known, the heterogeneity.
+
+        Returns measures by name, and arrays of values per particle `(N,)`.
+        """
+        opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": self.options.seed}
         active = int((z.var(0) > _ACTIVE_VARIANCE).sum())
-        kl = kl_divergence(torch.from_numpy(z), torch.from_numpy(logvar)).numpy()
-        found = [
-            Measure("active_units", active, None, None, 0.0, None, len(z)),
-            measure("kl", np.mean, kl, null=0.0, ideal=None, **opts),  # type: ignore[arg-type]
-        ]
-        if self.labels is not None:
-            shares = np.bincount(self.labels) / len(self.labels)
-            right = metrics.class_knn(z, self.labels)
+        found = [Measure("active_units", active, None, None, 0.0, None, len(z))]
+        if np.isfinite(logvar).all():  # train_dec has no posteriors
+            kl = metrics.kl_by_dimension(z, logvar).sum(1)
+            aggregate = metrics.aggregate_kl(z, logvar, self.options.seed)
+            found += [
+                measure("kl", np.mean, kl, null=0.0, ideal=None, **opts),
+                measure("aggregate_kl", np.mean, aggregate, null=None, ideal=0.0, **opts),
+            ]
+        null = float(losses["mean"].mean())
+        found.append(
+            measure("reconstruction", np.mean, losses["own"], null=null, ideal=None, **opts)
+        )
+        arrays = {"reconstruction": self._spread(losses["own"], self.sample)}
+        labels, coordinate, truth = self.known.labels, self.known.coordinate, self.known.truth
+        if labels is not None:
+            shares = np.bincount(labels) / len(labels)
+            right = metrics.class_knn(z, labels)
             null = float((shares**2).sum())
-            found.append(measure("class_knn", np.mean, right, null=null, ideal=1.0, **opts))  # type: ignore[arg-type]
+            found.append(measure("class_knn", np.mean, right, null=null, ideal=1.0, **opts))
         if coordinate is not None:
             predicted = metrics.knn_coordinate(z, coordinate)
             found.append(
                 measure("coordinate_r2", metrics.coordinate_r2, predicted, coordinate,
-                        null=0.0, ideal=1.0, **opts)  # type: ignore[arg-type]
+                        null=0.0, ideal=1.0, **opts)
             )  # fmt: skip
-        return {m.name: m for m in found}
+        if truth is not None:
+            more, more_arrays = self._truth_measures(z, truth)
+            found += more
+            arrays |= more_arrays
+        return {m.name: m for m in found}, arrays
+
+    def _truth_measures(
+        self, z: np.ndarray, truth: Truth
+    ) -> tuple[list[Measure], dict[str, np.ndarray]]:
+        """Compare neighbours and decoded volumes with the true ones."""
+        opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": self.options.seed}
+        rows, box = self.truth_sample, self.particles.box
+        overlap, null = metrics.neighbourhood(z, truth.positions, self.sample)
+        # without the host's inversion, density is negative
+        sign = 1 if self.run.settings.invert_data else -1
+        decoded = (sign * volume for volume in self._decoded(z[rows]))
+        volumes = volume_errors(truth, rows, decoded)
+        one = float(volumes.null_areas.mean())
+        found = [
+            measure("neighbourhood", np.mean, overlap, null=null, ideal=1.0, **opts),
+            measure("per_image_fsc", np.mean, volumes.areas, null=one, ideal=0.5 - 1 / box, **opts),
+        ]
+        positions = truth.positions[rows]
+        if (positions != positions[0]).any():  # there is something to explain
+            found.append(
+                measure("volume_fve", volume_fve, volumes.errors, volumes.spreads,
+                        null=0.0, ideal=1.0, **opts)
+            )  # fmt: skip
+        arrays = {
+            "neighbourhood": self._spread(overlap, self.sample),
+            "per_image_fsc": self._spread(volumes.areas, rows),
+        }
+        return found, arrays
+
+    def _spread(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Put the values of a sample at their particles: `(N,)`, NaN elsewhere."""
+        spread = np.full(self.particles.n, np.nan)
+        spread[rows] = values
+        return spread
 
     def results(
         self,
@@ -250,10 +287,12 @@ class _Evaluator:
         transforms: list[tuple[str, Transform]],
         copies: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]],
         volumes: np.ndarray,
+        base: dict[str, np.ndarray],
     ) -> list[TransformResult]:
-        """Measure every transform in every mode; ``volumes`` are those of ``volume_sample``."""
-        mean = np.broadcast_to(z.mean(0), z.shape)
-        base = self.reconstruction({"own": z, "mean": mean})
+        """Measure every transform in every mode.
+
+        ``volumes`` are those of ``volume_sample``, ``base`` the losses of the particles themselves.
+        """
         found = []
         for name, transform in transforms:
             modes = {mode: copies[(name, mode)][0] for mode in MODES}
@@ -313,9 +352,9 @@ class _Evaluator:
             measure("latent_correlation", metrics.latent_correlation, z, moved,
                     null=0.0, ideal=1.0, **opts),
         ]  # fmt: skip
-        if self.labels is not None:
-            before = metrics.knn_labels(z, self.labels)
-            after = metrics.knn_labels(z, self.labels, moved)
+        if self.known.labels is not None:
+            before = metrics.knn_labels(z, self.known.labels)
+            after = metrics.knn_labels(z, self.known.labels, moved)
             null = metrics.label_agreement(before, after[other])
             found.append(
                 measure("label_agreement", metrics.label_agreement, before, after,
@@ -345,39 +384,3 @@ class _Evaluator:
                     null=float(np.mean(area_pairs)), ideal=0.0, **opts),
         ]  # fmt: skip
         return {m.name: m for m in found}
-
-
-def _embeddings(result: Evaluation) -> dict[str, Embedding]:
-    """Put latents into the plane: principal components, and UMAP where there are enough points."""
-    z, labelled = result.z, result.labelled
-    moved = {r.key: r.z[labelled] for r in result.results}
-    rng = np.random.default_rng(result.options.seed)
-    rest = rng.permutation(np.arange(len(labelled), len(z)))[: _UMAP_MOST - len(labelled)]
-    shown = np.concatenate([labelled, np.sort(rest)])
-    found = {}
-    centre = z.mean(0)
-    axes = np.linalg.svd(z[shown] - centre, full_matrices=False)[2][:2]
-    if z.shape[1] == 2:  # as it is
-        found["z"] = Embedding(z[shown], z[labelled], moved, ("z1", "z2"), shown)
-    elif len(axes) == 2:
-        share = ((z - centre) @ axes.T).var(0) / max(z.var(0).sum(), 1e-30)
-        found["PCA"] = Embedding(
-            (z[shown] - centre) @ axes.T,
-            (z[labelled] - centre) @ axes.T,
-            {key: (copy - centre) @ axes.T for key, copy in moved.items()},
-            (f"PC1 ({share[0]:.0%} of variance)", f"PC2 ({share[1]:.0%})"),
-            shown,
-        )
-    enough = len(shown) > 20 and z.shape[1] > 2 and z.std() > 0
-    if result.options.umap and enough:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numba's and umap's own
-            from umap import UMAP
-
-            reducer = UMAP(random_state=result.options.seed)
-            points = reducer.fit_transform(z[shown])
-            copies = {key: reducer.transform(copy) for key, copy in moved.items()}
-        found["UMAP"] = Embedding(
-            points, points[: len(labelled)], copies, ("UMAP1", "UMAP2"), shown
-        )
-    return found

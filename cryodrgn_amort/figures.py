@@ -1,7 +1,8 @@
 """Figures of an evaluation. They draw what was measured and compute nothing.
 
 Every function returns a ``matplotlib.figure.Figure`` of its own; no global state is touched.
-Colours are those of Okabe and Ito, and nothing is told by colour alone.
+Colours can be told apart with any colour vision (those of Okabe and Ito, and of Petroff), and
+nothing is told by colour alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from scipy.ndimage import map_coordinates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MOST_VOLUMES",
-    "THRESHOLD_RULE",
+    "MOVED",
+    "ORIGINAL",
+    "colours",
     "embeddings",
     "latent_map",
     "numbers",
     "ranks",
-    "surface",
-    "surfaces",
 ]
 
 ORIGINAL, MOVED, LINK = "#c8102e", "#00875f", "#7a3fa0"  # red, green, purple, as in the paper
@@ -37,6 +37,10 @@ HELD, FOLLOW = "#0072b2", "#d55e00"
 _GREY = "#b9bec4"
 _CLASSES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#5a5a5a", "#b8a900")
 _MARKERS = "osD^vPXp"
+# Ten that are told apart with any colour vision: M. A. Petroff, arXiv:2107.02270.
+_PARTICLES = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300",
+              "#b9ac70", "#717581", "#92dadd")  # fmt: skip
+_INK = "#1c2126"
 _STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -56,19 +60,16 @@ _STYLE = {
 MOST_VOLUMES = 10
 """Volumes of more labelled particles than these are not drawn."""
 _GAP = 0.05  # between pictures, of their edge
-_SIGMAS = 3.0
-THRESHOLD_RULE = f"mean + {_SIGMAS:g} standard deviations of the first particle's volume"
-"""How the one density threshold of all surfaces in a figure is chosen."""
-_SURFACE_BOX = 64  # larger volumes are averaged down to at most this
-_SURFACE_PIXELS = 128
-_ELEVATION_DEG, _AZIMUTH_DEG = 25.0, 35.0
-_LIGHT = (-0.45, 0.6, 0.66)  # right, up, towards the viewer
-_BODY = (0.60, 0.71, 0.84)
 
 
 def numbers(count: int) -> list[str]:
     """Return what the labelled particles are called, in figures and file names: from 1."""
     return [str(i + 1) for i in range(count)]
+
+
+def colours(count: int) -> list[str]:
+    """Return a colour for each labelled particle and its volume; they repeat after ten."""
+    return [_PARTICLES[i % len(_PARTICLES)] for i in range(count)]
 
 
 def latent_map(
@@ -80,15 +81,16 @@ def latent_map(
     """Draw where the labelled particles lie among all, and what they decode to.
 
     With a result, figures 10 and 11 of the paper: particles red, transformed copies green with a
-    prime, purple lines join them, volumes of both beside. Without, figures 3 to 9: particles and
-    their volumes.
+    prime, purple lines join them, volumes of both beside. Without, figures 3 to 9: particles, each
+    in a colour of its own, and their volumes.
 
     Parameters
     ----------
     embedding
         Must hold ``result.key``.
     pictures, moved_pictures
-        What ``surfaces`` made of the volumes that were decoded at particles and copies.
+        RGBA of the volumes that were decoded at particles and copies, ``surfaces.picture``, in the
+        colours of their points: ``ORIGINAL`` and ``MOVED``, or else ``colours``.
     """
     columns, edge = (5, 1.22) if result is not None else (4, 1.5)  # edge of a picture, inches
     columns = min(len(pictures), columns)
@@ -100,9 +102,11 @@ def latent_map(
         left, right = figure.subplots(1, 2, width_ratios=[5.8, edge * columns])
         _draw_map(left, embedding, result)
         right.set_axis_off()
+        own = colours(len(pictures))
         for i, name in enumerate(numbers(len(pictures))):
             at = (i % columns * (1 + _GAP), i // columns * pitch)
-            _draw_volume(right, pictures[i], at, name, ORIGINAL)
+            colour = own[i] if result is None else ORIGINAL
+            _draw_volume(right, pictures[i], at, name, colour)
             if result is not None:
                 below = (at[0], at[1] + 1 + _GAP)
                 _draw_volume(right, moved_pictures[i], below, f"{name}′", MOVED)
@@ -113,26 +117,39 @@ def latent_map(
 def _draw_map(axes: Any, embedding: Embedding, result: TransformResult | None) -> None:
     axes.set(xlabel=embedding.axes[0], ylabel=embedding.axes[1])
     _cloud(axes, embedding.points)
-    handles = [_dot(_GREY, "o", "all particles"), _dot(ORIGINAL, "o", "particles 1, 2, …")]
-    if result is not None:
+    count = len(embedding.labelled)
+    handles = [_dot(_GREY, "o", "all particles")]
+    if result is None:
+        handles.append(_dot(_INK, "o", "particles 1, 2, …, each in its volume's colour"))
+        _draw_numbered(axes, embedding.labelled, colours(count), "o", "")
+    else:
         axes.set_title(f"{result.title}, {result.mode}")
+        handles.append(_dot(ORIGINAL, "o", "particles 1, 2, …"))
         handles.append(_dot(MOVED, "^", "transformed copies 1′, 2′, …"))
         moved = embedding.moved[result.key]
         for (x0, y0), (x1, y1) in np.stack([embedding.labelled, moved], 1):
             axes.plot([x0, x1], [y0, y1], color=LINK, linewidth=1.2, alpha=0.85, zorder=3)
-        _draw_numbered(axes, moved, MOVED, "^", "′")
-    _draw_numbered(axes, embedding.labelled, ORIGINAL, "o", "")
+        _draw_numbered(axes, moved, [MOVED] * count, "^", "′")
+        _draw_numbered(axes, embedding.labelled, [ORIGINAL] * count, "o", "")
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=3,
                 columnspacing=1.0, handletextpad=0.2)  # fmt: skip
 
 
-def _draw_numbered(axes: Any, points: np.ndarray, colour: str, marker: str, prime: str) -> None:
+def _draw_numbered(
+    axes: Any, points: np.ndarray, own: Sequence[str], marker: str, prime: str
+) -> None:
     halo = [patheffects.withStroke(linewidth=2.5, foreground="white")]
-    axes.scatter(*points.T, s=34, c=colour, marker=marker, edgecolors="white", linewidths=0.8,
+    axes.scatter(*points.T, s=44, c=own, marker=marker, edgecolors="white", linewidths=0.8,
                  zorder=4)  # fmt: skip
-    for name, point in zip(numbers(len(points)), points, strict=True):
-        axes.annotate(f"{name}{prime}", point, (4, 4), textcoords="offset points", color=colour,
-                      weight="bold", path_effects=halo, zorder=5)  # fmt: skip
+    for name, point, colour in zip(numbers(len(points)), points, own, strict=True):
+        axes.annotate(f"{name}{prime}", point, (4, 4), textcoords="offset points",
+                      color=_legible(colour), weight="bold", path_effects=halo,
+                      zorder=5)  # fmt: skip
+
+
+def _legible(colour: str) -> str:
+    """Return the colour of a number beside such a point: pale ones cannot be read."""
+    return colour if colour in (ORIGINAL, MOVED) else _INK
 
 
 def _cloud(axes: Any, points: np.ndarray, **how: Any) -> Any:
@@ -154,112 +171,10 @@ def _draw_volume(
     x, y = at
     axes.imshow(picture, interpolation="bilinear", extent=(x, x + 1, y + 1, y))
     axes.add_patch(Rectangle(at, 1, 1, fill=False, edgecolor=colour, linewidth=1.6))
-    axes.text(x + 0.04, y + 0.04, name, color=colour, weight="bold", va="top")
+    axes.text(x + 0.04, y + 0.04, name, color=_legible(colour), weight="bold", va="top")
     if not picture[..., 3].any():
         axes.text(x + 0.5, y + 0.5, "nothing above\nthe threshold", ha="center", va="center",
                   fontsize=7, color="#555555")  # fmt: skip
-
-
-def surfaces(volumes: np.ndarray, like: np.ndarray | None = None) -> list[np.ndarray]:
-    """Render volumes `(L, box, box, box)` under one threshold, from one direction.
-
-    Parameters
-    ----------
-    like
-        Volumes whose threshold (``THRESHOLD_RULE``) and scale are used; ``volumes`` unless given.
-
-    Returns
-    -------
-    list of np.ndarray
-        RGBA of the first ten, see ``surface``.
-    """
-    like = volumes if like is None else like
-    level = float(like[0].mean() + _SIGMAS * like[0].std())
-    reach = _reach(like[:MOST_VOLUMES], level)
-    return [surface(volume, level, reach) for volume in volumes[:MOST_VOLUMES]]
-
-
-def _smaller(volume: np.ndarray) -> np.ndarray:
-    """Average down to at most ``_SURFACE_BOX``."""
-    by = -(-volume.shape[0] // _SURFACE_BOX)
-    box = volume.shape[0] // by
-    cut = volume[: box * by, : box * by, : box * by]
-    return np.asarray(cut.reshape(box, by, box, by, box, by).mean((1, 3, 5)), np.float32)
-
-
-def _reach(volumes: np.ndarray, level: float) -> float:
-    """Half the edge of the part that is shown, as a fraction of half the box; for all the same."""
-    reach = 0.0
-    for volume in volumes:
-        axis = np.linspace(-1, 1, volume.shape[0]) ** 2
-        radius = np.sqrt(axis[:, None, None] + axis[:, None] + axis)[volume > level]
-        if len(radius):
-            reach = max(reach, float(np.percentile(radius, 99)))
-    return float(np.clip(reach, 0.3, 1.0)) if reach else 1.0
-
-
-def surface(volume: np.ndarray, level: float, reach: float = 1.0) -> np.ndarray:
-    """Render the surface of `(box, box, box)` where the density reaches ``level``.
-
-    Parallel rays from a fixed direction; the surface is lit along the density's gradient. Nothing
-    is drawn where no ray meets it, so an empty or a constant volume gives an empty picture.
-
-    Parameters
-    ----------
-    reach
-        Half the edge of the picture as a fraction of half the box.
-
-    Returns
-    -------
-    np.ndarray
-        RGBA `(128, 128, 4)`, each from 0 to 1.
-    """
-    volume = np.nan_to_num(_smaller(volume))
-    half = volume.shape[0] / 2
-    right, up, to_viewer = _camera()
-    across = np.linspace(-reach, reach, _SURFACE_PIXELS) * half
-    depth = np.linspace(1, -1, 2 * volume.shape[0]) * half * min(1.75 * reach, 1.75)
-    plane = across[None, :, None] * right - across[:, None, None] * up  # (pixels, pixels, 3)
-    ray = plane[:, :, None] + depth[:, None] * to_viewer
-    density = _sample(volume, ray)
-    above = density > level
-    first = above.argmax(2)
-    hit = np.asarray(above.any(2))
-    before = np.maximum(first - 1, 0)
-    inside = np.take_along_axis(density, first[..., None], 2)[..., 0]
-    outside = np.take_along_axis(density, before[..., None], 2)[..., 0]
-    rise = np.where(inside > outside, inside - outside, 1.0)
-    part = np.where(first > 0, np.clip((level - outside) / rise, 0, 1), 0.0)
-    where = plane + (depth[before] + part * (depth[first] - depth[before]))[..., None] * to_viewer
-
-    gradient = np.stack([_sample(g, where) for g in np.gradient(volume)], -1)
-    normal = -gradient / np.maximum(np.linalg.norm(gradient, axis=-1, keepdims=True), 1e-12)
-    light = np.array(_LIGHT) @ np.stack([right, up, to_viewer])
-    light /= np.linalg.norm(light)
-    lit = np.clip(normal @ light, 0, 1)
-    facing = np.clip(normal @ to_viewer, 0, 1)
-    gloss = np.clip(normal @ ((light + to_viewer) / np.linalg.norm(light + to_viewer)), 0, 1) ** 25
-    shade = 0.22 + 0.58 * lit + 0.30 * facing
-    colour = np.clip(shade[..., None] * np.array(_BODY) + 0.22 * gloss[..., None], 0, 1)
-    return np.concatenate([colour, hit[..., None].astype(float)], -1)
-
-
-def _camera() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the picture's right, up and towards-the-viewer in the volume's axes (z, y, x)."""
-    elevation, azimuth = np.deg2rad([_ELEVATION_DEG, _AZIMUTH_DEG])
-    forward = np.array([0.0, np.sin(azimuth), np.cos(azimuth)])
-    upright = np.array([1.0, 0.0, 0.0])
-    to_viewer = np.sin(elevation) * upright + np.cos(elevation) * forward
-    up = np.cos(elevation) * upright - np.sin(elevation) * forward
-    right = np.array([0.0, np.cos(azimuth), -np.sin(azimuth)])
-    return right, up, to_viewer
-
-
-def _sample(volume: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Interpolate at positions from the centre, in voxels: `(..., 3)` -> `(...)`."""
-    centre = (volume.shape[0] - 1) / 2
-    found = map_coordinates(volume, np.moveaxis(where, -1, 0) + centre, order=1)
-    return np.asarray(found)
 
 
 def embeddings(

@@ -48,7 +48,7 @@ def encoder_inputs() -> Iterable[InputSpec]:  # type: ignore[empty-body]
 
 @hookspec
 def recipes() -> Iterable[Recipe]:  # type: ignore[empty-body]
-    """Bring recipes: named sets of ``train_amort`` flags, used as ``train_amort --recipe NAME``."""
+    """Bring recipes: names for ``train_amort --recipe`` and for the plans of ``study_amort``."""
 
 
 @hookspec

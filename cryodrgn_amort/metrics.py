@@ -6,10 +6,13 @@ transform of their images (or from another run), row by row.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.spatial.distance import cdist
+from scipy.special import logsumexp
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
@@ -19,11 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Measure",
+    "aggregate_kl",
     "class_knn",
     "coordinate_r2",
     "displacement",
     "displacement_sigma",
     "fsc",
+    "kl_by_dimension",
     "kmeans_ari",
     "knn_labels",
     "knn_overlap",
@@ -32,15 +37,21 @@ __all__ = [
     "linear_cka",
     "loss_fraction",
     "measure",
+    "memorisation",
+    "neighbourhood",
     "procrustes_disparity",
+    "ratio_of_means",
     "retrieval_rank",
     "volume_change",
 ]
 
 K = 15
 """Neighbours in all kNN measures."""
+NEIGHBOURHOOD = 0.05
+"""Neighbours that ``neighbourhood`` looks at, as a share of all particles."""
 _BLOCK = 512
 _PAIRS = 100_000
+_MOST_COMPONENTS = 2000
 
 
 @dataclass(frozen=True)
@@ -203,6 +214,22 @@ def loss_fraction(moved: np.ndarray, original: np.ndarray, constant: np.ndarray)
     return float((moved - original).mean() / (constant - original).mean())
 
 
+def memorisation(homogeneous: np.ndarray, run: np.ndarray, real: np.ndarray) -> float:
+    """Return the share of what latents explain that is explained without the particle's image.
+
+    (rec(hom) - rec(run)) / (rec(hom) - rec(real)) of sums over particles: ``homogeneous`` has one
+    volume for all, the encoder of ``run`` is not shown the particle, that of ``real`` is. Null 0.
+    """
+    gained = (homogeneous - real).mean()
+    return float((homogeneous - run).mean() / gained) if gained else math.nan
+
+
+def ratio_of_means(values: np.ndarray, reference: np.ndarray) -> float:
+    """Mean of some values over that of others."""
+    mean = reference.mean()
+    return float(values.mean() / mean) if mean else math.nan
+
+
 def volume_change(moved: np.ndarray, pairs: np.ndarray) -> float:
     """Median distance |v(z_i) - v(z'_i)| over median |v(z_i) - v(z_j)|. Null 1, ideal 0."""
     return float(np.median(moved) / np.median(pairs))
@@ -224,6 +251,86 @@ def fsc(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     power = per_shell(np.abs(fa) ** 2) * per_shell(np.abs(fb) ** 2)
     curve: np.ndarray = np.divide(cross, np.sqrt(power), out=np.zeros_like(cross), where=power > 0)
     return curve
+
+
+def kl_by_dimension(mean: np.ndarray, logvar: np.ndarray) -> np.ndarray:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) of each latent dimension, in nats: `(N, zdim)`."""
+    mean, logvar = np.asarray(mean, np.float64), np.asarray(logvar, np.float64)
+    divergence: np.ndarray = 0.5 * (mean**2 + np.exp(logvar) - logvar - 1)
+    return divergence
+
+
+def aggregate_kl(mean: np.ndarray, logvar: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return terms whose mean estimates KL(q(z) || N(0, I)), in nats: `(M,)`.
+
+    q(z) is the mixture of the posteriors. The divergence is the posteriors' mean divergence, which
+    is exact, minus what a latent tells of its particle, E log q_i(z) / q(z), from one z per
+    particle. Of more than 2,000 particles a random 2,000 are used; by convexity, fewer particles
+    give more, on average.
+
+    References
+    ----------
+    Hoffman & Johnson, "ELBO surgery" (NIPS workshop on approximate inference, 2016), section 1.
+    """
+    rng = np.random.default_rng(seed)
+    used = np.sort(rng.permutation(len(mean))[:_MOST_COMPONENTS])
+    mean, logvar = np.asarray(mean[used], np.float64), np.asarray(logvar[used], np.float64)
+    z = mean + np.exp(0.5 * logvar) * rng.standard_normal(mean.shape)
+    precision = np.exp(-logvar)
+    # log q_j(z_i) but for a constant that cancels: (i, j)
+    squares = z**2 @ precision.T - 2 * z @ (mean * precision).T + (mean**2 * precision).sum(1)
+    log_density = -0.5 * (squares + logvar.sum(1))
+    mixture = logsumexp(log_density, axis=1) - np.log(len(used))
+    told: np.ndarray = np.diagonal(log_density) - mixture
+    terms: np.ndarray = kl_by_dimension(mean, logvar).sum(1) - told
+    return terms
+
+
+def neighbourhood(z: np.ndarray, truth: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, float]:
+    """Share of the nearest particles in z that are near in truth, too, for each of ``rows``.
+
+    k is 5 % of the particles. Near in truth are the k nearest and all that are as near as the k-th:
+    of particles of one and the same structure, none is preferred. Of particles that are equally
+    far in z, each counts in part.
+
+    Parameters
+    ----------
+    truth
+        Coordinates `(N, d)` in which Euclidean distances are those of the true structures.
+
+    Returns
+    -------
+    overlap
+        `(M,)`. Ideal 1.
+    null
+        The mean share of all others that are near in truth: k / (N - 1) unless some are equal.
+
+    References
+    ----------
+    CryoBench (Jeon et al., arXiv 2408.05526), "neighborhood similarity".
+    """
+    n = len(z)
+    k = max(1, round(NEIGHBOURHOOD * n))
+    overlap, near = [], []
+    for part in np.array_split(rows, -(-len(rows) * n // 2_000_000)):  # bounds the memory
+        others = np.ones((len(part), n), bool)
+        others[np.arange(len(part)), part] = False
+        in_truth = cdist(truth[part], truth)
+        is_near = others & (in_truth <= _kth(in_truth, others, k))
+        in_z = cdist(z[part], z)
+        border = _kth(in_z, others, k)
+        inside, tied = others & (in_z < border), others & (in_z == border)
+        share = (k - inside.sum(1)) / tied.sum(1)
+        hits = (inside & is_near).sum(1) + share * (tied & is_near).sum(1)
+        overlap.append(hits / k)
+        near.append(is_near.sum(1) / (n - 1))
+    return np.concatenate(overlap), float(np.concatenate(near).mean())
+
+
+def _kth(distances: np.ndarray, allowed: np.ndarray, k: int) -> np.ndarray:
+    """Return the k-th smallest of the allowed distances of each row, `(M, 1)`."""
+    kth: np.ndarray = np.partition(np.where(allowed, distances, np.inf), k - 1, axis=1)[:, k - 1]
+    return kth[:, None]
 
 
 def knn_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:

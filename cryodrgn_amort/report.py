@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import json
 import math
 import os
@@ -17,7 +15,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 
 from cryodrgn_amort import __version__, figures, host
@@ -26,13 +23,14 @@ from cryodrgn_amort.definitions import (
     DEFINITIONS,
     MODE_NOTES,
     VERDICT_RULE,
-    Definition,
-    number,
     text_row,
     text_table,
     verdict,
 )
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.pages import Picture, environment, picture
+from cryodrgn_amort.pictures import pictures_of
+from cryodrgn_amort.truth import fve_radius
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,11 +44,11 @@ CITATION = (
     "D. G. Edelberg, R. R. Lederman: Using VAEs to Learn Latent Variables: Observations on "
     "Applications in cryo-EM. arXiv:2303.07487 (2023)"
 )
-_PNG_DPI = 150
 _MAIN = ("retrieval_rank", "latent_correlation", "amortization_loss_fraction", "volume_change")
 # What an earlier evaluation may have left, and a later one without that transform must remove.
 _OURS = re.compile(
     r"vol\.\d+(\..+)?\.mrc|.+\.(held|follow)\.pkl|(latents|ranks|map\..+)\.(png|pdf)"
+    r"|(reconstruction|neighbourhood|per_image_fsc)\.pkl"
 )
 
 
@@ -75,25 +73,10 @@ class Section:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """A rendered figure."""
-
-    name: str
-    alt: str
-    caption: str
-    png: bytes
-    pdf: bytes
-
-    @property
-    def src(self) -> str:
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
-
-
-@dataclass(frozen=True)
 class _PluginPart:
     section: Section
     plugin: str
-    pictures: list[_Picture]
+    pictures: list[Picture]
 
     @property
     def paragraphs(self) -> list[str]:
@@ -135,10 +118,10 @@ def write_evaluation(evaluation: Evaluation, outdir: str | os.PathLike[str]) -> 
     """
     out = check_outdir(outdir)
     with _staging(out) as staging:
-        pictures = _pictures(evaluation)
-        for picture in (p for some in pictures.values() for p in some):
-            (staging / f"{picture.name}.png").write_bytes(picture.png)
-            (staging / f"{picture.name}.pdf").write_bytes(picture.pdf)
+        pictures = pictures_of(evaluation)
+        for drawn in (p for some in pictures.values() for p in some):
+            (staging / f"{drawn.name}.png").write_bytes(drawn.png)
+            (staging / f"{drawn.name}.pdf").write_bytes(drawn.pdf)
         _write_arrays(evaluation, staging)
         page = _page(evaluation, pictures)
         (staging / "report.html").write_text(page, encoding="utf-8")
@@ -206,96 +189,34 @@ def _write_arrays(evaluation: Evaluation, folder: Path) -> None:
     names = figures.numbers(len(evaluation.labelled))
     for name, volume in zip(names, evaluation.volumes, strict=True):
         host.write_mrc(str(folder / f"vol.{name}.mrc"), volume, **apix)
+    for array, values in evaluation.arrays.items():
+        write_pickle(folder / f"{array}.pkl", values)
     for result in evaluation.results:
         write_z(folder / f"z.{result.key}.pkl", result.z, result.logvar)
         for array, values in result.arrays.items():
             write_pickle(folder / f"{array}.{result.key}.pkl", np.ascontiguousarray(values))
+    for result in evaluation.mapped:
         for name, volume in zip(names, result.volumes, strict=True):
             host.write_mrc(str(folder / f"vol.{name}.{result.key}.mrc"), volume, **apix)
 
 
-def _picture(name: str, alt: str, caption: str, figure: Figure) -> _Picture:
-    png, pdf = io.BytesIO(), io.BytesIO()
-    figure.savefig(png, format="png", dpi=_PNG_DPI)
-    figure.set_layout_engine("none")  # it stays as laid out
-    # no date: the same evaluation gives the same file
-    figure.savefig(pdf, format="pdf", dpi=2 * _PNG_DPI, metadata={"CreationDate": None})
-    return _Picture(name, alt, caption, png.getvalue(), pdf.getvalue())
-
-
-def _pictures(evaluation: Evaluation) -> dict[str, list[_Picture]]:
-    """Draw all figures: by key of a transform result, "latents" and "ranks"."""
-    shown = sorted(evaluation.embeddings.items(), key=lambda item: item[0] != "UMAP")
-    surfaces = figures.surfaces(evaluation.volumes)
-    volumes = (
-        f"Volumes decoded at the first {len(surfaces)}, from one direction, under one threshold "
-        f"({figures.THRESHOLD_RULE})."
-    )
-    found = {"latents": [_overview(evaluation)]}
-    for title, embedding in shown:
-        alt = f"The numbered particles in latent space ({title}), and their volumes."
-        caption = f"Where the numbered particles lie ({title}). {volumes}"
-        figure = figures.latent_map(embedding, surfaces)
-        found["latents"].append(_picture(f"map.{title.lower()}", alt, caption, figure))
-    for result in evaluation.results:
-        what = f"{result.title}, {result.mode}"
-        moved = figures.surfaces(result.volumes, evaluation.volumes)
-        found[result.key] = []
-        for title, embedding in shown:
-            alt = f"Particles and their copies in latent space ({title}): {what}."
-            caption = (
-                f"{_capital(what)} ({title}): particles red, their transformed copies green with "
-                f"a prime, a purple line from each to its copy. {volumes}"
-            )
-            figure = figures.latent_map(embedding, surfaces, result, moved)
-            name = f"map.{result.key}.{title.lower()}"
-            found[result.key].append(_picture(name, alt, caption, figure))
-    if evaluation.results:
-        alt = "Distributions of retrieval rank and displacement, with their null values."
-        caption = (
-            "Retrieval rank and displacement of every particle. The dotted line is what a "
-            "transform would give that destroys everything; the ideal rises to 1 at once, at 0."
-        )
-        found["ranks"] = [_picture("ranks", alt, caption, figures.ranks(evaluation.results))]
-    return found
-
-
-def _overview(evaluation: Evaluation) -> _Picture:
-    shown, labels, coordinate = evaluation.embeddings, evaluation.labels, evaluation.coordinate
-    known = [k for k, v in (("class", labels), ("coordinate", coordinate)) if v is not None]
-    colours = f", coloured by {' and by '.join(known)}" if known else ""
-    figure = figures.embeddings(shown, labels, coordinate, evaluation.label_names)
-    alt = f"All particles in latent space ({' and '.join(shown) or 'none'}){colours}."
-    return _picture("latents", alt, f"All particles in latent space{colours}.", figure)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _page(evaluation: Evaluation, pictures: dict[str, list[_Picture]]) -> str:
+def _page(evaluation: Evaluation, pictures: dict[str, list[Picture]]) -> str:
     """Render report.html."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cryodrgn_amort"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["capitalize_first"] = _capital
-    environment.filters["number"] = lambda v: number(v) if isinstance(v, float | int) else v
-    return environment.get_template("report.html.j2").render(
-        evaluation=evaluation,
-        run=evaluation.run,
-        verdict=verdict(evaluation),
-        transforms=_by_transform(evaluation),
-        pictures=pictures,
-        definitions=DEFINITIONS,
-        nothing=Definition("", ""),
-        mode_notes=MODE_NOTES,
-        facts=_table_of_facts(evaluation),
-        sections=_plugin_parts(evaluation),
-        citation=CITATION,
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            evaluation=evaluation,
+            run=evaluation.run,
+            verdict=verdict(evaluation),
+            transforms=_by_transform(evaluation),
+            pictures=pictures,
+            measured=_facts(evaluation)["definitions"],
+            mode_notes=MODE_NOTES,
+            facts=_table_of_facts(evaluation),
+            sections=_plugin_parts(evaluation),
+            citation=CITATION,
+        )
     )
 
 
@@ -321,7 +242,7 @@ def _plugin_parts(evaluation: Evaluation) -> list[_PluginPart]:
 
 
 def _plugin_part(section: Section, plugin: str) -> _PluginPart:
-    drawn = [_picture("", caption, caption, figure) for caption, figure in section.figures.items()]
+    drawn = [picture("", caption, caption, figure) for caption, figure in section.figures.items()]
     return _PluginPart(section, plugin, drawn)
 
 
@@ -361,6 +282,8 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
             )
         },
         "measures": _measures(evaluation.measures),
+        "kl_per_dimension": evaluation.kl_per_dimension,
+        "volume_fve_radius_voxels": fve_radius(evaluation.volumes.shape[-1]),
         "transforms": {
             r.key: {
                 "name": r.name, "title": r.title, "mode": r.mode, "measures": _measures(r.measures)

@@ -35,8 +35,14 @@ class EvalOptions:
         Names with arguments, as on the command line.
     labels, coordinate
         Paths of pickled arrays: a class and a continuous coordinate per particle.
-    sample, volumes
-        Number of particles for reconstruction losses, and for comparing decoded volumes.
+    truth
+        Output folder of ``simulate_amort`` that the particles are from; labels and coordinate are
+        taken from there unless given.
+    sample, volumes, truth_volumes
+        Number of particles for reconstruction losses and true neighbours, for comparing decoded
+        volumes, and for comparing them with the true ones.
+    maps
+        The copies of the first so many transforms are shown, with their volumes.
     labelled
         The first so many particles are shown by number, with their volumes.
     particles, poses, ctf, ind, datadir
@@ -46,8 +52,11 @@ class EvalOptions:
     transforms: tuple[str, ...] = ("roll:1", "rotate:90")
     labels: str | None = None
     coordinate: str | None = None
+    truth: str | None = None
     sample: int = 1000
     volumes: int = 30
+    truth_volumes: int = 200
+    maps: int = 2
     labelled: int = 10
     seed: int = 0
     bootstrap: int = 500
@@ -60,8 +69,8 @@ class EvalOptions:
     datadir: str | None = None
 
     def __post_init__(self) -> None:
-        least_of = {"sample": 2, "volumes": 2, "labelled": 1, "batch_size": 1, "bootstrap": 0}
-        for name, least in {**least_of, "seed": 0}.items():
+        least_of = {"sample": 2, "volumes": 2, "truth_volumes": 2, "labelled": 1, "batch_size": 1}
+        for name, least in {**least_of, "bootstrap": 0, "seed": 0, "maps": 0}.items():
             if getattr(self, name) < least:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {getattr(self, name)}: must be at least {least}")
@@ -136,7 +145,12 @@ class Evaluation:
     z, logvar
         Posterior of the particles, `(N, zdim)`.
     measures
-        Of the run itself: latent use, and heterogeneity where there are labels.
+        Of the run itself: latent use, the fit to the images, and heterogeneity where it is known.
+    arrays
+        Per-particle values of the run itself `(N,)` by name; NaN where not in the sample.
+    kl_per_dimension
+        Mean divergence of the posteriors from the prior, in nats, `(zdim,)`; None for runs of
+        ``train_dec``, which have no posteriors.
     results
         One per transform and mode; empty where not applicable.
     labelled
@@ -158,11 +172,19 @@ class Evaluation:
     measures: dict[str, Measure]
     labelled: np.ndarray
     volumes: np.ndarray
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    kl_per_dimension: np.ndarray | None = None
     results: list[TransformResult] = field(default_factory=list)
     embeddings: dict[str, Embedding] = field(default_factory=dict)
     labels: np.ndarray | None = None
     coordinate: np.ndarray | None = None
     label_names: tuple[str, ...] = ()
+
+    @property
+    def mapped(self) -> list[TransformResult]:
+        """The results that are shown particle by particle."""
+        names = list(dict.fromkeys(r.name for r in self.results))[: self.options.maps]
+        return [r for r in self.results if r.name in names]
 
     @property
     def reason(self) -> str:

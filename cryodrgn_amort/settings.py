@@ -226,7 +226,9 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Plugins) -> TrainSett
     values = dict(given)
     if values.get("recipe"):
         recipe = plugins.recipe(values["recipe"])
-        for dest in recipe.needs:
+        if recipe.command != "train_amort":
+            raise InputError(f"--recipe {recipe.name}: is nothing to train; study_amort runs it")
+        for dest in recipe.parents:
             if dest not in given:
                 raise InputError(f"--recipe {recipe.name}: needs {flag_name(dest)}")
         values = {**recipe.flags, **values}

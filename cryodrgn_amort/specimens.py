@@ -197,8 +197,8 @@ class VolumeModel:
         return total
 
 
-def read_volume(path: str) -> tuple[np.ndarray, float]:
-    """Read and check a volume of the user's.
+def read_volume(path: str, flag: str = "--volumes") -> tuple[np.ndarray, float]:
+    """Read and check a volume of the user's; ``flag`` names its role in errors.
 
     Returns
     -------
@@ -212,7 +212,7 @@ def read_volume(path: str) -> tuple[np.ndarray, float]:
     InputError
         If it is no finite, cubic, even-sized, positive density, or stored in an unusual way.
     """
-    what = f"--volumes {path}"
+    what = f"{flag} {path}"
     try:
         volume, header = host.parse_mrc(path)
     except OSError as err:

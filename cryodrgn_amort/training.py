@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cryodrgn_amort.particles import Batch
+    from cryodrgn_amort.particles import Batch, Particles
     from cryodrgn_amort.plugins import Plugins
     from cryodrgn_amort.settings import TrainSettings
 
@@ -43,11 +43,13 @@ logger = logging.getLogger("cryodrgn_amort")
 
 _ACTIVE_VARIANCE = 0.01  # Burda et al., arXiv 1509.00519: an active unit
 _ENCODE_BATCH = 256
-_RUN_FILES = ("config.yaml", "run.log", "metrics.csv", "z.pkl", "weights.pkl")
+_RUN_FILES = ("z.pkl", "weights.pkl", "metrics.csv", "run.log", "config.yaml")
 
 
 class Trainer:
     """Trains one run. Making it checks everything and writes nothing; ``fit`` trains.
+
+    ``particles`` are those that the settings name, if they have been opened already.
 
     The baseline makes the same random draws in the same order as ``cryodrgn train_vae``, so that
     equal seeds give equal weights.
@@ -64,7 +66,9 @@ class Trainer:
         The epoch that is running or has last ended, from 1.
     """
 
-    def __init__(self, settings: TrainSettings, plugins: Plugins) -> None:
+    def __init__(
+        self, settings: TrainSettings, plugins: Plugins, particles: Particles | None = None
+    ) -> None:
         self.settings, self.plugins = settings, plugins
         self.folder = Path(settings.outdir)
         self.device = default_device()
@@ -74,7 +78,7 @@ class Trainer:
         source = source_of(settings)
         if source.norm is None and own.get("norm"):  # a resumed run keeps its normalisation
             source = replace(source, norm=tuple(own["norm"]))
-        self.particles = load_particles(source, self.device)
+        self.particles = particles or load_particles(source, self.device)
         build = self.encoder_spec.build
         amort = None if build is None else build(settings, self.particles)
         self.shown = input_spec.build(settings, self.particles) if input_spec else None
@@ -102,18 +106,31 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last epoch, with a checkpoint every ``--checkpoint`` epochs."""
-        settings = self.settings
-        self.particles.fill_cache(self._bar("preprocessing", -(-self.particles.n // 256)))
-        self.loader = self.particles.batches(
-            self.shown, batch_size=settings.batch_size, shuffle=True, **self._loading
-        )
+        self._preprocess()
         self._prepare_folder()
         try:
             self._train()
         finally:  # a run that ends before its first checkpoint replaces nothing
             self._put_back()
-        if settings.do_analysis:
+        if self.settings.do_analysis:
             host.analyze(str(self.folder), self.epoch)
+
+    def endless_steps(self) -> Iterator[None]:
+        """Take optimizer steps, epoch after epoch, and keep nothing: for whoever times them."""
+        self._preprocess()
+        self.model.train()
+        while True:
+            if self.model.amort is not None:
+                self.model.amort.epoch_start()
+            for index, read in self.loader:
+                self._step(self.particles.batch(index, read, self.shown), self.beta(0))
+                yield
+
+    def _preprocess(self) -> None:
+        self.particles.fill_cache(self._bar("preprocessing", -(-self.particles.n // 256)))
+        self.loader = self.particles.batches(
+            self.shown, batch_size=self.settings.batch_size, shuffle=True, **self._loading
+        )
 
     def _train(self) -> None:
         settings = self.settings
@@ -130,7 +147,8 @@ class Trainer:
                     self._write_checkpoint()
             self._finish()
             took = timedelta(seconds=time.monotonic() - started)
-            logger.info(f"Finished in {took} ({took / (self.epoch - first + 1)} per epoch)")
+            each = took / max(self.epoch - first + 1, 1)
+            logger.info(f"Finished in {took} ({each} per epoch)")
             self.plugins.hook.training_end(trainer=self)
 
     def _train_epoch(self) -> dict[str, float]:
@@ -270,7 +288,7 @@ class Trainer:
                 raise InputError(f"--load latest: {self.folder} has no checkpoint")
             load = str(self.folder / f"weights.{known[-1]}.pkl")
         checkpoint = read_weights(load, "--load")
-        if checkpoint["epoch"] >= self.settings.num_epochs:
+        if checkpoint["epoch"] >= self.settings.num_epochs and not self._killed_at_the_end(load):
             raise InputError(
                 f"--load {load}: has {checkpoint['epoch']} epochs already; "
                 f"-n {self.settings.num_epochs} leaves nothing to train"
@@ -286,6 +304,12 @@ class Trainer:
         if "encoder" not in own and self.encoder_spec.host_mode is None:
             raise InputError(f"--load {load}: has no {self.settings.encoder} encoder")
         return checkpoint, own
+
+    def _killed_at_the_end(self, load: str) -> bool:
+        """Tell whether all that this run lacks is what ``_finish`` does."""
+        last = self.folder / f"weights.{self.settings.num_epochs}.pkl"
+        final = (self.folder / "weights.pkl", self.folder / "z.pkl")
+        return Path(load).resolve() == last.resolve() and not all(p.exists() for p in final)
 
     def _restore(self, checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
         name = f"--load {self.settings.load}"
@@ -329,12 +353,16 @@ class Trainer:
         return generator
 
     def _run_files(self, after: int = -1) -> list[Path]:
-        """Return the files of a run in the folder; of epochs after ``after`` only, if given."""
-        found = [] if after >= 0 else [self.folder / name for name in _RUN_FILES]
+        """Return the files of a run in the folder; of epochs after ``after`` only, if given.
+
+        The config is last: where it is, the rest is (see ``_put_back``).
+        """
+        found = []
         for path in self.folder.glob("*.pkl"):
             match = re.fullmatch(r"(?:weights|z)\.(\d+)\.pkl", path.name)
             if match and int(match[1]) > after:
                 found.append(path)
+        found += [] if after >= 0 else [self.folder / name for name in _RUN_FILES]
         return [path for path in found if path.exists()]
 
     @property
@@ -345,7 +373,9 @@ class Trainer:
     def _prepare_folder(self) -> None:
         """Make the run folder. From here on files are written."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._put_back()  # of a run that was killed before its first checkpoint
+        if (self._replaced / "config.yaml").exists() and epochs(self.folder):
+            shutil.rmtree(self._replaced)  # killed just after the first checkpoint
+        self._put_back()  # or before it
         if self.settings.overwrite:
             stale = self._run_files()
         else:  # later epochs will be trained again
@@ -359,7 +389,8 @@ class Trainer:
     def _put_back(self) -> None:
         if not self._replaced.is_dir():
             return
-        for path in self._replaced.iterdir():
+        config_first = sorted(self._replaced.iterdir(), key=lambda p: p.name != "config.yaml")
+        for path in config_first:
             os.replace(path, self.folder / path.name)
         self._replaced.rmdir()
 

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cryodrgn_amort import metrics
+from cryodrgn_amort.objective import kl_divergence
 
 
 def latents(n=300, zdim=4, seed=0):
@@ -117,3 +119,84 @@ def test_bootstrap_interval_has_the_right_width():
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.2)
     assert found.n == 400
     assert found == metrics.measure("mean", np.mean, values, null=0.0, ideal=None)
+
+
+def test_kl_by_dimension_adds_up_to_the_kl_of_training():
+    rng = np.random.default_rng(0)
+    mean, logvar = rng.standard_normal((2, 50, 4))
+    found = metrics.kl_by_dimension(mean, logvar)
+    whole = kl_divergence(torch.from_numpy(mean), torch.from_numpy(logvar)).numpy()
+    np.testing.assert_allclose(found.sum(1), whole, rtol=1e-12)
+    assert found.shape == (50, 4)
+    assert found.min() >= 0
+    assert metrics.kl_by_dimension(np.zeros((1, 1)), np.zeros((1, 1))) == 0
+
+
+def test_aggregate_kl_of_the_prior_is_zero():
+    zeros = np.zeros((300, 3))
+    np.testing.assert_allclose(metrics.aggregate_kl(zeros, zeros), 0, atol=1e-12)
+
+
+def test_aggregate_kl_of_posteriors_far_apart_is_the_closed_form():
+    mean = np.repeat([[50.0, 0.0], [-50.0, 0.3]], 100, axis=0)
+    logvar = np.full_like(mean, -2.0)
+    kl = metrics.kl_by_dimension(mean, logvar).sum(1).mean()
+    found = metrics.aggregate_kl(mean, logvar)
+    assert found.mean() == pytest.approx(kl - np.log(2), rel=1e-12)
+
+
+def test_aggregate_kl_of_a_mixture_that_overlaps():
+    at = np.linspace(-9, 9, 20001)
+    normal = [np.exp(-0.5 * ((at - m) / s) ** 2) / s for m, s in ((-1, 0.5), (1, 0.8), (0, 1))]
+    mixture, prior = (normal[0] + normal[1]) / 2, normal[2]
+    exact = (mixture * np.log(mixture / prior)).sum() / mixture.sum()
+    mean = np.repeat([[-1.0], [1.0]], 1000, axis=0)
+    logvar = np.repeat([[2 * np.log(0.5)], [2 * np.log(0.8)]], 1000, axis=0)
+    terms = metrics.aggregate_kl(mean, logvar)
+    assert terms.mean() == pytest.approx(exact, abs=4 * terms.std() / np.sqrt(2000))
+    assert terms.std() / np.sqrt(2000) < 0.02
+    np.testing.assert_array_equal(terms, metrics.aggregate_kl(mean, logvar))
+    assert len(metrics.aggregate_kl(np.tile(mean, (2, 1)), np.tile(logvar, (2, 1)))) == 2000
+
+
+@settings(max_examples=10, deadline=None)
+@given(n=st.integers(2, 300), seed=st.integers(0, 99))
+def test_neighbourhood_is_the_overlap_of_nearest_neighbours(n, seed):
+    z, truth = latents(n, seed=seed), latents(n, zdim=2, seed=seed + 1)
+    rows = np.arange(0, n, 3)
+    k = max(1, round(0.05 * n))
+    naive = []
+    for i in rows:
+        sets = []
+        for points in (z, truth):
+            distance = np.linalg.norm(points - points[i], axis=1)
+            distance[i] = np.inf
+            sets.append(set(np.argsort(distance)[:k]))
+        naive.append(len(sets[0] & sets[1]) / k)
+    overlap, null = metrics.neighbourhood(z, truth, rows)
+    np.testing.assert_allclose(overlap, naive, atol=1e-12)
+    assert null == pytest.approx(k / (n - 1))
+
+
+def test_neighbourhood_at_its_ideal_and_its_null():
+    truth, rows = latents(800), np.arange(800)
+    shuffled = truth[np.random.default_rng(5).permutation(800)]
+    overlap, null = metrics.neighbourhood(truth, truth, rows)
+    assert overlap.min() == 1
+    assert null == pytest.approx(40 / 799)
+    assert metrics.neighbourhood(shuffled, truth, rows)[0].mean() == pytest.approx(null, abs=0.01)
+    collapsed = np.full_like(truth, 0.3)
+    np.testing.assert_allclose(metrics.neighbourhood(collapsed, truth, rows)[0], null)
+
+
+def test_neighbourhood_does_not_choose_among_equals():
+    rng = np.random.default_rng(0)
+    labels = np.sort(rng.choice(3, 400, p=(0.5, 0.3, 0.2)))
+    truth, rows = np.eye(3)[labels], np.arange(400)
+    z = 10.0 * truth + rng.standard_normal((400, 3))  # the order within a class is by chance
+    overlap, null = metrics.neighbourhood(z, truth, rows)
+    assert overlap.min() == 1
+    counts = np.bincount(labels)
+    assert null == pytest.approx((counts * (counts - 1)).sum() / (400 * 399))
+    collapsed = metrics.neighbourhood(np.zeros((400, 2)), truth, rows)[0]
+    np.testing.assert_allclose(collapsed, (counts[labels] - 1) / 399)

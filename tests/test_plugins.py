@@ -36,13 +36,14 @@ def input_named(name):
 def test_what_ships_in_the_box(plugins):
     names = {kind: set(plugins.owned(kind)) for kind in KINDS}
     assert names["commands"] == {
-        "simulate_amort", "train_amort", "eval_amort", "compare_amort", "amort_plugins",
+        "simulate_amort", "train_amort", "eval_amort", "compare_amort", "time_amort",
+        "study_amort", "amort_plugins",
     }  # fmt: skip
     assert names["encoders"] == {"resid", "mlp", "vlt"}
     assert names["encoder_inputs"] == {"particle", "twin", "noise"}
     assert names["transforms"] == {"roll", "rotate"}
     assert {"baseline", "vlt", "vlt-frozen-encoder", "twin-large"} <= names["recipes"]
-    assert len(names["recipes"]) == 11
+    assert len(names["recipes"]) == 14
     for kind in KINDS:
         for owned in plugins.owned(kind).values():
             assert owned.plugin == "built-in"

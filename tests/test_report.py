@@ -1,5 +1,7 @@
 """What eval_amort writes: complete, strict, escaped, self-contained, and whole or not at all."""
 
+import base64
+import hashlib
 import json
 import pickle
 import re
@@ -11,9 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import read_pickles, write_pickle
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from cryodrgn_amort import figures, hookimpl, report
+from cryodrgn_amort import figures, hookimpl, report, surfaces
 from cryodrgn_amort.definitions import DEFINITIONS, number, verdict
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.evaluation import EvalOptions, evaluate
@@ -27,7 +30,8 @@ AMORTIZATION = {
     "retrieval_rank", "top1", "displacement", "displacement_sigma", "latent_correlation",
     "label_agreement", "volume_change", "volume_fsc_loss", "amortization_loss_fraction", "control",
 }  # fmt: skip
-RUN = {"active_units", "kl", "class_knn", "coordinate_r2"}
+LATENTS = {"active_units", "kl", "aggregate_kl", "reconstruction"}
+RUN = LATENTS | {"class_knn", "coordinate_r2"}
 KEYS = ["roll-1.held", "roll-1.follow", "rotate-90.held", "rotate-90.follow"]
 HOSTILE = "<script>alert(1)</script>"
 
@@ -108,27 +112,29 @@ class Page(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.tags, self.loads, self.links, self.images, self.texts = [], [], [], [], []
-        self._styled = False
+        self.ids, self.canvases = [], []
+        self._hidden = False
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.tags.append(tag)
-        self._styled = tag == "style"
+        self._hidden = tag in ("style", "script")
         assert not [name for name in attrs if name.startswith("on")]
         for name in ("src", "srcset", "data", "poster"):
             self.loads += [attrs[name]] if name in attrs else []
         if "href" in attrs:
             (self.links if tag == "a" else self.loads).append(attrs["href"])
-        if tag == "img":
-            self.images.append(attrs)
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        if tag in ("img", "canvas"):
+            (self.images if tag == "img" else self.canvases).append(attrs)
 
     def handle_data(self, data):
-        if not self._styled:
+        if not self._hidden:
             self.texts.append(data)
 
     def handle_endtag(self, tag):
-        self._styled = False
+        self._hidden = False
 
     @property
     def text(self):
@@ -203,14 +209,49 @@ def test_every_figure_as_png_and_pdf(written):
     assert all(len(image["alt"]) > 20 for image in page.images)
 
 
-def test_the_report_loads_nothing_and_runs_nothing(written):
-    page = Page((written / "report.html").read_text())
+def test_the_report_loads_nothing_and_runs_its_own_script_alone(written):
+    html = (written / "report.html").read_text()
+    page = Page(html)
     assert all(url.startswith("data:image/png;base64,") for url in page.loads)
-    assert page.links == ["https://arxiv.org/abs/2303.07487"]
-    assert not {"script", "iframe", "link", "object", "form"} & set(page.tags)
-    style = re.search(r"<style>(.*?)</style>", (written / "report.html").read_text(), re.DOTALL)[1]
+    outside = [link for link in page.links if not link.startswith("#")]
+    assert outside == ["https://arxiv.org/abs/2303.07487"]
+    assert not {"iframe", "link", "object", "form"} & set(page.tags)
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)[1]
     assert "url(" not in style
     assert "@import" not in style
+    (script,) = re.findall(r"<script[^>]*>(.*?)</script>", html, re.DOTALL)
+    assert "<script>" in html  # without src
+    assert not re.search(r"https?:|import|fetch|XMLHttpRequest|eval|innerHTML", script)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules == {
+        "default-src": "'none'", "img-src": "data:", "style-src": "'unsafe-inline'",
+        "script-src": f"'sha256-{digest}'", "base-uri": "'none'", "form-action": "'none'",
+    }  # fmt: skip
+
+
+def test_every_name_of_a_measure_leads_to_its_definition(written, evaluation):
+    page = Page((written / "report.html").read_text())
+    anchors = [link[1:] for link in page.links if link.startswith("#")]
+    named = {*evaluation.measures, *evaluation.results[0].measures}
+    assert set(anchors) == {f"def-{name}" for name in named} <= set(page.ids)
+    assert anchors.count("def-control") == 2  # once for each transform
+    assert len(set(page.ids)) == len(page.ids)
+
+
+def test_the_volumes_of_every_map_can_be_turned(written):
+    page = Page((written / "report.html").read_text())
+    assert len(page.canvases) == 2 + len(KEYS) * 4  # two particles; for each result copies as well
+    assert {c["data-mesh"] for c in page.canvases} <= set(page.ids)
+    held = [c for c in page.canvases if "data-triangles" in c]
+    assert len(held) == len({c["data-triangles"] for c in held})  # each mesh once
+    assert [c["data-colour"] for c in page.canvases[-2:]] == figures.colours(2)
+    for copies in range(0, 4 * len(KEYS), 4):
+        some = page.canvases[copies : copies + 4]
+        assert [c["data-colour"] for c in some] == [figures.ORIGINAL, figures.MOVED] * 2
+        names = [re.match("Volume (.+?):", c["aria-label"])[1] for c in some]
+        assert names == ["1", "1′", "2", "2′"]
 
 
 def test_the_report_says_what_the_numbers_mean(written, evaluation):
@@ -237,7 +278,7 @@ def test_hostile_text_is_escaped(light, tmp_path):
     html = (tmp_path / "out/report.html").read_text()
     page = Page(html)
     assert HOSTILE not in html
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1  # ours
     assert page.text.count(HOSTILE) >= 7
 
 
@@ -247,9 +288,10 @@ def test_a_table_gets_no_score(table_evaluation, tmp_path):
     assert facts["applicable"] is False
     assert facts["reason"].startswith("not applicable")
     assert facts["transforms"] == {}
-    assert set(facts["measures"]) == {"active_units", "kl"} == set(facts["definitions"])
+    assert set(facts["measures"]) == LATENTS == set(facts["definitions"])
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"amortization.json", "report.html", "vol.1.mrc", "vol.2.mrc"} | {
+    files = {"amortization.json", "report.html", "reconstruction.pkl", "vol.1.mrc", "vol.2.mrc"}
+    assert names == files | {
         f"{name}.{kind}" for name in ("latents", "map.pca") for kind in ("png", "pdf")
     }
     page = Page((tmp_path / "out/report.html").read_text())
@@ -261,7 +303,7 @@ def test_a_table_gets_no_score(table_evaluation, tmp_path):
     assert "retrieval_rank" not in summary(table_evaluation)
 
 
-@pytest.mark.parametrize("step", ["_page", "_write_arrays", "_picture", "_plain"])
+@pytest.mark.parametrize("step", ["_page", "_write_arrays", "pictures_of", "_plain"])
 def test_a_failure_leaves_what_was_there(step, light, tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("halfway")
@@ -358,59 +400,55 @@ def test_numbers(value, text):
     assert number(value) == text
 
 
-def ball(box, radius, centre=(0, 0, 0)):
-    axis = np.arange(box) - (box - 1) / 2
-    z, y, x = np.meshgrid(*(axis - c for c in centre), indexing="ij", sparse=True)
-    return (radius - np.sqrt(z**2 + y**2 + x**2)).astype(np.float32)
-
-
-def test_a_ball_is_drawn_as_a_lit_disc():
-    picture = figures.surface(ball(32, 8), 0.0)
-    assert picture.shape == (128, 128, 4)
-    area = picture[..., 3].mean() * 32**2
-    assert area == pytest.approx(np.pi * 8**2, rel=0.03)
-    upper, lower = picture[40:64, 52:76, :3].mean(), picture[64:88, 52:76, :3].mean()
-    assert upper > lower  # the light comes from above
-
-
-@pytest.mark.parametrize(
-    ("centre", "moves"), [((6, 0, 0), (0, -1)), ((0, 0, 6), (-1, 0)), ((0, 6, 0), (1, 0))]
-)
-def test_where_the_axes_of_a_volume_point(centre, moves):
-    """z (first axis) points up; y to the right, x (last axis) to the left, both to the viewer."""
-    mask = figures.surface(ball(32, 4, centre), 0.0)[..., 3] > 0
-    rows, columns = np.nonzero(mask)
-    if moves[0]:
-        assert np.sign(columns.mean() - 63.5) == moves[0]
-    if moves[1]:
-        assert np.sign(rows.mean() - 63.5) == moves[1]
-
-
 @pytest.mark.parametrize("volume", [np.zeros((8, 8, 8)), np.full((9, 9, 9), np.nan)])
-def test_an_empty_surface_is_an_empty_picture(volume, evaluation):
-    pictures = figures.surfaces(np.stack([volume, volume]).astype(np.float32))
-    assert not any(picture[..., 3].any() for picture in pictures)
+def test_what_has_no_surface_is_said_to_have_none(volume, light, evaluation, tmp_path):
+    volumes = np.stack([volume, volume]).astype(np.float32)
+    empty = replace(light.results[0], volumes=volumes)
+    shown = with_(light, results=[empty], embeddings=evaluation.embeddings)
+    write_evaluation(shown, tmp_path / "out")
+    page = Page((tmp_path / "out/report.html").read_text())
+    assert page.text.count("nothing above the threshold") == 2
+    pictures = surfaces.pictures(surfaces.meshes(volumes), figures.colours(2), 1.0)
     figure = figures.latent_map(evaluation.embeddings["PCA"], pictures)
-    assert any("nothing above" in text.get_text() for text in figure.findobj(match_text))
+    texts = [text.get_text() for text in figure.findobj(match_text)]
+    assert texts.count("nothing above\nthe threshold") == 2
 
 
 def match_text(artist):
     return hasattr(artist, "get_text")
 
 
-def test_a_large_volume_is_averaged_down():
-    large = figures.surface(ball(130, 32), 0.0)
-    small = figures.surface(ball(65, 16), 0.0)
-    np.testing.assert_allclose(large[..., 3].mean(), small[..., 3].mean(), rtol=0.05)
-
-
 def test_a_map_shows_both_ends_of_every_pair(evaluation):
     result = evaluation.results[0]
-    pictures, moved = figures.surfaces(evaluation.volumes), figures.surfaces(result.volumes)
+    pictures, moved = (
+        surfaces.pictures(surfaces.meshes(some), figures.colours(2), 1.0)
+        for some in (evaluation.volumes, result.volumes)
+    )
     figure = figures.latent_map(evaluation.embeddings["PCA"], pictures, result, moved)
     texts = [text.get_text() for text in figure.findobj(match_text)]
     for name in ("1", "2", "1′", "2′"):
         assert texts.count(name) == 2  # in the plane and at the volume
+
+
+def test_a_particle_has_the_colour_of_its_volume(evaluation):
+    """Red and green with copies, as in the paper; else each its own, and ten that differ."""
+    result, pictures = evaluation.results[0], [np.ones((2, 2, 4))] * 2
+    embedding = evaluation.embeddings["PCA"]
+    pairs = figures.latent_map(embedding, pictures, result, pictures)
+    alone = figures.latent_map(embedding, pictures)
+    own = figures.colours(2)
+    assert len({*own, figures.ORIGINAL, figures.MOVED}) == 4
+    for figure, points, frames in (
+        (pairs, [figures.MOVED, figures.ORIGINAL], [figures.ORIGINAL, figures.MOVED] * 2),
+        (alone, own, own),
+    ):
+        plane, volumes = figure.axes
+        # all particles are drawn first
+        dots = [c for cloud in plane.collections[1:] for c in map(to_hex, cloud.get_facecolors())]
+        assert list(dict.fromkeys(dots)) == points
+        assert [to_hex(p.get_edgecolor()) for p in volumes.patches] == frames
+    assert len(set(figures.colours(10))) == 10
+    assert len(figures.colours(25)) == 25
 
 
 def test_latents_of_one_dimension_have_no_map(light, tmp_path):
@@ -448,7 +486,7 @@ def test_the_command_on_a_table(table_evaluation, cli, tmp_path):
     ("argv", "message"),
     [
         (["--transform", "mirror"], "--transform mirror: unknown; known are roll, rotate"),
-        (["--transform", "rotate:45"], "--transform rotate:45"),
+        (["--transform", "rotate:abc"], "--transform rotate:abc"),
         (["--epoch", "9"], "--epoch 9"),
         (["--labels", "SHORT"], "has shape (3,)"),
         (["--coordinate", "MISSING"], "no such file"),

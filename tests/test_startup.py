@@ -16,7 +16,10 @@ import pytest
 from cryodrgn_amort import cli
 
 ROOT = Path(__file__).parents[1]
-OURS = ("simulate_amort", "train_amort", "eval_amort", "compare_amort", "amort_plugins")
+OURS = (
+    "simulate_amort", "train_amort", "eval_amort", "compare_amort", "time_amort", "study_amort",
+    "amort_plugins",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

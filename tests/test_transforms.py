@@ -1,14 +1,21 @@
-"""Transforms: geometry by one-pixel images, by exact Fourier identities, and by the decoder."""
+"""Transforms: geometry by pixels and spots, by exact Fourier identities, and by a decoder."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation as Turn
 
+from cryodrgn_amort import host
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.evaluation import EvalOptions, _Evaluator
 from cryodrgn_amort.particles import ParticleSource, load_particles
-from cryodrgn_amort.transforms import Roll, Rotation
+from cryodrgn_amort.runs import load_run
+from cryodrgn_amort.settings import settings_from_flags
+from cryodrgn_amort.simulate import SimulateOptions, simulate
+from cryodrgn_amort.training import Trainer
+from cryodrgn_amort.transforms import Roll, Rotation, Transform
 
 BOX = 16
 C = BOX // 2
@@ -31,12 +38,12 @@ def test_roll_moves_right():
 
 
 def test_rotation_is_clockwise_about_the_fourier_origin():
-    quarter = Rotation(1)
+    quarter = Rotation(90)
     assert where(quarter.image(pixel(C, C))) == (C, C)
     assert where(quarter.image(pixel(C - 3, C))) == (C, C + 3)  # up goes to the right
     assert where(quarter.image(pixel(C, C + 3))) == (C + 3, C)  # right goes down
-    assert where(Rotation(2).image(pixel(C - 3, C + 1))) == (C + 3, C - 1)
-    assert where(Rotation(3).image(pixel(C - 3, C))) == (C, C - 3)
+    assert where(Rotation(180).image(pixel(C - 3, C + 1))) == (C + 3, C - 1)
+    assert where(Rotation(270).image(pixel(C - 3, C))) == (C, C - 3)
 
 
 @given(seed=st.integers(0, 1000))
@@ -46,15 +53,16 @@ def test_four_quarter_turns_are_the_identity(seed):
     rot, trans = torch.randn(2, 3, 3, generator=rng), torch.randn(2, 2, generator=rng)
     image, pose = raw, (rot, trans)
     for _ in range(4):
-        image, pose = Rotation(1).image(image), Rotation(1).pose(*pose)
+        image, pose = Rotation(90).image(image), Rotation(90).pose(*pose)
     assert torch.equal(image, raw)
     assert torch.equal(pose[0], rot)
     assert torch.equal(pose[1], trans)
     for k in (2, 3):
-        once, steps = Rotation(k), raw
+        steps = raw
         for _ in range(k):
-            steps = Rotation(1).image(steps)
-        assert torch.equal(once.image(raw), steps)
+            steps = Rotation(90).image(steps)
+        for same in (90 * k, 90 * k - 360):
+            assert torch.equal(Rotation(same).image(raw), steps)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +73,7 @@ def particles(stack):
 @pytest.mark.parametrize("quarters", [1, 2, 3])
 def test_rotation_turns_the_symmetrised_hartley_image_exactly(particles, quarters):
     raw = particles.raw(torch.arange(20))
-    turned = particles.hartley(Rotation(quarters).image(raw))
+    turned = particles.hartley(Rotation(90 * quarters).image(raw))
     expected = torch.rot90(particles.hartley(raw), -quarters, (1, 2))
     torch.testing.assert_close(turned, expected, rtol=1e-5, atol=1e-5)
 
@@ -76,7 +84,7 @@ def test_ctf_turns_with_the_image(particles, quarters):
     params = params.clone()
     params[:, 2] += 4000  # strong astigmatism
     d = particles.D
-    turned = particles.ctf_of(Rotation(quarters).ctf(params)).view(-1, d, d)
+    turned = particles.ctf_of(Rotation(90 * quarters).ctf(params)).view(-1, d, d)
     expected = torch.rot90(particles.ctf_of(params).view(-1, d, d), -quarters, (1, 2))
     torch.testing.assert_close(turned, expected, rtol=0, atol=2e-3)  # float32 phases of the CTF
 
@@ -102,10 +110,145 @@ def test_a_moved_projection_is_the_projection_at_the_moved_pose(quarters, shift_
         return pixel(C + round(y - trans_px[1]), C + round(x - trans_px[0]))
 
     pose = (torch.tensor(rot[None]), torch.tensor(shift[None] * 1.0))
-    for transform in (Rotation(quarters), Roll(shift_px)):
+    for transform in (Rotation(90 * quarters), Roll(shift_px)):
         new_rot, new_trans = transform.pose(*pose)
         moved = transform.image(project(rot, shift))
         assert where(moved) == where(project(new_rot[0].numpy(), new_trans[0].tolist()))
+
+
+ANGLES = st.floats(-359, 359).filter(lambda angle_deg: abs(angle_deg) > 0.01)
+"""Degrees, nearly all of them no quarter turns."""
+
+
+def spots(x, y, width_px=1.5, box=32):
+    """Images `(B, box, box)` float64 with one Gaussian spot each, at pixels (x, y) from C."""
+    axis = torch.arange(box, dtype=torch.float64) - box // 2
+    x, y = (torch.as_tensor(v, dtype=torch.float64).reshape(-1, 1) for v in (x, y))
+    along = [torch.exp(-((axis - v) ** 2) / (2 * width_px**2)) for v in (y, x)]
+    return along[0][:, :, None] * along[1][:, None, :]
+
+
+def matrix(angle_deg):
+    """Return the clockwise turn of (x right, y down)."""
+    cos, sin = np.cos(np.radians(angle_deg)), np.sin(np.radians(angle_deg))
+    return np.array([[cos, -sin], [sin, cos]])
+
+
+def test_up_turned_by_30_degrees_is_one_o_clock():
+    up = Rotation(30).image(spots(0, -8.0))
+    expected = spots(8 * 0.5, -8 * 0.75**0.5)
+    torch.testing.assert_close(up, expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(Rotation(-330).image(spots(0, -8.0)), up)
+
+
+@settings(max_examples=40, deadline=None)
+@given(angle_deg=ANGLES, radius=st.floats(0, 8), towards=st.floats(0, 7))
+def test_a_spot_lands_where_it_must(angle_deg, radius, towards):
+    at = radius * np.array([np.cos(towards), np.sin(towards)])
+    turned = Rotation(angle_deg).image(spots(*at))
+    torch.testing.assert_close(turned, spots(*(matrix(angle_deg) @ at)), rtol=0, atol=3e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(angle_deg=ANGLES, seed=st.integers(0, 999))
+def test_turning_is_orthogonal_so_that_white_noise_stays_white(angle_deg, seed):
+    rng = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, 1, BOX, BOX, generator=rng, dtype=torch.float64)
+    turn = Rotation(angle_deg).image
+    torch.testing.assert_close((turn(a) * turn(b)).sum(), (a * b).sum(), rtol=0, atol=1e-10)
+    if abs(angle_deg) <= 45:
+        back = Rotation(-angle_deg).image(turn(a))
+        torch.testing.assert_close(back, a, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(first=ANGLES, second=ANGLES)
+def test_turns_add_up(first, second):
+    image, rot = spots([3, -5], [2, 4]), torch.eye(3, dtype=torch.float64)[None]
+    params, trans = torch.zeros(1, 8, dtype=torch.float64), torch.tensor([[2.0, -1]]).double()
+    one, two, both = Rotation(first), Rotation(second), Rotation(first + second)
+    close = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(two.image(one.image(image)), both.image(image), rtol=0, atol=6e-4)
+    for once, twice in zip(both.pose(rot, trans), two.pose(*one.pose(rot, trans)), strict=True):
+        torch.testing.assert_close(once, twice, **close)
+    torch.testing.assert_close(two.ctf(one.ctf(params)), both.ctf(params), **close)
+
+
+@pytest.mark.parametrize("angle_deg", [90, 180, 270])
+def test_quarter_turns_are_the_limit(angle_deg):
+    image = spots([3.3, -5], [2, 4.1])
+    for almost in (angle_deg - 1e-3, angle_deg + 1e-3):
+        turned = Rotation(almost).image(image)
+        torch.testing.assert_close(turned, Rotation(angle_deg).image(image), rtol=0, atol=2e-4)
+
+
+def test_what_comes_in_as_half_or_single_precision_is_turned_in_single():
+    image = spots(3, 2)
+    for dtype in (torch.float16, torch.float32):
+        turned = Rotation(20).image(image.to(dtype))
+        assert turned.dtype == torch.float32
+        torch.testing.assert_close(turned.double(), Rotation(20).image(image), rtol=0, atol=1e-3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(angle_deg=ANGLES, seed=st.integers(0, 999))
+def test_a_turned_particle_is_the_particle_at_the_turned_pose_and_ctf(angle_deg, seed):
+    """Spots in space, projected, shifted, with an astigmatic CTF: computed without any turning."""
+    box, width_px = 64, 2.0
+    rng = np.random.default_rng(seed)
+    points = rng.uniform(-5, 5, (4, 3))
+    rot = torch.from_numpy(Turn.random(random_state=rng).as_matrix())[None]
+    trans = torch.from_numpy(rng.uniform(-2, 2, (1, 2)))
+    params = torch.tensor([[2.0, 4000, 5500, rng.uniform(0, 180), 300, 2.7, 0.1, 0]]).double()
+    axis = torch.arange(box, dtype=torch.float64) - box // 2
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    freqs = torch.stack([x, y], -1).view(1, -1, 2) / box  # cycles per pixel
+
+    def particle(rot, trans, params):
+        at = torch.from_numpy(points) @ rot[0].T  # pixels from the centre
+        phase = (at[:, :2] - trans) @ freqs[0].T
+        spectrum = torch.exp(-2j * np.pi * phase).sum(0)
+        spectrum = spectrum * torch.exp(-2 * (np.pi * width_px) ** 2 * freqs[0].square().sum(1))
+        ctf = host.compute_ctf(freqs / params[:, :1, None], *torch.split(params[:, 1:], 1, 1))
+        spectrum = (spectrum * ctf.view(-1)).view(1, box, box)
+        shifted = torch.fft.ifftshift(spectrum, dim=(1, 2))
+        return torch.fft.fftshift(torch.fft.ifft2(shifted), dim=(1, 2)).real
+
+    turn = Rotation(angle_deg)
+    turned = turn.image(particle(rot, trans, params))
+    expected = particle(*turn.pose(rot, trans), turn.ctf(params))
+    torch.testing.assert_close(turned, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def evaluator(tmp_path_factory, plugins):
+    """Return what measures a run whose decoder has learnt where the density is."""
+    folder = tmp_path_factory.mktemp("turned")
+    simulate(SimulateOptions(outdir=str(folder / "data"), n=200, heldout=0, D=24, snr=0.5))
+    flags = {
+        "particles": str(folder / "data/particles.mrcs"), "poses": str(folder / "data/poses.pkl"),
+        "ctf": str(folder / "data/ctf.pkl"), "outdir": str(folder / "run"), "num_epochs": 2,
+        "do_analysis": False, "seed": 0, "zdim": 2, "pdim": 32, "players": 1, "qdim": 16,
+        "qlayers": 1, "lr": 1e-2,
+    }  # fmt: skip
+    Trainer(settings_from_flags(flags, plugins), plugins).fit()
+    run = load_run(folder / "run", plugins)
+    particles = run.particles()
+    return _Evaluator(run, EvalOptions(), particles, *run.load(particles), None)
+
+
+def test_the_control_of_any_angle_is_0(evaluator):
+    """METRICS.md: image, pose and CTF transformed together explain each other as before."""
+    zs = {"z": evaluator.run.z()[0]}
+    rec = evaluator.reconstruction(zs)["z"].mean()
+    for angle_deg in (5, 30, 45, 60, 90, 120, -77.5):
+        turned = evaluator.reconstruction(zs, Rotation(angle_deg))["z"].mean()
+        assert abs(turned - rec) < 0.005 * rec, angle_deg
+
+    class ImageAlone(Rotation):
+        pose = Transform.pose
+
+    assert evaluator.reconstruction(zs, ImageAlone(30))["z"].mean() > 1.02 * rec
 
 
 def test_arguments_are_checked(particles, plugins):
@@ -115,9 +258,14 @@ def test_arguments_are_checked(particles, plugins):
 
     assert build("roll").shift_px == 1
     assert build("roll:-3").shift_px == -3
-    assert build("rotate:270").quarters == 3
-    for wrong in ("roll:0", "roll:16", "roll:x", "roll:1.5", "rotate:45"):
+    assert build("rotate").title == "turned 90 degrees clockwise"
+    assert build("rotate:30").title == "turned 30 degrees clockwise"
+    assert build("rotate:-22.5").title == "turned 22.5 degrees anticlockwise"
+    for wrong in ("roll:0", "roll:16", "roll:x", "roll:1.5"):
         with pytest.raises(InputError, match=f"--transform {wrong}"):
             build(wrong)
+    for wrong in ("abc", "nan", "inf", "-inf", "0", "-0.0", "360", "-720", "1e300", "30deg"):
+        with pytest.raises(InputError, match=f"^--transform rotate:{wrong}: must be an angle"):
+            build(f"rotate:{wrong}")
     with pytest.raises(InputError, match="--transform mirror: unknown; known are roll, rotate"):
         build("mirror")

@@ -16,6 +16,9 @@ $ cryodrgn eval_amort outs/baseline --transform roll:1 roll:5 rotate:90 rotate:1
 # With what is known of the particles
 $ cryodrgn eval_amort outs/baseline --epoch 25 --labels labels.pkl --coordinate angle.pkl
 
+# Of simulated particles, everything is known
+$ cryodrgn eval_amort outs/baseline --truth data
+
 # The run's inputs have moved since
 $ cryodrgn eval_amort outs/baseline --particles particles.128.mrcs --poses pose.pkl --ctf ctf.pkl
 
@@ -50,11 +53,16 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("What is known of the particles")
     add(group, "--labels", metavar="PKL", help="A class for each particle")
     add(group, "--coordinate", metavar="PKL", help="A number for each particle")
+    add(group, "--truth", metavar="DIR",
+        help="The output folder of simulate_amort that the particles are from; has labels and\n"
+        "coordinate, too")  # fmt: skip
 
     group = parser.add_argument_group("How much is measured")
     for flag, default, text in (
-        ("--sample", 1000, "Particles for reconstruction losses"),
+        ("--sample", 1000, "Particles for reconstruction losses and true neighbours"),
         ("--volumes", 30, "Particles whose volumes are compared"),
+        ("--truth-volumes", 200, "Particles whose volumes are compared with the true ones"),
+        ("--maps", 2, "Copies of the first so many transforms are shown, with their volumes"),
         ("--labelled", 10, "The first so many particles are shown by number, with their volumes"),
         ("--bootstrap", 500, "Rounds for the 95 %% intervals"),
         ("--batch-size", 256, "Images that are encoded at once"),

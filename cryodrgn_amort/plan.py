@@ -1,0 +1,543 @@
+"""The plan of a study: one YAML file, and the steps that it stands for.
+
+A step is a command of ours with its flags. What it depends on, and whether it has been done
+already, is decided by its fingerprint: of its command, and of the steps before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from cryodrgn_amort.checkpoints import replacing
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.results import EvalOptions
+from cryodrgn_amort.settings import settings_from_flags
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from cryodrgn_amort.plugins import Plugins
+    from cryodrgn_amort.recipes import Recipe
+
+__all__ = ["PLAN", "PRESETS", "Plan", "Step", "changed_plan", "load_plan", "write_plan"]
+
+PLAN = "plan.yaml"
+PRESETS = ("demo", "paper")
+_INPUTS = ("particles", "poses", "ctf", "ind", "datadir")
+_KNOWN = ("labels", "coordinate", "truth")
+_SECTIONS = ("data", "seeds", "more_seeds", "train", "evaluate", "recipes")
+# Flags that the study gives itself.
+_TAKEN = {
+    "simulate_amort": ("o", "outdir", "overwrite"),
+    "train_amort": (
+        "o", "outdir", "overwrite", "load", "seed", "recipe", *_INPUTS, "no-analysis",
+    ),
+    "eval_amort": ("o", "outdir", *_INPUTS, *_KNOWN),
+    "time_amort": ("o", "output"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a study.
+
+    Attributes
+    ----------
+    name
+        "train.vlt.seed0": what is done, with which recipe, with which seed.
+    argv
+        The command and its flags.
+    after
+        Names of the steps that must be done before.
+    outputs
+        What is there once it is done.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    after: tuple[str, ...]
+    outputs: tuple[Path, ...]
+
+    @property
+    def shell(self) -> str:
+        """The line for a shell."""
+        return shlex.join(("cryodrgn", *self.argv))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study does, as its plan.yaml says.
+
+    Attributes
+    ----------
+    folder
+        Of the study.
+    data
+        Inputs of the particles by flag, absolute paths; or ``simulate``, flags of
+        ``simulate_amort``.
+    seeds, more_seeds
+        Of every recipe; and recipe -> further ones.
+    train, evaluate
+        Flags of ``train_amort`` and ``eval_amort`` for all recipes.
+    recipes
+        Recipe -> flags of its own, in the order in which they are started.
+    parsers
+        Of the commands, by name: they check the flags.
+    """
+
+    folder: Path
+    data: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    more_seeds: Mapping[str, tuple[int, ...]]
+    train: Mapping[str, Any]
+    evaluate: Mapping[str, Any]
+    recipes: Mapping[str, Mapping[str, Any]]
+    plugins: Plugins = field(repr=False)
+    parsers: Mapping[str, argparse.ArgumentParser] = field(repr=False)
+
+    def recipe(self, name: str) -> Recipe:
+        """Return the recipe of that name; a plugin's as well."""
+        return self.plugins.recipe(name)
+
+    def seeds_of(self, name: str) -> tuple[int, ...]:
+        """Return the seeds that a recipe is run with."""
+        recipe = self.recipe(name)
+        if recipe.command != "train_amort":
+            return self.seeds
+        return tuple(dict.fromkeys((*self.seeds, *self.more_seeds.get(name, ()))))
+
+    def run_folder(self, name: str, seed: int) -> Path:
+        """Return where the run of a recipe is."""
+        return self.folder / "runs" / f"{name}.seed{seed}"
+
+    def eval_folder(self, name: str, seed: int) -> Path:
+        """Return where the evaluation of a recipe's run is."""
+        return self.folder / "evals" / f"{name}.seed{seed}"
+
+    def agreement_file(self, name: str) -> Path:
+        """Return where the agreement of a recipe's runs with its reference's is."""
+        return self.folder / "agreement" / f"{name}.json"
+
+    @property
+    def timing_file(self) -> Path:
+        """Where the times are."""
+        return self.folder / "timing.json"
+
+    @property
+    def simulated(self) -> Path:
+        """Where simulated particles are."""
+        return self.folder / "data"
+
+    @property
+    def truth(self) -> Path | None:
+        """The folder of ``simulate_amort`` that holds the truth, if there is one."""
+        if "simulate" in self.data:
+            return self.simulated
+        return Path(self.data["truth"]) if self.data.get("truth") else None
+
+    def inputs(self) -> dict[str, str]:
+        """Return the particles' inputs by flag."""
+        if "simulate" not in self.data:
+            return {name: self.data[name] for name in _INPUTS if self.data.get(name)}
+        files = {"particles": "particles.mrcs", "poses": "poses.pkl"}
+        if not self.data["simulate"].get("no-ctf"):
+            files["ctf"] = "ctf.pkl"
+        return {k: str(self.simulated / v) for k, v in {**files, "ind": "ind_train.pkl"}.items()}
+
+    @cached_property
+    def steps(self) -> dict[str, Step]:
+        """All steps by name, each after those that it needs."""
+        found = {step.name: step for step in self._steps()}
+        ordered: dict[str, Step] = {}
+
+        def add(name: str) -> None:
+            for parent in found[name].after:
+                add(parent)
+            ordered.setdefault(name, found[name])
+
+        for name in found:
+            add(name)
+        return ordered
+
+    def with_parents(self, names: Iterable[str]) -> list[str]:
+        """Return recipes and those that they need."""
+        found: dict[str, None] = {}
+        for name in names:
+            found.update(dict.fromkeys(self.with_parents(self._needed(name))))
+            found[name] = None
+        return list(found)
+
+    def _needed(self, name: str) -> list[str]:
+        recipe = self.recipe(name)
+        if recipe.command == "time_amort":
+            return list(self.recipes.get(name, {}).get("recipes", recipe.flags["recipes"]))
+        return [n for n in dict.fromkeys((*recipe.parents.values(), recipe.reference)) if n != name]
+
+    def only(self, names: Sequence[str]) -> Plan:
+        """Return the part of the plan that is about some recipes, and those that they need."""
+        for name in names:
+            if name not in self.recipes:
+                raise InputError(f"--only {name}: not in the plan; it has "
+                                 f"{', '.join(self.recipes)}")  # fmt: skip
+        kept = self.with_parents(names)
+        recipes = {name: flags for name, flags in self.recipes.items() if name in kept}
+        return replace(self, recipes=recipes)
+
+    def fingerprint(self, step: Step) -> str:
+        """Return a hash of all that decides what a step gives."""
+        argv = [_within(argument, self.folder) for argument in step.argv]
+        before = [self.fingerprint(self.steps[name]) for name in step.after]
+        given = [] if "simulate" in self.data else sorted(self.data.items())
+        text = json.dumps([argv, before, [_identity(path) for _, path in given]])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _steps(self) -> Iterable[Step]:
+        start: tuple[str, ...] = ()
+        if "simulate" in self.data:
+            argv = ("simulate_amort", "-o", str(self.simulated), "--overwrite")
+            flags = _to_argv(self.data["simulate"])
+            yield Step("simulate", (*argv, *flags), (), (self.simulated / "simulation.yaml",))
+            start = ("simulate",)
+        for name in self.recipes:
+            recipe = self.recipe(name)
+            if recipe.command == "time_amort":
+                yield self._time(recipe)
+                continue
+            for seed in self.seeds_of(name):
+                if recipe.command == "train_amort":
+                    yield self._train(recipe, seed, start)
+                yield self._evaluate(recipe, seed)
+            if recipe.command == "train_amort":
+                yield from self._agreement(recipe)
+
+    def _flags(self, recipe: Recipe, common: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the flags that are given: the recipe's own win over the common ones."""
+        parser = self.parsers[recipe.command]
+        if recipe.command == "train_amort":  # --recipe gives these
+            own = set(recipe.flags)
+            kept = {k: v for k, v in common.items() if _dest(parser, k) not in own}
+            return {**kept, **self.recipes[recipe.name]}
+        return {**common, **recipe.flags, **self.recipes[recipe.name]}
+
+    def _train(self, recipe: Recipe, seed: int, start: tuple[str, ...]) -> Step:
+        inputs, out = self.inputs(), self.run_folder(recipe.name, seed)
+        argv = ["train_amort", inputs.pop("particles"), *_to_argv(inputs)]
+        argv += ["--recipe", recipe.name, *_to_argv(self._flags(recipe, self.train))]
+        after = list(start)
+        for flag, parent in recipe.parents.items():
+            argv += _to_argv({flag.replace("_", "-"): str(self.run_folder(parent, seed))})
+            after.append(f"train.{parent}.seed{seed}")
+        argv += ["--seed", str(seed), "--no-analysis", "-o", str(out)]
+        outputs = (out / "z.pkl", out / "weights.pkl")
+        return Step(f"train.{recipe.name}.seed{seed}", tuple(argv), tuple(after), outputs)
+
+    def _evaluate(self, recipe: Recipe, seed: int) -> Step:
+        of = recipe.parents.get("run", recipe.name)
+        out = self.eval_folder(recipe.name, seed)
+        argv = ["eval_amort", str(self.run_folder(of, seed)), "-o", str(out)]
+        known = {name: self.data[name] for name in _KNOWN if self.data.get(name)}
+        if self.truth is not None:
+            known["truth"] = str(self.truth)
+        argv += _to_argv(known)
+        if recipe.command == "eval_amort":
+            argv += _to_argv(self._flags(recipe, self.evaluate))
+        else:
+            argv += _to_argv(self.evaluate)
+        after = (f"train.{of}.seed{seed}",)
+        outputs = (out / "amortization.json", out / "report.html")
+        return Step(f"eval.{recipe.name}.seed{seed}", tuple(argv), after, outputs)
+
+    def _agreement(self, recipe: Recipe) -> Iterable[Step]:
+        names = dict.fromkeys((recipe.reference, recipe.name))
+        runs = [(name, seed) for name in names for seed in self.seeds_of(name)]
+        if len(runs) < 2:
+            return
+        out = self.agreement_file(recipe.name)
+        folders = [str(self.run_folder(name, seed)) for name, seed in runs]
+        after = tuple(f"train.{name}.seed{seed}" for name, seed in runs)
+        argv = ("compare_amort", *folders, "-o", str(out))
+        yield Step(f"compare.{recipe.name}", argv, after, (out,))
+
+    def _time(self, recipe: Recipe) -> Step:
+        seed = self.seeds[0]
+        flags = self._flags(recipe, {})
+        names = flags.pop("recipes")
+        folders = [str(self.run_folder(name, seed)) for name in names]
+        argv = ("time_amort", *folders, *_to_argv(flags), "-o", str(self.timing_file))
+        after = tuple(f"train.{name}.seed{seed}" for name in names)
+        return Step(recipe.name, argv, after, (self.timing_file,))
+
+    def check(self) -> None:
+        """Check every command before the first one is run.
+
+        Raises
+        ------
+        InputError
+            Names the place in the plan, and what is wrong there.
+        """
+        for section, command, flags in self._given():
+            taken = [k for k in flags if k in _TAKEN[command]]
+            if taken:
+                raise self._mistake(section, f"{taken[0]}: is given by the study itself")
+            for key in flags:
+                if _action(self.parsers[command], key) is None:
+                    raise self._mistake(section, f"{key}: {command} has no such flag")
+        for name in self.recipes:
+            self._check_parents(name)
+        for step in self.steps.values():
+            try:
+                args = parse(self.parsers[step.argv[0]], step.argv[1:])
+                if step.argv[0] == "train_amort":
+                    settings_from_flags(args, self.plugins)
+                if step.argv[0] == "eval_amort":
+                    names = {f.name for f in fields(EvalOptions)}
+                    options = EvalOptions(**{k: v for k, v in args.items() if k in names})
+                    for transform in options.transforms:
+                        self.plugins.transform(transform.partition(":")[0])
+            except InputError as err:
+                place = re.sub(r"^[a-z]+\.(.+)\.seed\d+$", r"recipes.\1", step.name)
+                raise self._mistake(place, str(err)) from None
+        for name, value in self.data.items():
+            if name != "simulate" and not os.path.exists(value):
+                raise self._mistake(f"data.{name}", f"{value}: does not exist")
+
+    def _given(self) -> Iterable[tuple[str, str, Mapping[str, Any]]]:
+        """Yield every section of flags: its name, the command, the flags."""
+        yield "data.simulate", "simulate_amort", self.data.get("simulate", {})
+        yield "train", "train_amort", self.train
+        yield "evaluate", "eval_amort", self.evaluate
+        for name, flags in self.recipes.items():
+            command = self.recipe(name).command
+            own = {k: v for k, v in flags.items() if (command, k) != ("time_amort", "recipes")}
+            yield f"recipes.{name}", command, own
+
+    def _check_parents(self, name: str) -> None:
+        for parent in self._needed(name):
+            if parent not in self.recipes:
+                raise self._mistake(
+                    f"recipes.{name}", f"needs the recipe {parent}, which is not in the plan"
+                )
+            missing = set(self.seeds_of(name)) - set(self.seeds_of(parent))
+            if missing and parent in self.recipe(name).parents.values():
+                raise self._mistake(
+                    "more_seeds", f"{name} with seed {min(missing)} needs {parent} with that seed"
+                )
+
+    def _mistake(self, section: str, message: str) -> InputError:
+        return InputError(f"{self.folder / PLAN}: {section}: {message}")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Parse flags; a mistake is an InputError, in the parser's words."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return vars(parser.parse_args(list(argv)))
+    except SystemExit:
+        message = said.getvalue().strip().rpartition("error: ")[2]
+        raise InputError(message or "not understood") from None
+
+
+def _action(parser: argparse.ArgumentParser, key: str) -> argparse.Action | None:
+    flag = f"-{key}" if len(key) == 1 else f"--{key}"
+    return parser._option_string_actions.get(flag)
+
+
+def _dest(parser: argparse.ArgumentParser, key: str) -> str:
+    action = _action(parser, key)
+    return key if action is None else action.dest
+
+
+def _to_argv(flags: Mapping[str, Any]) -> list[str]:
+    """Write flags as on a command line, in one order; a flag that is off leaves no trace."""
+    argv: list[str] = []
+    for key, value in sorted(flags.items()):
+        if value is None or value is False:
+            continue
+        argv.append(f"-{key}" if len(key) == 1 else f"--{key}")
+        if value is not True:
+            argv += [str(v) for v in (value if isinstance(value, list | tuple) else [value])]
+    return argv
+
+
+def _within(argument: str, folder: Path) -> str:
+    """Return a path below the study's folder as relative to it, so that a study can be moved."""
+    for root in (str(folder), str(folder.absolute())):
+        if argument == root or argument.startswith(root + os.sep):
+            return "STUDY" + argument[len(root) :]
+    return argument
+
+
+def _identity(path: str) -> list[Any]:
+    """Return what tells one version of a user's file from another."""
+    status = os.stat(path)
+    return [path, status.st_size, status.st_mtime_ns] if os.path.isfile(path) else [path]
+
+
+def changed_plan(
+    folder: Path, preset: str | None, data: Mapping[str, str], seeds: Sequence[int] | None
+) -> str:
+    """Return the text of a study's plan: the one in its folder or a preset's, with what is given.
+
+    Parameters
+    ----------
+    data
+        Inputs of the particles by flag, as given; they replace the plan's.
+
+    Raises
+    ------
+    InputError
+        If what is given does not go together.
+    """
+    path = folder / PLAN
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"-o {folder}: not a folder")
+    if path.exists():
+        if preset is not None:
+            raise InputError(f"--preset {preset}: {path} is there already; edit it, or choose "
+                             "another folder")  # fmt: skip
+        text = path.read_text()
+    else:
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"-o {folder}: is not empty, and no study")
+        text = _preset_text(preset or ("paper" if data else "demo"))
+    if data:
+        for name in ("particles", "poses"):
+            if name not in data:
+                flag = "PARTICLES" if name == "particles" else f"--{name}"
+                raise InputError(f"{flag}: is needed with --{next(iter(data))}")
+        text = _with_section(text, "data", dict(data))
+    if seeds is not None:
+        text = _with_section(text, "seeds", list(seeds))
+    return text
+
+
+def _preset_text(name: str) -> str:
+    """Return a preset's plan; ``name`` may also be a plan file of the user's."""
+    if name in PRESETS:
+        return (resources.files("cryodrgn_amort") / "plans" / f"{name}.yaml").read_text()
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise InputError(f"--preset {name}: neither {' nor '.join(PRESETS)} nor a plan (.yaml)")
+    return path.read_text()
+
+
+def _with_section(text: str, section: str, value: Any) -> str:
+    """Replace a top-level section of a plan; comments elsewhere stay."""
+    body = yaml.safe_dump({section: value}, sort_keys=False, default_flow_style=None)
+    pattern = re.compile(rf"^{section}:.*\n(?:[ -].*\n|\n(?=[ -]))*", re.MULTILINE)
+    if not pattern.search(text):
+        return f"{text.rstrip()}\n\n{body}"
+    return pattern.sub(lambda _: body, text, count=1)
+
+
+def write_plan(folder: Path, text: str) -> None:
+    """Write the plan of a study."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / PLAN) as temporary:
+        temporary.write_text(text)
+
+
+def load_plan(
+    folder: Path, text: str, plugins: Plugins, parsers: Mapping[str, argparse.ArgumentParser]
+) -> Plan:
+    """Read a plan and check all of it.
+
+    Raises
+    ------
+    InputError
+        Names the place, and what is wrong there.
+    """
+    where = folder / PLAN
+
+    def fail(message: str) -> InputError:
+        return InputError(f"{where}: {message}")
+
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as err:
+        raise fail(f"not YAML ({' '.join(str(err).split())})") from None
+    if not isinstance(found, dict):
+        raise fail(f"not a plan: sections {', '.join(_SECTIONS)} are needed")
+    for name in found:
+        if name not in _SECTIONS:
+            raise fail(f"{name}: no such section; known are {', '.join(_SECTIONS)}")
+
+    def flags(value: Any, section: str) -> dict[str, Any]:
+        value = {} if value is None else value
+        if not isinstance(value, dict):
+            raise fail(f"{section}: flags are needed, as `name: value`, not {value!r}")
+        for key, item in value.items():
+            items = item if isinstance(item, list) else [item]
+            if not isinstance(key, str) or any(isinstance(i, dict | list) for i in items):
+                raise fail(f"{section}: {key}: a value, or a list of values, is needed")
+        return dict(value)
+
+    def integers(value: Any, section: str) -> tuple[int, ...]:
+        whole = isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+        if not whole or not value or len(set(value)) < len(value):
+            raise fail(f"{section}: {value}: a list of different whole numbers is needed")
+        return tuple(value)
+
+    recipes = found.get("recipes")
+    if isinstance(recipes, list):
+        recipes = dict.fromkeys(recipes)
+    if not isinstance(recipes, dict) or not recipes:
+        raise fail("recipes: at least one is needed")
+    for name in recipes:
+        if name not in plugins.owned("recipes"):
+            known = ", ".join(sorted(plugins.owned("recipes")))
+            raise fail(f"recipes: {name}: unknown; known are {known}")
+        command = plugins.recipe(name).command
+        if command not in ("train_amort", "eval_amort", "time_amort"):
+            raise fail(f"recipes: {name}: is of {command}, which no study runs")
+    more = flags(found.get("more_seeds"), "more_seeds")
+    for name in more:
+        if name not in plugins.owned("recipes"):
+            raise fail(f"more_seeds: {name}: not a recipe")
+    plan = Plan(
+        folder=folder,
+        data=_data(found.get("data"), folder, flags, fail),
+        seeds=integers(found.get("seeds", [0]), "seeds"),
+        more_seeds={k: integers(v, f"more_seeds: {k}") for k, v in more.items()},
+        train=flags(found.get("train"), "train"),
+        evaluate=flags(found.get("evaluate"), "evaluate"),
+        recipes={k: flags(v, f"recipes: {k}") for k, v in recipes.items()},
+        plugins=plugins,
+        parsers=parsers,
+    )
+    plan.check()
+    return plan
+
+
+def _data(found: Any, folder: Path, flags: Any, fail: Any) -> dict[str, Any]:
+    if not isinstance(found, dict) or not found:
+        raise fail("data: either simulate or particles is needed")
+    if "simulate" in found:
+        if len(found) > 1:
+            raise fail("data: simulate stands alone")
+        return {"simulate": flags(found["simulate"], "data: simulate")}
+    for name, value in found.items():
+        if name not in (*_INPUTS, *_KNOWN):
+            known = ", ".join((*_INPUTS, *_KNOWN, "simulate"))
+            raise fail(f"data: {name}: unknown; known are {known}")
+        if value is not None and not isinstance(value, str):
+            raise fail(f"data: {name}: a path is needed, not {value!r}")
+    for name in ("particles", "poses"):
+        if not found.get(name):
+            raise fail(f"data: {name}: is needed")
+    return {k: os.path.join(folder.absolute(), v) for k, v in found.items() if v}

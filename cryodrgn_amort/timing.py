@@ -1,0 +1,115 @@
+"""Table 1 of the paper: the time that an epoch takes, side by side.
+
+Trainings take turns, a few batches each, so that whatever else the machine does meets them alike.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from cryodrgn_amort.checkpoints import write_json
+from cryodrgn_amort.definitions import text_table
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.runs import default_device, source_of
+from cryodrgn_amort.training import Trainer
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+
+    from cryodrgn_amort.particles import Particles, ParticleSource
+    from cryodrgn_amort.runs import Run
+
+__all__ = ["TimingOptions", "summary", "time_epochs", "write"]
+
+
+@dataclass(frozen=True)
+class TimingOptions:
+    """What ``time_amort`` is asked to do.
+
+    Attributes
+    ----------
+    rounds
+        Turns of each training; one more before them is not counted.
+    batches
+        In each turn.
+    """
+
+    rounds: int = 6
+    batches: int = 25
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "batches"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+
+
+def time_epochs(runs: Sequence[Run], options: TimingOptions) -> dict[str, np.ndarray]:
+    """Time the training step of several runs' configurations, in turn.
+
+    Each trains anew, from its start, and nothing of that is kept. Preprocessing and checkpoints are
+    not counted: they do not belong to an epoch.
+
+    Returns
+    -------
+    dict
+        Folder -> seconds per epoch in each round `(rounds,)`: those of a batch times their number.
+
+    Raises
+    ------
+    InputError
+        If their inputs are gone.
+    """
+    trainers: dict[str, Trainer] = {}
+    opened: dict[ParticleSource, Particles] = {}
+    for run in runs:
+        source = source_of(run.settings)
+        settings = replace(run.settings, overwrite=True)  # which it says, but does not do
+        trainer = Trainer(settings, run.plugins, opened.get(source))
+        trainers[str(run.folder)], opened[source] = trainer, trainer.particles
+    steps = {name: trainer.endless_steps() for name, trainer in trainers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for turn in range(options.rounds + 1):
+        for name, trainer in trainers.items():
+            _wait(trainer.device)
+            began = time.perf_counter()
+            for _ in range(options.batches):
+                next(steps[name])
+            _wait(trainer.device)
+            took = (time.perf_counter() - began) / options.batches
+            if turn:
+                seconds[name].append(took * len(trainer.loader))
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def summary(seconds: Mapping[str, np.ndarray]) -> str:
+    """Return the times as a table of plain text."""
+    rows = [("run", "seconds per epoch", "fastest to slowest", "relative")]
+    first = float(np.median(next(iter(seconds.values()))))
+    for name, values in seconds.items():
+        middle = float(np.median(values))
+        spread = f"{values.min():.3g} to {values.max():.3g}"
+        rows.append((Path(name).name, f"{middle:.3g}", spread, f"{middle / first:.2f}"))
+    return text_table(rows)
+
+
+def write(seconds: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
+    """Write the times as JSON."""
+    facts = {
+        "seconds_per_epoch": seconds,
+        "threads": torch.get_num_threads(),
+        "device": str(default_device()),
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, facts)

@@ -1,0 +1,322 @@
+"""What is known of the particles: a class, a coordinate, or all that a simulation knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+from scipy.integrate import trapezoid
+from scipy.interpolate import CubicSpline
+
+from cryodrgn_amort.checkpoints import read_pickle, to_array
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.specimens import BlobModel, read_volume
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from cryodrgn_amort.particles import Particles
+    from cryodrgn_amort.results import EvalOptions
+
+__all__ = [
+    "Known",
+    "Truth",
+    "VolumeErrors",
+    "fourier_radius",
+    "fsc_area",
+    "fve_radius",
+    "load_known",
+    "load_truth",
+    "volume_errors",
+    "volume_fve",
+]
+
+_MOST_CLASSES = 500
+_FVE_RADIUS = 9 / 32  # cycles per pixel
+_NODES = 33
+_POSITIONS_BOX = 32  # the made-up object scales with its box, and so do all distances
+_MOST_APART_DEG = 60.0  # orientations that have nothing to do with each other: 132 degrees
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a simulation knows of each particle of a run.
+
+    Attributes
+    ----------
+    labels, coordinate
+        `(N,)`; None if nothing moves.
+    render
+        Makes the volume `(box, box, box)` of a label and a coordinate, density positive.
+    positions
+        `(N, d)`: Euclidean distances are those between the particles' true volumes, but for a
+        factor. The volumes' principal components; between 33 coordinates, cubic splines of them.
+    """
+
+    labels: np.ndarray
+    coordinate: np.ndarray | None
+    render: Callable[[int, float], np.ndarray]
+    positions: np.ndarray
+
+    def volumes(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Render the true volumes of some particles, one by one."""
+        at = np.full(len(self.labels), 0.5) if self.coordinate is None else self.coordinate
+        return (self.render(int(self.labels[i]), float(at[i])) for i in rows)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the particles of a run, each None if it is not.
+
+    Attributes
+    ----------
+    labels
+        Positions in ``label_names``: `(N,)`.
+    coordinate
+        `(N,)`.
+    """
+
+    labels: np.ndarray | None = None
+    label_names: tuple[str, ...] = ()
+    coordinate: np.ndarray | None = None
+    truth: Truth | None = None
+
+
+def load_known(options: EvalOptions, particles: Particles) -> Known:
+    """Read what ``--truth``, ``--labels`` and ``--coordinate`` name.
+
+    Raises
+    ------
+    InputError
+        Names the flag and file that do not fit.
+    """
+    truth = None if options.truth is None else load_truth(options.truth, particles)
+    labels = _per_particle(options.labels, "--labels", particles)
+    coordinate = _per_particle(options.coordinate, "--coordinate", particles)
+    if truth is not None:
+        labels = truth.labels if labels is None else labels
+        coordinate = truth.coordinate if coordinate is None else coordinate
+    if labels is None:
+        return Known(None, (), coordinate, truth)
+    found, labels = np.unique(labels, return_inverse=True)
+    if options.labels is not None and len(found) > _MOST_CLASSES:
+        raise InputError(
+            f"--labels {options.labels}: {len(found)} different values are no classes; is it "
+            "for --coordinate?"
+        )
+    return Known(labels.ravel(), tuple(map(str, found)), coordinate, truth)
+
+
+def _per_particle(path: str | None, flag: str, particles: Particles) -> np.ndarray | None:
+    """Read one value per particle: of the run's particles, or of the whole stack."""
+    if path is None:
+        return None
+    values = to_array(read_pickle(path, flag), f"{flag} {path}")
+    if particles.ind is not None and values.shape == (particles.images.src.orig_n,):
+        values = values[particles.ind]
+    if values.shape != (particles.n,):
+        raise InputError(f"{flag} {path}: has shape {values.shape}, not one value for each of the "
+                         f"{particles.n} particles")  # fmt: skip
+    if flag == "--coordinate" and not (values.dtype.kind in "fiu" and np.isfinite(values).all()):
+        raise InputError(f"{flag} {path}: finite numbers are needed")
+    if flag == "--labels" and values.dtype.kind not in "biufSU":
+        raise InputError(f"{flag} {path}: numbers or words are needed, not Python objects")
+    return values
+
+
+def load_truth(folder: str, particles: Particles) -> Truth:
+    """Read the output folder of ``simulate_amort`` that a run's particles are from.
+
+    Raises
+    ------
+    InputError
+        If it is none, is damaged, or is of other particles.
+    """
+    what, path = f"--truth {folder}", Path(folder)
+    if not (path / "simulation.yaml").is_file():
+        raise InputError(f"{what}: not a folder of simulate_amort (it has no simulation.yaml)")
+    try:
+        settings = yaml.safe_load((path / "simulation.yaml").read_text())["settings"]
+        box, files = int(settings["D"]), list(settings["volumes"])
+        made = () if files else (int(settings["classes"]), float(settings["hinge_deg"]))
+        blobs = BlobModel(box, *made) if made else None
+    except Exception as err:  # whatever a damaged file leads to
+        raise InputError(f"{what}: simulation.yaml is damaged ({type(err).__name__})") from None
+    if box != particles.box:
+        raise InputError(f"{what}: of {box} px, but the run's particles have {particles.box} px")
+    classes = len(files) if blobs is None else len(blobs.shares)
+    labels = _stored_values(path, "labels.pkl", classes - 1, particles)
+    if labels.dtype.kind not in "iu":
+        raise InputError(f"{what}: labels.pkl does not hold integers")
+    _check_orientations(path, particles)
+    if blobs is None:
+        volumes = [_stored_volume(path, f"class{k}", box) for k in range(classes)]
+        positions = _positions(lambda k, _: volumes[k], classes, labels, None)
+        return Truth(labels, None, lambda k, _: volumes[k], positions)
+    name, volume = next(blobs.volumes())
+    if not np.allclose(_stored_volume(path, name, box), volume, atol=1e-3 * volume.max()):
+        raise InputError(f"{what}: volumes/{name}.mrc is not what simulation.yaml describes")
+    coordinate = None
+    if blobs.hinge_deg:
+        coordinate = _stored_values(path, "coordinate.pkl", 1, particles)
+    small = BlobModel(_POSITIONS_BOX, *made)
+    positions = _positions(small.volume, classes, labels, coordinate)
+    return Truth(labels, coordinate, blobs.volume, positions)
+
+
+def _stored_values(folder: Path, name: str, most: int, particles: Particles) -> np.ndarray:
+    """Read numbers from 0 to ``most``, one for each particle of the stack; pick the run's."""
+    values = to_array(read_pickle(folder / name, "--truth"), f"--truth {folder / name}")
+    _check_count(folder, name, values, particles)
+    if values.ndim != 1 or values.dtype.kind not in "fiu":
+        raise InputError(f"--truth {folder}: {name} does not hold a number per particle")
+    if not ((values >= 0) & (values <= most)).all():
+        raise InputError(f"--truth {folder}: {name} does not hold numbers from 0 to {most}")
+    return values if particles.ind is None else values[particles.ind]
+
+
+def _check_count(folder: Path, name: str, values: np.ndarray, particles: Particles) -> None:
+    stack = int(particles.images.src.orig_n)
+    if values.ndim and len(values) != stack:
+        raise InputError(
+            f"--truth {folder}: {name} is of {len(values)} particles, the run's stack of {stack}"
+        )
+
+
+def _check_orientations(folder: Path, particles: Particles) -> None:
+    """Refuse the truth of another data set: its poses have nothing to do with the run's."""
+    loaded = read_pickle(folder / "poses.pkl", "--truth")
+    parts = loaded if isinstance(loaded, (tuple, list)) and loaded else (loaded,)
+    rots = to_array(parts[0], f"--truth {folder / 'poses.pkl'}")
+    _check_count(folder, "poses.pkl", rots, particles)
+    if rots.shape[1:] != (3, 3) or rots.dtype.kind != "f":
+        raise InputError(f"--truth {folder}: poses.pkl does not hold rotations")
+    rots = rots if particles.ind is None else rots[particles.ind]
+    traces = (rots * particles.rots.cpu().numpy()).sum((1, 2))
+    apart = float(np.median(np.rad2deg(np.arccos(np.clip((traces - 1) / 2, -1, 1)))))
+    if not apart < _MOST_APART_DEG:
+        raise InputError(
+            f"--truth {folder}: of other particles: their orientations are {apart:.0f} degrees "
+            "from those of the run (median)"
+        )
+
+
+def _stored_volume(folder: Path, name: str, box: int) -> np.ndarray:
+    volume, _ = read_volume(str(folder / "volumes" / f"{name}.mrc"), "--truth")
+    if len(volume) != box:
+        raise InputError(f"--truth {folder}: volumes/{name}.mrc has {len(volume)} px, not {box}")
+    return volume
+
+
+def _positions(
+    render: Callable[[int, float], np.ndarray],
+    classes: int,
+    labels: np.ndarray,
+    coordinate: np.ndarray | None,
+) -> np.ndarray:
+    """Return ``Truth.positions``."""
+    nodes = np.full(1, 0.5) if coordinate is None else np.linspace(0, 1, _NODES)
+    volumes = np.stack([render(k, t).ravel() for k in range(classes) for t in nodes])
+    volumes = volumes - volumes.mean(0)
+    values, vectors = np.linalg.eigh(volumes @ volumes.T)
+    kept = values >= 1e-6 * values[-1]  # the rest is rounding
+    at_nodes = (vectors[:, kept] * np.sqrt(np.abs(values[kept]))).reshape(classes, len(nodes), -1)
+    if coordinate is None:
+        positions: np.ndarray = at_nodes[labels, 0]
+        return positions
+    positions = np.empty((len(labels), at_nodes.shape[2]))
+    for k in range(classes):
+        positions[labels == k] = CubicSpline(nodes, at_nodes[k])(coordinate[labels == k])
+    return positions
+
+
+def fourier_radius(box: int) -> np.ndarray:
+    """Return each voxel's distance from the origin, `(box, box, box)` in the order of ``fftn``."""
+    squares = np.rint(np.fft.fftfreq(box, 1 / box)) ** 2
+    radius: np.ndarray = np.sqrt(squares[:, None, None] + squares[:, None] + squares)
+    return radius
+
+
+def fve_radius(box: int) -> int:
+    """Return up to which radius ``volume_fve`` compares: 9 voxels for a box of 32."""
+    return round(_FVE_RADIUS * box)
+
+
+def volume_fve(errors: np.ndarray, spreads: np.ndarray) -> float:
+    """Fraction of the variance of the true volumes that is explained. Null 0 or less, ideal 1.
+
+    Parameters
+    ----------
+    errors, spreads
+        Of ``VolumeErrors``, `(M,)`.
+    """
+    return float(1 - errors.sum() / spreads.sum())
+
+
+def fsc_area(a: np.ndarray, b: np.ndarray) -> float:
+    """Area under the FSC of two volumes, in cycles per pixel. Ideal `(D / 2 - 1) / D`.
+
+    As CryoBench computes it: shell i holds the radii from i - 1 up to i and stands at i / D; the
+    curve starts with 1 at 0, ends one shell below Nyquist, and is integrated by trapezoids.
+
+    Parameters
+    ----------
+    a, b
+        Fourier transforms `(D, D, D)` in the order of ``numpy.fft.fftn``.
+
+    References
+    ----------
+    Jeon et al., CryoBench, arXiv 2408.05526; its metrics/fsc/utils/volumes.py, get_fsc_curve.
+    """
+    box = len(a)
+    shell = np.floor(fourier_radius(box)).astype(int).ravel() + 1
+
+    def per_shell(values: np.ndarray) -> np.ndarray:
+        return np.bincount(shell, values.ravel())[1 : box // 2]
+
+    powers = per_shell(np.abs(a) ** 2), per_shell(np.abs(b) ** 2)
+    size = np.sqrt(powers[0] * powers[1])
+    curve = np.where(powers[0] == powers[1], 1.0, 0.0)  # where there is nothing in either, 1
+    np.divide(per_shell((a * b.conj()).real), size, out=curve, where=size > 0)
+    return float(trapezoid(np.concatenate([[1.0], curve]), dx=1 / box))
+
+
+@dataclass(frozen=True)
+class VolumeErrors:
+    """How far decoded volumes are from the particles' true ones, each `(M,)`.
+
+    Attributes
+    ----------
+    errors, spreads
+        Squared distance of the true volume from the decoded one, and from the mean of all true
+        ones, on the Fourier voxels up to ``fve_radius``.
+    areas, null_areas
+        ``fsc_area`` of the true volume with the decoded one, and with the mean of all decoded ones.
+    """
+
+    errors: np.ndarray
+    spreads: np.ndarray
+    areas: np.ndarray
+    null_areas: np.ndarray
+
+
+def volume_errors(truth: Truth, rows: np.ndarray, decoded: Iterable[np.ndarray]) -> VolumeErrors:
+    """Compare the volumes decoded for ``rows``, density positive, with the true ones.
+
+    Holds a few volumes at a time: true ones are rendered again rather than kept.
+    """
+    mean = np.fft.fftn(sum(truth.volumes(rows)) / len(rows))
+    inside = fourier_radius(len(mean)) <= fve_radius(len(mean))
+    errors, spreads, areas = [], [], []
+    mean_decoded: Any = 0
+    for own, true in zip(decoded, truth.volumes(rows), strict=True):
+        f_own, f_true = np.fft.fftn(own), np.fft.fftn(true)
+        errors.append(np.linalg.norm((f_true - f_own)[inside]) ** 2)
+        spreads.append(np.linalg.norm((f_true - mean)[inside]) ** 2)
+        areas.append(fsc_area(f_own, f_true))
+        mean_decoded = mean_decoded + f_own / len(rows)
+    null_areas = [fsc_area(mean_decoded, np.fft.fftn(true)) for true in truth.volumes(rows)]
+    return VolumeErrors(*map(np.array, (errors, spreads, areas, null_areas)))

@@ -1,0 +1,44 @@
+"""Latents in the plane: copies are put where their particles are, and the same ones every time."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from cryodrgn_amort.embeddings import embed
+from cryodrgn_amort.results import EvalOptions
+
+
+def evaluation(z, moved, umap):
+    results = [SimpleNamespace(key=key, z=copies) for key, copies in moved.items()]
+    return SimpleNamespace(
+        z=z, labelled=np.arange(4), mapped=results, options=EvalOptions(umap=umap)
+    )
+
+
+def test_copies_lie_where_their_particles_are():
+    rng = np.random.default_rng(0)
+    corners = 20 * np.eye(4)[rng.integers(0, 4, 80)]
+    z = (corners + rng.standard_normal((80, 4))).astype(np.float32)
+    order = np.r_[1, 2, 3, 0, 4:80]
+    moved = {"same": z + np.float32(0.01), "turned": z[order]}
+    first, again = (embed(evaluation(z, moved, umap=True)) for _ in range(2))
+    assert list(first) == ["PCA", "UMAP"]
+    for title, shown in first.items():
+        spread = shown.points.std()
+        np.testing.assert_array_equal(shown.labelled, shown.points[:4])
+        np.testing.assert_array_equal(shown.points, again[title].points)
+        for key, wanted in (("same", shown.labelled), ("turned", shown.labelled[order[:4]])):
+            assert shown.moved[key].shape == (4, 2)
+            assert np.linalg.norm(shown.moved[key] - wanted, axis=1).max() < 0.5 * spread
+            np.testing.assert_array_equal(shown.moved[key], again[title].moved[key])
+    apart = np.linalg.norm(first["UMAP"].points[:, None] - first["UMAP"].points, axis=2)
+    same = (corners[:, None] == corners).all(2)
+    assert apart[same].mean() < 0.5 * apart[~same].mean()
+
+
+def test_without_copies_and_without_umap():
+    z = np.random.default_rng(0).standard_normal((30, 3)).astype(np.float32)
+    assert list(embed(evaluation(z, {}, umap=False))) == ["PCA"]
+    assert list(embed(evaluation(z[:, :2], {}, umap=True))) == ["z"]
+    assert embed(evaluation(z[:, :1], {}, umap=True)) == {}
+    assert list(embed(evaluation(np.zeros_like(z), {}, umap=True))) == ["PCA"]

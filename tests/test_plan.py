@@ -1,0 +1,239 @@
+"""Plans: what they stand for, what a change of them changes, and what is wrong with bad ones."""
+
+import argparse
+import importlib
+import shlex
+
+import pytest
+import yaml
+from helpers import write_pickle
+
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.plan import PLAN, PRESETS, changed_plan, load_plan, parse
+from cryodrgn_amort.plugins import Plugins
+from cryodrgn_amort.recipes import RECIPES, Recipe
+
+COMMANDS = ("simulate_amort", "train_amort", "eval_amort", "compare_amort", "time_amort")
+
+
+@pytest.fixture(scope="session")
+def parsers(plugins):
+    found = {}
+    for name in COMMANDS:
+        found[name] = argparse.ArgumentParser(prog=name)
+        importlib.import_module(plugins.commands()[name].module).add_args(found[name])
+    return found
+
+
+@pytest.fixture
+def plan_of(plugins, parsers, tmp_path):
+    """Make a plan of the demo's text, some sections replaced."""
+
+    def make(folder=None, plugins=plugins, **sections):
+        text = changed_plan(tmp_path / "new", "demo", {}, None)
+        text = yaml.safe_dump({**yaml.safe_load(text), **sections}, sort_keys=False)
+        return load_plan(folder or tmp_path / "study", text, plugins, parsers)
+
+    return make
+
+
+def fingerprints(plan):
+    return {name: plan.fingerprint(step) for name, step in plan.steps.items()}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_hold_every_recipe(preset, plugins, parsers, tmp_path):
+    plan = load_plan(tmp_path, changed_plan(tmp_path, preset, {}, None), plugins, parsers)
+    assert set(plan.recipes) == {recipe.name for recipe in RECIPES}
+    assert len(plan.recipes) == 14
+
+
+def test_the_paper_preset_is_the_papers_set_up(plugins, parsers, tmp_path):
+    from cryodrgn_amort.settings import settings_from_flags
+
+    text = changed_plan(tmp_path, "paper", {}, None)
+    plan = load_plan(tmp_path, text, plugins, parsers)
+    found = {}
+    for step in plan.steps.values():
+        if step.argv[0] == "train_amort":
+            settings = settings_from_flags(parse(parsers["train_amort"], step.argv[1:]), plugins)
+            assert (settings.num_epochs, settings.lr) == (50, 1e-4)
+            assert (settings.players, settings.pdim, settings.batch_size) == (3, 256, 16)
+            found[settings.recipe] = settings
+    sizes = {name: (s.qlayers, s.qdim, s.zdim) for name, s in found.items() if "vlt" not in name}
+    assert sizes == {
+        "baseline": (3, 256, 8), "twin": (3, 256, 8), "twin-large": (5, 1024, 8),
+        "noise-large": (5, 1024, 8), "small": (2, 256, 2), "twin-small": (2, 256, 2),
+    }  # fmt: skip
+    assert plan.data["simulate"]["D"] == 128
+
+
+def test_parents_come_first_and_are_named(plan_of):
+    plan = plan_of(seeds=[4, 7], more_seeds={})
+    order = list(plan.steps)
+    step = plan.steps["train.vlt-frozen-encoder.seed7"]
+    where = step.argv.index("--table-init")
+    assert step.argv[where + 1] == str(plan.folder / "runs" / "baseline.seed7")
+    assert "train.baseline.seed7" in step.after
+    for name, step in plan.steps.items():
+        assert all(order.index(parent) < order.index(name) for parent in step.after)
+    assert plan.steps["eval.rotate.seed4"].argv[1] == str(plan.folder / "runs" / "baseline.seed4")
+    assert plan.steps["compare.vlt"].argv.count("compare_amort") == 1
+    assert len([a for a in plan.steps["compare.vlt"].argv if ".seed" in a]) == 4
+
+
+def test_a_plugins_recipe_is_like_ours(plan_of, parsers, tmp_path):
+    import types
+
+    from cryodrgn_amort import hookimpl
+
+    theirs = types.SimpleNamespace(
+        recipes=hookimpl(lambda: [Recipe("wide", "a wide network", {"qdim": 2048})])
+    )
+    plan = plan_of(plugins=Plugins(found={"theirs": theirs}), recipes={"baseline": {}, "wide": {}})
+    assert plan.steps["train.wide.seed0"].argv.count("wide") == 1
+    assert "compare.wide" in plan.steps
+
+
+def test_a_change_reaches_what_depends_on_it_and_nothing_else(plan_of):
+    before = fingerprints(plan_of())
+
+    def changed(**sections):
+        after = fingerprints(plan_of(**sections))
+        return {name for name in before if before[name] != after.get(name)}
+
+    recipes = dict.fromkeys(recipe.name for recipe in RECIPES)
+    assert changed() == set()
+    vlt = {"train.vlt.seed0", "eval.vlt.seed0", "compare.vlt", "timing"}
+    assert changed(recipes={**recipes, "vlt": {"table-lr": 0.01}}) == vlt
+    of_baseline = changed(recipes={**recipes, "baseline": {"enc-dim": 64}})
+    assert {"train.vlt-frozen-encoder.seed0", "eval.shift.seed0", "compare.vlt"} <= of_baseline
+    assert not {"train.vlt.seed0", "eval.vlt.seed0", "simulate"} & of_baseline
+    assert changed(evaluate={"bootstrap": 10}) == {n for n in before if n.startswith("eval.")}
+    assert changed(data={"simulate": {"n": 10, "D": 32}}) == set(before)
+    assert changed(recipes={**recipes, "shift": {"transform": ["roll:2"]}}) == {"eval.shift.seed0"}
+
+
+def test_a_study_can_be_moved(plan_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from pathlib import Path
+
+    assert fingerprints(plan_of(tmp_path / "a")) == fingerprints(plan_of(Path("b/c")))
+
+
+def test_a_file_that_changes_is_another(plan_of, stack, tmp_path):
+    data = {"particles": stack.particles, "poses": stack.poses, "ctf": stack.ctf}
+    labels = tmp_path / "labels.pkl"
+    write_pickle(labels, [1])
+    before = fingerprints(plan_of(data={**data, "labels": str(labels)}))
+    write_pickle(labels, [1, 2, 3])
+    after = fingerprints(plan_of(data={**data, "labels": str(labels)}))
+    assert all(before[name] != after[name] for name in before)
+
+
+def test_own_flags_come_before_the_recipes_and_those_before_common_ones(plan_of):
+    recipes = {"baseline": {}, "small": {}, "twin-small": {"zdim": 3, "window-r": 0.7}}
+    plan = plan_of(recipes=recipes, train={"zdim": 8, "lazy": True})
+    assert "--zdim" not in plan.steps["train.small.seed0"].argv
+    argv = shlex.join(plan.steps["train.twin-small.seed0"].argv)
+    assert "--zdim 3" in argv
+    assert "--window-r 0.7" in argv
+    assert "--lazy --recipe" not in argv
+    assert "--lazy" in argv
+
+
+def test_given_data_and_seeds_go_into_the_plan_and_its_comments_stay(stack, tmp_path):
+    data = {"particles": stack.particles, "poses": stack.poses}
+    text = changed_plan(tmp_path, None, data, [3, 1])
+    found = yaml.safe_load(text)
+    assert found["data"] == data
+    assert found["seeds"] == [3, 1]
+    assert "every choice that it leaves" in text  # the paper's preset
+    assert found["train"]["num-epochs"] == 50
+    assert "# Flags of eval_amort for all runs." in text
+    (tmp_path / PLAN).write_text(text)
+    again = changed_plan(tmp_path, None, {}, [5])
+    assert yaml.safe_load(again) == {**found, "seeds": [5]}
+
+
+def test_only_takes_parents_along(plan_of):
+    plan = plan_of()
+    assert list(plan.only(["vlt-frozen-encoder"]).recipes) == ["baseline", "vlt-frozen-encoder"]
+    assert set(plan.only(["twin-small"]).recipes) == {"small", "twin-small"}
+    assert set(plan.only(["timing"]).recipes) >= {"baseline", "twin-small", "small", "timing"}
+    with pytest.raises(InputError, match="--only nonsense"):
+        plan.only(["nonsense"])
+
+
+ALL = dict.fromkeys(recipe.name for recipe in RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"recipes": {"baselin": None}}, "recipes: baselin: unknown"),
+        ({"recipes": {}}, "recipes: at least one"),
+        ({"recipes": {"vlt": None}}, "recipes.vlt: needs the recipe baseline"),
+        ({"recipes": {**ALL, "vlt": 3}}, "recipes: vlt: flags are needed"),
+        ({"recipes": {**ALL, "vlt": {"table-lrr": 3}}}, "recipes.vlt: table-lrr: train_amort has"),
+        ({"recipes": {**ALL, "vlt": {"table-lr": "x"}}}, "recipes.vlt: argument --table-lr"),
+        ({"recipes": {**ALL, "vlt": {"table-lr": {"a": 1}}}}, "recipes: vlt: table-lr: a value"),
+        ({"recipes": {**ALL, "twin": {"table-lr": 0.1}}}, "recipes.twin: --table-lr: does not"),
+        ({"recipes": {**ALL, "timing": {"only": 3}}}, "recipes.timing: only"),
+        ({"train": {"zdim": 8, "seed": 3}}, "train: seed: is given by the study itself"),
+        ({"train": {"zdim": 0}}, "--zdim 0"),
+        ({"train": ["zdim"]}, "train: flags are needed"),
+        ({"evaluate": {"transform": ["turn:3"]}}, "--transform turn"),
+        ({"evaluate": {"boot": 3}}, "evaluate: boot: eval_amort has no such flag"),
+        ({"seeds": [0, 0]}, "seeds: [0, 0]"),
+        ({"seeds": "0"}, "seeds: 0"),
+        ({"seeds": [-1]}, "seeds: [-1]"),
+        ({"more_seeds": {"x": [1]}}, "more_seeds: x"),
+        ({"more_seeds": {"shift": [1]}}, None),  # has no runs of its own: nothing to do
+        ({"more_seeds": {"vlt-frozen-encoder": [5]}}, "needs baseline with that seed"),
+        ({"data": {}}, "data: either simulate or particles"),
+        ({"data": {"simulate": {}, "particles": "x"}}, "data: simulate stands alone"),
+        ({"data": {"simulate": {"N": 3}}}, "data.simulate: N: simulate_amort has no such flag"),
+        ({"data": {"particles": "x.mrcs"}}, "data: poses: is needed"),
+        ({"data": {"particles": "x.mrcs", "poses": "p.pkl"}}, "x.mrcs: does not exist"),
+        ({"data": {"particles": 3, "poses": "p.pkl"}}, "data: particles: a path is needed"),
+        ({"nonsense": 1}, "nonsense: no such section"),
+    ],
+)
+def test_bad_plans(plan_of, sections, says):
+    if says is None:
+        plan_of(**sections)
+        return
+    with pytest.raises(InputError) as caught:
+        plan_of(**sections)
+    assert says in str(caught.value)
+    assert PLAN in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "[1, 2]", "a: [", "!!python/object/apply:os.system [ls]"]
+)
+def test_no_plans(text, plugins, parsers, tmp_path):
+    with pytest.raises(InputError, match=PLAN):
+        load_plan(tmp_path, text, plugins, parsers)
+
+
+def test_bad_calls_leave_everything_as_it_was(cli, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("x")
+    for argv, says in (
+        (["-o", taken], "is not empty, and no study"),
+        (["-o", taken / "mine.txt"], "not a folder"),
+        (["-o", tmp_path / "new", "--preset", "nope"], "--preset nope"),
+        (["-o", tmp_path / "new", "--only", "nope"], "--only nope"),
+        (["-o", tmp_path / "new", "--jobs", "0"], "--jobs 0"),
+        (["-o", tmp_path / "new", "--seeds", "1", "1"], "seeds: [1, 1]"),
+        (["-o", tmp_path / "new", "--labels", "labels.pkl"], "PARTICLES"),
+        (["x.mrcs", "-o", tmp_path / "new"], "--poses"),
+    ):
+        code, _, err = cli("study_amort", *argv)
+        assert code == 2, err
+        assert err.count("\n") == 1
+        assert says in err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine.txt", "taken"]

@@ -1,0 +1,266 @@
+"""Studies end to end: everything is done once, a killed one goes on, a change reruns its part."""
+
+import contextlib
+import html
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from helpers import write_pickle
+
+from cryodrgn_amort.cli import main
+
+PLAN = {
+    "data": {"simulate": {"n": 60, "heldout": 4, "D": 16, "seed": 0}},
+    "seeds": [0],
+    "more_seeds": {"baseline": [1]},
+    "train": {"zdim": 2, "num-epochs": 2, "lr": 0.001, "dec-layers": 1, "dec-dim": 16},
+    "evaluate": {
+        "transform": ["roll:1"], "bootstrap": 10, "volumes": 4, "labelled": 2, "no-umap": True,
+    },
+    "recipes": {
+        "baseline": {"enc-dim": 16}, "vlt": {}, "vlt-frozen-zero": {}, "vlt-frozen-encoder": {},
+        "twin": {"enc-dim": 16}, "shift": {"transform": ["roll:1", "roll:2"]},
+        "timing": {"recipes": ["baseline", "vlt"], "rounds": 2, "batches": 1},
+    },
+}  # fmt: skip
+
+
+def command(folder, *more):
+    return [sys.executable, "-m", "cryodrgn_amort", "study_amort", "-o", str(folder), *more]
+
+
+def run(folder, *more, code=0, jobs=2):
+    """Run the command in this process; returns what it says on stdout and stderr."""
+    out, err, stopped = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(["study_amort", "-o", str(folder), "--jobs", str(jobs), *map(str, more)])
+        except SystemExit as stop:
+            stopped = stop.code
+    assert stopped == code, out.getvalue() + err.getvalue()
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def new_study(folder, **sections):
+    folder.mkdir()
+    (folder / "plan.yaml").write_text(yaml.safe_dump({**PLAN, **sections}, sort_keys=False))
+    return folder
+
+
+def numbers(folder):
+    """Return study.json without what is about time."""
+    facts = json.loads((folder / "study.json").read_text())
+    facts.pop("times")
+    return facts
+
+
+def ran(folder):
+    """Count how often each step was run."""
+    return {
+        log.stem: len(re.findall(r"^cryodrgn \w+_amort ", log.read_text(), re.MULTILINE))
+        for log in (folder / "logs").iterdir()
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = new_study(tmp_path_factory.mktemp("studies") / "whole")
+    said = run(folder).stdout
+    return folder, said
+
+
+def test_everything_is_there(finished):
+    folder, said = finished
+    facts = json.loads((folder / "study.json").read_text())
+    assert facts["missing"] == []
+    assert set(facts["recipes"]) == set(PLAN["recipes"])
+    assert set(facts["recipes"]["baseline"]["seeds"]) == {"0", "1"}
+    assert set(facts["claims"]["vlt"]) >= {"claim", "rule", "rows", "verdict"}
+    rows = {(r["label"], r["measure"]): r for r in facts["claims"]["vlt"]["rows"]}
+    agreement = rows[("vlt and baseline", "knn_overlap")]
+    assert agreement["count"] == 2  # with each of the baseline's seeds
+    pairs = [
+        p
+        for p in facts["agreement"]
+        if {p["first"], p["second"]} == {"baseline.seed0", "baseline.seed1"}
+    ]
+    assert len(pairs) == 1
+    assert pairs[0]["only_seed"]
+    assert agreement["against"] == pairs[0]["measures"]["knn_overlap"]["value"]
+    assert "vlt and baseline" in said
+    measures = facts["recipes"]["twin"]["seeds"]["0"]["measures"]
+    assert {"class_knn", "volume_fve", "memorisation", "volume_spread"} <= set(measures)
+    shifts = facts["recipes"]["shift"]["seeds"]["0"]["transforms"]
+    assert set(shifts) == {"roll:1 held", "roll:1 follow", "roll:2 held", "roll:2 follow"}
+    assert set(facts["times"]["seconds_per_epoch"]) == {
+        str(Path(folder) / "runs" / f"{name}.seed0") for name in ("baseline", "vlt")
+    }
+    for name in ("figure3", "figure5", "figure10", "figure20", "figure22", "losses", "table1"):
+        assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+        assert (folder / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF"), name
+
+
+def test_the_report_holds_every_claim_and_loads_nothing(finished):
+    from cryodrgn_amort.claims import CLAIMS
+
+    page = (finished[0] / "report.html").read_text()
+    for claim in CLAIMS:
+        assert claim.text in html.unescape(page)
+    assert not re.findall(r'(?:src|href)="(?!data:|#|https://arxiv)', page)
+    names = set(re.findall(r'href="#([^"]+)"', page))
+    assert names <= set(re.findall(r'id="([^"]+)"', page))
+    assert "data-triangles" in page
+    assert page.index("The paper's claims") < page.index("recipe-baseline")
+
+
+def test_memorisation_is_its_definition(finished):
+    folder = finished[0]
+    facts = numbers(folder)["recipes"]["twin"]["seeds"]["0"]["measures"]["memorisation"]
+    losses = {}
+    for name in ("vlt-frozen-zero", "twin", "baseline"):
+        import pickle
+
+        with open(folder / "evals" / f"{name}.seed0" / "reconstruction.pkl", "rb") as handle:
+            losses[name] = np.nanmean(pickle.load(handle))
+    hom, twin, real = losses.values()
+    assert facts["value"] == pytest.approx((hom - twin) / (hom - real))
+
+
+def test_a_second_call_runs_nothing(finished):
+    folder = finished[0]
+    before, counts = numbers(folder), ran(folder)
+    assert "done already" in run(folder).stdout
+    assert ran(folder) == counts
+    assert numbers(folder) == before
+    assert run(folder, "--dry-run").stdout.strip() == ""
+
+
+def test_killed_and_started_again_it_ends_with_the_same_numbers(finished, tmp_path):
+    whole = numbers(finished[0])
+    folder = new_study(tmp_path / "killed")
+    env = {**os.environ, "CRYODRGN_AMORT_DISABLE_PLUGINS": "1"}
+    for marker in ("runs/baseline.seed0/weights.1.pkl", "steps/eval.vlt.seed0.planned"):
+        with open(tmp_path / "out.log", "a") as log:
+            process = subprocess.Popen(
+                command(folder, "--jobs", "2"), stdout=log, stderr=log, env=env
+            )
+            while not (folder / marker).exists() and process.poll() is None:
+                time.sleep(0.02)
+            assert process.poll() is None, (tmp_path / "out.log").read_text()
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    counts = ran(folder)
+    run(folder)
+    assert numbers(folder) == whole
+    assert ran(folder)["simulate"] == counts["simulate"]  # what was done is kept
+
+
+def test_a_change_of_the_plan_reruns_what_depends_on_it(finished, tmp_path):
+    import shutil
+
+    folder = tmp_path / "changed"
+    shutil.copytree(finished[0], folder)  # a study can be moved, too
+    counts = ran(folder)
+    plan = {**PLAN, "recipes": {**PLAN["recipes"], "vlt": {"table-lr": 0.5}}}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+    before = numbers(folder)
+    run(folder)
+    again = {name for name, count in ran(folder).items() if count > counts[name]}
+    assert again == {"train.vlt.seed0", "eval.vlt.seed0", "compare.vlt", "timing"}
+    after = numbers(folder)
+    assert after["recipes"]["twin"] == before["recipes"]["twin"]
+    assert after["recipes"]["vlt"] != before["recipes"]["vlt"]
+
+
+def test_dry_run_prints_commands_that_a_shell_can_run(tmp_path):
+    recipes = {"baseline": {"enc-dim": 16}}
+    folder = new_study(tmp_path / "dry", recipes=recipes, more_seeds={})
+    lines = run(folder, "--dry-run").stdout.splitlines()
+    assert [line.split()[1] for line in lines] == ["simulate_amort", "train_amort", "eval_amort"]
+    assert not (folder / "runs").exists()
+    ours = f"{sys.executable} -m cryodrgn_amort "
+    script = "set -e\n" + "\n".join(lines).replace("cryodrgn ", ours)
+    subprocess.run(["bash", "-c", script], check=True, capture_output=True, cwd=tmp_path)
+    assert run(folder, "--dry-run").stdout.strip() == ""
+    assert "done already" in run(folder).stdout
+    assert not (folder / "logs").exists()  # the study itself ran nothing
+    assert set(numbers(folder)["recipes"]["baseline"]["seeds"]) == {"0"}
+
+
+@pytest.mark.parametrize("kind", ["star", "cs", "txt"])
+def test_the_users_own_files(kind, stack, tmp_path, monkeypatch):
+    particles, more = tmp_path / f"particles.{kind}", []
+    if kind == "star":
+        monkeypatch.chdir(stack.folder)
+        run_host_utils("write_star", "particles.mrcs", "--ctf", stack.ctf, "-o", particles)
+        more = ["--datadir", stack.folder]
+    elif kind == "cs":
+        rows = np.zeros(stack.n, [("blob/path", "S64"), ("blob/idx", "u4"), ("uid", "u8")])
+        rows["blob/path"], rows["blob/idx"] = b">particles.mrcs", np.arange(stack.n)
+        with open(particles, "wb") as handle:
+            np.save(handle, rows)
+        more = ["--datadir", stack.folder]
+    else:
+        particles.write_text(stack.particles + "\n")
+    labels = write_pickle(tmp_path / "labels.pkl", np.arange(stack.n) % 3)
+    own = tmp_path / "plan.yaml"
+    plan = {**PLAN, "recipes": {"baseline": {"enc-dim": 16}}, "more_seeds": {}}
+    own.write_text(yaml.safe_dump(plan))
+    folder = tmp_path / "study"
+    run(folder, particles, "--poses", stack.poses, "--ctf", stack.ctf, "--labels", labels,
+        "--preset", own, *more)  # fmt: skip
+    found = numbers(folder)["recipes"]["baseline"]["seeds"]["0"]
+    assert found["n"] == stack.n
+    assert "class_knn" in found["measures"]
+    assert "volume_fve" not in found["measures"]  # there is no truth
+
+
+def run_host_utils(name, *argv):
+    import argparse
+    import importlib
+
+    module = importlib.import_module(f"cryodrgn.commands_utils.{name}")
+    parser = argparse.ArgumentParser()
+    module.add_args(parser)
+    module.main(parser.parse_args([str(a) for a in argv]))
+
+
+def test_labels_of_the_wrong_length_are_refused_before_anything_is_trained(stack, tmp_path):
+    labels = write_pickle(tmp_path / "labels.pkl", np.arange(7))
+    own = tmp_path / "plan.yaml"
+    own.write_text(yaml.safe_dump({**PLAN, "recipes": {"baseline": {}}, "more_seeds": {}}))
+    done = run(tmp_path / "study", stack.particles, "--poses", stack.poses, "--labels", labels,
+               "--preset", own, code=2)  # fmt: skip
+    assert done.stderr.count("\n") == 1
+    assert "labels.pkl" in done.stderr
+    assert not (tmp_path / "study" / "runs").exists()
+
+
+def test_a_step_that_fails_spares_the_others(tmp_path):
+    recipes = {"baseline": {"enc-dim": 16}, "vlt": {"table-init": str(tmp_path / "none")}}
+    folder = new_study(tmp_path / "failing", recipes=recipes, more_seeds={})
+    done = run(folder, code=2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "train.vlt.seed0: --table-init" in last
+    assert "eval.vlt.seed0: left out" in last
+    assert numbers(folder)["missing"] == ["vlt"]
+    assert numbers(folder)["recipes"]["baseline"]["seeds"]
+
+
+def test_two_at_a_time_are_refused(finished):
+    from cryodrgn_amort.study import locked
+
+    with locked(finished[0]):
+        done = run(finished[0], code=2)
+    assert "another study_amort is running it" in done.stderr
