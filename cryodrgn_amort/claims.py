@@ -174,8 +174,9 @@ def truth_rows(study: Study, recipe: str) -> list[Row]:
     """Heterogeneity against the truth, next to the reference's; none where there is no truth."""
     reference = study.recipe(recipe).reference
     against = reference if reference != recipe else "baseline"
+    others = {name: study.measured(against, name) for name in _TRUTH if against != recipe}
     return list(chain.from_iterable(
-        row(recipe, name, study.measured(recipe, name), study.measured(against, name), against)
+        row(recipe, name, study.measured(recipe, name), others.get(name, ()), against)
         for name in _TRUTH
     ))  # fmt: skip
 

@@ -232,7 +232,7 @@ def _volumes(name: str, label: str, member: Member, count: int) -> Picture:
     reach = surfaces.reach(meshes)
     pictures = [surfaces.picture(m, c, reach) for m, c in zip(meshes, own, strict=True)]
     names = figures.numbers(len(volumes))
-    which = "the only volume" if count == 1 else f"the volumes of particles 1 to {count}"
+    which = "the only volume" if count == 1 else f"the volumes of the first {count} particles"
     caption = f"Figure {label} of the paper. {capital(which)} of {member.recipe}."
     drawn = study_figures.volumes(pictures, names, own)
     shown = turnable(meshes, names, own, reach)
@@ -324,6 +324,7 @@ def _page(study: Study, found: Sequence[Found], drawn: Mapping[str, Picture]) ->
             table1=_table1(study),
             table1_figure=drawn.get("table1"),
             sections=sections,
+            volumes_alone=[f"figure{k}" for k, (_, w) in _FIGURES.items() if isinstance(w, int)],
             missing=study.missing,
             methods=_methods(study),
             plan=(study.plan.folder / PLAN).read_text(),

@@ -5,4 +5,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/environment.sh"
 cd "$root"
+export OMP_WAIT_POLICY=passive # threads that wait for each other on busy cores do not spin
 exec pytest -q "$@"

@@ -564,7 +564,8 @@ def test_backproject_voxel_recovers_the_volume(tmp_path, mrc, cli, kind):
     )  # fmt: skip
     found, truth = volume_at(tmp_path / "back/backproject.mrc"), volume_at(sim / "volumes/mean.mrc")
     half_nyquist = D // 4
-    assert fsc(found, truth)[: half_nyquist + 1].min() >= 0.95
+    # the host takes the images' mean away, and with it the volume's: shell 0 is rounding
+    assert fsc(found, truth)[1 : half_nyquist + 1].min() >= 0.95
     for axis in range(3):
         mirrored = fsc(found, mirror(truth, axis))[half_nyquist // 2 : half_nyquist + 1]
         assert mirrored.mean() < 0.65

@@ -170,7 +170,11 @@ def test_recipe_sets_flags_and_flags_win(plugins, flags):
     del flags["zdim"]
     settings = settings_from_flags({**flags, "recipe": "twin-small", "qlayers": 4}, plugins)
     assert (settings.encoder, settings.qlayers, settings.qdim, settings.zdim) == ("twin", 4, 256, 2)
-    for name in plugins.owned("recipes"):
+    for name, owned in plugins.owned("recipes").items():
+        if owned.item.command != "train_amort":
+            with pytest.raises(InputError, match=f"--recipe {name}: is nothing to train"):
+                settings_from_flags({"zdim": 8, **flags, "recipe": name}, plugins)
+            continue
         more = {"table_init": "zeros"} if name == "vlt-frozen-encoder" else {}
         settings_from_flags({"zdim": 8, **flags, "recipe": name, **more}, plugins)
 
