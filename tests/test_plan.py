@@ -9,7 +9,8 @@ import yaml
 from helpers import write_pickle
 
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.plan import PLAN, PRESETS, changed_plan, load_plan, parse
+from cryodrgn_amort.plan import PLAN, parse
+from cryodrgn_amort.planfile import PRESETS, changed_plan, load_plan
 from cryodrgn_amort.plugins import Plugins
 from cryodrgn_amort.recipes import RECIPES, Recipe
 

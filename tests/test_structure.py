@@ -16,6 +16,7 @@ LAYERS = [  # each may import from those below it
     {"study_report"},
     {"study_results", "claims"},
     {"study"},
+    {"planfile"},
     {"plan", "timing"},
     {"training", "report", "compare", "study_figures"},
     {"pictures"},

@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     import importlib
 
     from cryodrgn_amort.errors import InputError
-    from cryodrgn_amort.plan import changed_plan, load_plan, write_plan
+    from cryodrgn_amort.planfile import changed_plan, load_plan, write_plan
     from cryodrgn_amort.plugins import load_plugins
     from cryodrgn_amort.study import commands_line, default_jobs, locked, run_steps
     from cryodrgn_amort.study_report import summary, write_report

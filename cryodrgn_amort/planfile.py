@@ -1,0 +1,181 @@
+"""The file plan.yaml: presets, changes from the command line, reading and checking."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from cryodrgn_amort.checkpoints import replacing
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.plan import INPUTS, KNOWN, PLAN, Plan
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping, Sequence
+
+    from cryodrgn_amort.plugins import Plugins
+
+__all__ = ["PRESETS", "changed_plan", "load_plan", "write_plan"]
+
+PRESETS = ("demo", "paper")
+_SECTIONS = ("data", "seeds", "more_seeds", "train", "evaluate", "recipes")
+
+
+def changed_plan(
+    folder: Path, preset: str | None, data: Mapping[str, str], seeds: Sequence[int] | None
+) -> str:
+    """Return the text of a study's plan: the one in its folder or a preset's, with what is given.
+
+    Parameters
+    ----------
+    data
+        Inputs of the particles by flag, as given; they replace the plan's.
+
+    Raises
+    ------
+    InputError
+        If what is given does not go together.
+    """
+    path = folder / PLAN
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"-o {folder}: not a folder")
+    if path.exists():
+        if preset is not None:
+            raise InputError(f"--preset {preset}: {path} is there already; edit it, or choose "
+                             "another folder")  # fmt: skip
+        text = path.read_text()
+    else:
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"-o {folder}: is not empty, and no study")
+        text = _preset_text(preset or ("paper" if data else "demo"))
+    if data:
+        for name in ("particles", "poses"):
+            if name not in data:
+                flag = "PARTICLES" if name == "particles" else f"--{name}"
+                raise InputError(f"{flag}: is needed with --{next(iter(data))}")
+        text = _with_section(text, "data", dict(data))
+    if seeds is not None:
+        text = _with_section(text, "seeds", list(seeds))
+    return text
+
+
+def _preset_text(name: str) -> str:
+    """Return a preset's plan; ``name`` may also be a plan file of the user's."""
+    if name in PRESETS:
+        return (resources.files("cryodrgn_amort") / "plans" / f"{name}.yaml").read_text()
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise InputError(f"--preset {name}: neither {' nor '.join(PRESETS)} nor a plan (.yaml)")
+    return path.read_text()
+
+
+def _with_section(text: str, section: str, value: Any) -> str:
+    """Replace a top-level section of a plan; comments elsewhere stay."""
+    body = yaml.safe_dump({section: value}, sort_keys=False, default_flow_style=None)
+    pattern = re.compile(rf"^{section}:.*\n(?:[ -].*\n|\n(?=[ -]))*", re.MULTILINE)
+    if not pattern.search(text):
+        return f"{text.rstrip()}\n\n{body}"
+    return pattern.sub(lambda _: body, text, count=1)
+
+
+def write_plan(folder: Path, text: str) -> None:
+    """Write the plan of a study."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / PLAN) as temporary:
+        temporary.write_text(text)
+
+
+def load_plan(
+    folder: Path, text: str, plugins: Plugins, parsers: Mapping[str, argparse.ArgumentParser]
+) -> Plan:
+    """Read a plan and check all of it.
+
+    Raises
+    ------
+    InputError
+        Names the place, and what is wrong there.
+    """
+    where = folder / PLAN
+
+    def fail(message: str) -> InputError:
+        return InputError(f"{where}: {message}")
+
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as err:
+        raise fail(f"not YAML ({' '.join(str(err).split())})") from None
+    if not isinstance(found, dict):
+        raise fail(f"not a plan: sections {', '.join(_SECTIONS)} are needed")
+    for name in found:
+        if name not in _SECTIONS:
+            raise fail(f"{name}: no such section; known are {', '.join(_SECTIONS)}")
+
+    def flags(value: Any, section: str) -> dict[str, Any]:
+        value = {} if value is None else value
+        if not isinstance(value, dict):
+            raise fail(f"{section}: flags are needed, as `name: value`, not {value!r}")
+        for key, item in value.items():
+            items = item if isinstance(item, list) else [item]
+            if not isinstance(key, str) or any(isinstance(i, dict | list) for i in items):
+                raise fail(f"{section}: {key}: a value, or a list of values, is needed")
+        return dict(value)
+
+    def integers(value: Any, section: str) -> tuple[int, ...]:
+        whole = isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+        if not whole or not value or len(set(value)) < len(value):
+            raise fail(f"{section}: {value}: a list of different whole numbers is needed")
+        return tuple(value)
+
+    recipes = found.get("recipes")
+    if isinstance(recipes, list):
+        recipes = dict.fromkeys(recipes)
+    if not isinstance(recipes, dict) or not recipes:
+        raise fail("recipes: at least one is needed")
+    for name in recipes:
+        if name not in plugins.owned("recipes"):
+            known = ", ".join(sorted(plugins.owned("recipes")))
+            raise fail(f"recipes: {name}: unknown; known are {known}")
+        command = plugins.recipe(name).command
+        if command not in ("train_amort", "eval_amort", "time_amort"):
+            raise fail(f"recipes: {name}: is of {command}, which no study runs")
+    more = flags(found.get("more_seeds"), "more_seeds")
+    for name in more:
+        if name not in plugins.owned("recipes"):
+            raise fail(f"more_seeds: {name}: not a recipe")
+    plan = Plan(
+        folder=folder,
+        data=_data(found.get("data"), folder, flags, fail),
+        seeds=integers(found.get("seeds", [0]), "seeds"),
+        more_seeds={k: integers(v, f"more_seeds: {k}") for k, v in more.items()},
+        train=flags(found.get("train"), "train"),
+        evaluate=flags(found.get("evaluate"), "evaluate"),
+        recipes={k: flags(v, f"recipes: {k}") for k, v in recipes.items()},
+        plugins=plugins,
+        parsers=parsers,
+    )
+    plan.check()
+    return plan
+
+
+def _data(found: Any, folder: Path, flags: Any, fail: Any) -> dict[str, Any]:
+    if not isinstance(found, dict) or not found:
+        raise fail("data: either simulate or particles is needed")
+    if "simulate" in found:
+        if len(found) > 1:
+            raise fail("data: simulate stands alone")
+        return {"simulate": flags(found["simulate"], "data: simulate")}
+    for name, value in found.items():
+        if name not in (*INPUTS, *KNOWN):
+            known = ", ".join((*INPUTS, *KNOWN, "simulate"))
+            raise fail(f"data: {name}: unknown; known are {known}")
+        if value is not None and not isinstance(value, str):
+            raise fail(f"data: {name}: a path is needed, not {value!r}")
+    for name in ("particles", "poses"):
+        if not found.get(name):
+            raise fail(f"data: {name}: is needed")
+    return {k: os.path.join(folder.absolute(), v) for k, v in found.items() if v}
