@@ -25,7 +25,9 @@ __all__ = [
     "MOST_VOLUMES",
     "MOVED",
     "ORIGINAL",
+    "STYLE",
     "colours",
+    "draw_volume",
     "embeddings",
     "latent_map",
     "numbers",
@@ -41,7 +43,7 @@ _MARKERS = "osD^vPXp"
 _PARTICLES = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300",
               "#b9ac70", "#717581", "#92dadd")  # fmt: skip
 _INK = "#1c2126"
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -96,7 +98,7 @@ def latent_map(
     columns = min(len(pictures), columns)
     groups = -(-len(pictures) // columns)
     pitch = 1 + _GAP if result is None else 2 + 3 * _GAP  # from one group of rows to the next
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         height = max(edge * groups * pitch + 0.6, 5.2)
         figure = Figure(figsize=(5.8 + edge * columns, height), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[5.8, edge * columns])
@@ -106,10 +108,10 @@ def latent_map(
         for i, name in enumerate(numbers(len(pictures))):
             at = (i % columns * (1 + _GAP), i // columns * pitch)
             colour = own[i] if result is None else ORIGINAL
-            _draw_volume(right, pictures[i], at, name, colour)
+            draw_volume(right, pictures[i], at, name, colour)
             if result is not None:
                 below = (at[0], at[1] + 1 + _GAP)
-                _draw_volume(right, moved_pictures[i], below, f"{name}′", MOVED)
+                draw_volume(right, moved_pictures[i], below, f"{name}′", MOVED)
         right.set(xlim=(-0.02, columns * (1 + _GAP)), ylim=(groups * pitch, -0.02))
     return figure
 
@@ -165,9 +167,10 @@ def _dot(colour: str, marker: str, label: str) -> Line2D:
     return Line2D([], [], color=colour, marker=marker, linestyle="none", label=label)
 
 
-def _draw_volume(
+def draw_volume(
     axes: Any, picture: np.ndarray, at: tuple[float, float], name: str, colour: str
 ) -> None:
+    """Put a picture of a volume, framed and named, into axes whose unit is the picture's edge."""
     x, y = at
     axes.imshow(picture, interpolation="bilinear", extent=(x, x + 1, y + 1, y))
     axes.add_patch(Rectangle(at, 1, 1, fill=False, edgecolor=colour, linewidth=1.6))
@@ -195,7 +198,7 @@ def embeddings(
     """
     kinds = [k for k, v in (("labels", labels), ("coordinate", coordinate)) if v is not None]
     kinds = kinds or [""]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         width = 4.4 * max(len(shown), 1) + 1.2
         figure = Figure(figsize=(width, 4.0 * len(kinds)), layout="constrained")
         grid = figure.subplots(len(kinds), max(len(shown), 1), squeeze=False)
@@ -255,7 +258,7 @@ def ranks(results: Sequence[TransformResult]) -> Figure:
     follow the dotted diagonal; if it changed nothing, the curve would rise to 1 at rank 0.
     """
     names = list(dict.fromkeys(r.name for r in results))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.4 * len(names) + 0.4, 6.6), layout="constrained")
         grid = figure.subplots(2, len(names), squeeze=False, sharey=True)
         for column, name in zip(grid.T, names, strict=True):

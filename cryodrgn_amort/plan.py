@@ -159,13 +159,16 @@ class Plan:
         found = {step.name: step for step in self._steps()}
         ordered: dict[str, Step] = {}
 
-        def add(name: str) -> None:
+        def add(name: str, path: tuple[str, ...]) -> None:
             for parent in found[name].after:
-                add(parent)
+                if parent not in found or parent in path:
+                    why = "needs itself" if parent in path else "is not in the plan"
+                    raise self._mistake("recipes", f"{name} needs {parent}, which {why}")
+                add(parent, (*path, name))
             ordered.setdefault(name, found[name])
 
         for name in found:
-            add(name)
+            add(name, (name,))
         return ordered
 
     def with_parents(self, names: Iterable[str]) -> list[str]:
@@ -179,7 +182,8 @@ class Plan:
     def _needed(self, name: str) -> list[str]:
         recipe = self.recipe(name)
         if recipe.command == "time_amort":
-            return list(self.recipes.get(name, {}).get("recipes", recipe.flags["recipes"]))
+            names = self.recipes.get(name, {}).get("recipes", recipe.flags["recipes"])
+            return names if isinstance(names, list) else [names]
         return [n for n in dict.fromkeys((*recipe.parents.values(), recipe.reference)) if n != name]
 
     def only(self, names: Sequence[str]) -> Plan:
@@ -269,8 +273,8 @@ class Plan:
 
     def _time(self, recipe: Recipe) -> Step:
         seed = self.seeds[0]
-        flags = self._flags(recipe, {})
-        names = flags.pop("recipes")
+        flags, names = self._flags(recipe, {}), self._needed(recipe.name)
+        flags.pop("recipes")
         folders = [str(self.run_folder(name, seed)) for name in names]
         argv = ("time_amort", *folders, *_to_argv(flags), "-o", str(self.timing_file))
         after = tuple(f"train.{name}.seed{seed}" for name in names)

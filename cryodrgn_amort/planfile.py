@@ -85,7 +85,6 @@ def _with_section(text: str, section: str, value: Any) -> str:
 
 def write_plan(folder: Path, text: str) -> None:
     """Write the plan of a study."""
-    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / PLAN) as temporary:
         temporary.write_text(text)
 
@@ -132,7 +131,7 @@ def load_plan(
         return tuple(value)
 
     recipes = found.get("recipes")
-    if isinstance(recipes, list):
+    if isinstance(recipes, list) and all(isinstance(name, str) for name in recipes):
         recipes = dict.fromkeys(recipes)
     if not isinstance(recipes, dict) or not recipes:
         raise fail("recipes: at least one is needed")

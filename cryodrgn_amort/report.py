@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryodrgn_amort import __version__, figures, host
-from cryodrgn_amort.checkpoints import write_pickle, write_z
+from cryodrgn_amort.checkpoints import write_json, write_pickle, write_z
 from cryodrgn_amort.definitions import (
     DEFINITIONS,
     MODE_NOTES,
@@ -33,12 +31,14 @@ from cryodrgn_amort.pictures import pictures_of
 from cryodrgn_amort.truth import fve_radius
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from matplotlib.figure import Figure
 
     from cryodrgn_amort.metrics import Measure
     from cryodrgn_amort.results import Evaluation, TransformResult
 
-__all__ = ["Section", "check_outdir", "summary", "write_evaluation"]
+__all__ = ["Section", "check_outdir", "measure_facts", "summary", "write_evaluation"]
 
 CITATION = (
     "D. G. Edelberg, R. R. Lederman: Using VAEs to Learn Latent Variables: Observations on "
@@ -126,9 +126,7 @@ def write_evaluation(evaluation: Evaluation, outdir: str | os.PathLike[str]) -> 
         page = _page(evaluation, pictures)
         (staging / "report.html").write_text(page, encoding="utf-8")
         files = sorted([*os.listdir(staging), "amortization.json"])
-        facts = _plain({**_facts(evaluation), "files": files})
-        text = json.dumps(facts, indent=2, allow_nan=False)
-        (staging / "amortization.json").write_text(text + "\n", encoding="utf-8")
+        write_json(staging / "amortization.json", {**_facts(evaluation), "files": files})
         _move(staging, out, files)
     return out / "report.html"
 
@@ -281,12 +279,13 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
                 figures.numbers(len(evaluation.labelled)), evaluation.labelled, strict=True
             )
         },
-        "measures": _measures(evaluation.measures),
+        "measures": measure_facts(evaluation.measures),
         "kl_per_dimension": evaluation.kl_per_dimension,
         "volume_fve_radius_voxels": fve_radius(evaluation.volumes.shape[-1]),
         "transforms": {
             r.key: {
-                "name": r.name, "title": r.title, "mode": r.mode, "measures": _measures(r.measures)
+                "name": r.name, "title": r.title, "mode": r.mode,
+                "measures": measure_facts(r.measures),
             }
             for r in evaluation.results
         },
@@ -294,22 +293,10 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _measures(measures: Mapping[str, Measure]) -> dict[str, Any]:
+def measure_facts(measures: Mapping[str, Measure]) -> dict[str, Any]:
+    """Return what reports write of measures, by name."""
     columns = ("value", "low", "high", "null", "ideal", "n")
     return {name: {c: getattr(m, c) for c in columns} for name, m in measures.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Turn into what strict JSON can hold; what is not finite becomes null."""
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _table_of_facts(evaluation: Evaluation) -> list[tuple[str, str]]:

@@ -21,15 +21,15 @@ from matplotlib.transforms import Bbox
 from sklearn.isotonic import isotonic_regression
 
 from cryodrgn_amort.definitions import DEFINITIONS, number
-from cryodrgn_amort.figures import _STYLE, _draw_volume
+from cryodrgn_amort.figures import STYLE, draw_volume
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from cryodrgn_amort.metrics import Measure
+    from cryodrgn_amort.study_results import Agreement
 
 __all__ = [
-    "Agreement",
     "Curve",
     "Point",
     "agreement",
@@ -44,7 +44,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (2, 1.5)))
 _MARKERS = "osD^vP<X>pd"
 _INK, _PALE, _FAINT = "#1c2126", "#8a9099", "#e8ebee"
-_RC = {**_STYLE, "text.parse_math": False}  # a plugin's recipe may have a dollar in its name
+_RC = {**STYLE, "text.parse_math": False}  # a plugin's recipe may have a dollar in its name
 _RULE: dict[str, Any] = {"color": _INK, "linewidth": 0.9, "zorder": 1}
 _NULL, _IDEAL = ":", (0, (4, 4))
 _SEEDS: dict[str, Any] = {"color": _COLOURS[1], "marker": "D", "markersize": 4.5}
@@ -117,21 +117,6 @@ class Point:
     seed: int
     memorisation: Measure | None
     recovery: Mapping[str, Measure]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far two runs agree.
-
-    Attributes
-    ----------
-    only_seed
-        Whether they differ in nothing else: the yardstick.
-    """
-
-    label: str
-    only_seed: bool
-    measures: Mapping[str, Measure]
 
 
 def _look(i: int) -> dict[str, Any]:
@@ -549,6 +534,6 @@ def volumes(pictures: Sequence[np.ndarray], names: Sequence[str], colours: Seque
         axes = figure.subplots()
         axes.set_axis_off()
         for i, (picture, name, colour) in enumerate(zip(pictures, names, colours, strict=True)):
-            _draw_volume(axes, picture, (1.05 * i, 0), name, colour)
+            draw_volume(axes, picture, (1.05 * i, 0), name, colour)
         axes.set(xlim=(-0.02, 1.05 * len(pictures)), ylim=(1.02, -0.02))
     return figure

@@ -18,14 +18,13 @@ from cryodrgn_amort.claims import Found, agreement_rows, claims, row, truth_rows
 from cryodrgn_amort.definitions import DEFINITIONS, number, plain_number, text_table
 from cryodrgn_amort.pages import Picture, capital, environment, picture, turnable
 from cryodrgn_amort.plan import PLAN
-from cryodrgn_amort.report import CITATION
+from cryodrgn_amort.report import CITATION, measure_facts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from cryodrgn_amort.claims import Row
-    from cryodrgn_amort.metrics import Measure
     from cryodrgn_amort.study_results import Member, Study
 
 __all__ = ["summary", "write_report"]
@@ -119,7 +118,7 @@ def _facts(study: Study, found: Sequence[Found]) -> dict[str, Any]:
                 "first": "{}.seed{}".format(*pair.first),
                 "second": "{}.seed{}".format(*pair.second),
                 "only_seed": pair.only_seed,
-                "measures": {name: _measure_facts(m) for name, m in pair.measures.items()},
+                "measures": measure_facts(pair.measures),
             }
             for pair in study.agreement
         ],
@@ -138,17 +137,13 @@ def _member_facts(study: Study, member: Member) -> dict[str, Any]:
         "n": member.facts["run"]["n"],
         "zdim": member.facts["run"]["zdim"],
         "epoch": member.facts["run"]["epoch"],
-        "measures": {name: _measure_facts(m) for name, m in member.measures.items()},
+        "measures": measure_facts(member.measures),
         "transforms": {
-            f"{name} {mode}": {n: _measure_facts(m) for n, m in measures.items()}
+            f"{name} {mode}": measure_facts(measures)
             for (name, mode), measures in member.transforms.items()
         },
         "losses": member.losses,
     }
-
-
-def _measure_facts(m: Measure) -> dict[str, Any]:
-    return {c: getattr(m, c) for c in ("value", "low", "high", "null", "ideal", "n")}
 
 
 def _claim_facts(found: Found) -> dict[str, Any]:
@@ -267,13 +262,9 @@ def _of_all(study: Study) -> dict[str, Picture]:
         add("invariance", "What shifting and turning do to the latents of the baseline, against "
             "the size of the shift and the angle. Dotted: null, dashed: ideal.",
             study_figures.invariance(curves))  # fmt: skip
-    pairs = [
-        study_figures.Agreement(f"{a.first[0]} and {a.second[0]}", a.only_seed, a.measures)
-        for a in study.agreement
-    ]
-    if pairs:
+    if study.agreement:
         add("agreement", "Agreement of every recipe with its reference, next to that of two seeds "
-            "of one recipe (band).", study_figures.agreement(pairs))  # fmt: skip
+            "of one recipe (band).", study_figures.agreement(study.agreement))  # fmt: skip
     tables = {name: [m.losses for m in study.of(name) if m.losses] for name in trained}
     tables = {name: found for name, found in tables.items() if found}
     if tables:

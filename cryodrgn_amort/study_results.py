@@ -87,8 +87,13 @@ class Agreement:
 
     @property
     def only_seed(self) -> bool:
-        """Whether they are of one recipe."""
+        """Whether they are of one recipe: the yardstick."""
         return self.first[0] == self.second[0]
+
+    @property
+    def label(self) -> str:
+        """For humans: "baseline and vlt"."""
+        return f"{self.first[0]} and {self.second[0]}"
 
 
 @dataclass

@@ -1,12 +1,15 @@
 """Plans: what they stand for, what a change of them changes, and what is wrong with bad ones."""
 
 import argparse
+import contextlib
 import importlib
 import shlex
 
 import pytest
 import yaml
 from helpers import write_pickle
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.plan import PLAN, parse
@@ -40,6 +43,49 @@ def plan_of(plugins, parsers, tmp_path):
 
 def fingerprints(plan):
     return {name: plan.fingerprint(step) for name, step in plan.steps.items()}
+
+
+def test_recipes_of_plugins_that_need_each_other_or_nothing_that_is_trained(plan_of):
+    import types
+
+    from cryodrgn_amort import hookimpl
+
+    bring = [
+        Recipe("a", "", {"encoder": "vlt"}, {"table_init": "b"}),
+        Recipe("b", "", {"encoder": "vlt"}, {"table_init": "a"}),
+        Recipe("c", "", {"encoder": "vlt"}, {"table_init": "shift"}),
+        Recipe("d", "", {}, {}, command="eval_amort"),
+    ]
+    plugins = Plugins(found={"p": types.SimpleNamespace(recipes=hookimpl(lambda: bring))})
+    for names, says in (
+        (["a", "b"], "which needs itself"),
+        (["c", "shift"], "train.c.seed0 needs train.shift.seed0, which is not in the plan"),
+        (["d"], "eval.d.seed0 needs train.d.seed0, which is not in the plan"),
+    ):
+        with pytest.raises(InputError, match=says):
+            plan_of(plugins=plugins, recipes=dict.fromkeys(["baseline", *names]), more_seeds={})
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_whatever_a_plan_holds_it_is_read_or_refused(plugins, parsers, tmp_path, data):
+    """Junk at one random place of the demo's plan never gets past as anything but InputError."""
+    junk = st.one_of(
+        st.none(), st.booleans(), st.integers(-3, 3), st.floats(), st.text(max_size=4),
+        st.lists(st.integers(-1, 2), max_size=2), st.lists(st.lists(st.text(max_size=2))),
+        st.dictionaries(st.one_of(st.text(max_size=3), st.integers()), st.integers(), max_size=2),
+    )  # fmt: skip
+    plan = yaml.safe_load(changed_plan(tmp_path / "new", "demo", {}, None))
+    place = plan
+    while isinstance(place, dict) and place:
+        key = data.draw(st.sampled_from(sorted(place)))
+        if isinstance(place[key], dict) and place[key] and data.draw(st.booleans()):
+            place = place[key]
+            continue
+        place[key] = data.draw(junk)
+        break
+    with contextlib.suppress(InputError):
+        load_plan(tmp_path, yaml.safe_dump(plan), plugins, parsers)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -180,6 +226,11 @@ ALL = dict.fromkeys(recipe.name for recipe in RECIPES)
         ({"recipes": {**ALL, "vlt": {"table-lr": {"a": 1}}}}, "recipes: vlt: table-lr: a value"),
         ({"recipes": {**ALL, "twin": {"table-lr": 0.1}}}, "recipes.twin: --table-lr: does not"),
         ({"recipes": {**ALL, "timing": {"only": 3}}}, "recipes.timing: only"),
+        ({"recipes": {**ALL, "timing": {"recipes": 3}}}, "recipes.timing: needs the recipe 3"),
+        ({"recipes": {**ALL, "timing": {"recipes": ["shift"]}}}, "timing needs train.shift.seed0"),
+        ({"recipes": {**ALL, "timing": {"recipes": []}}}, "RUN"),
+        ({"recipes": [["baseline"]]}, "recipes: at least one"),
+        ({"recipes": {1: None}}, "recipes: 1: unknown"),
         ({"train": {"zdim": 8, "seed": 3}}, "train: seed: is given by the study itself"),
         ({"train": {"zdim": 0}}, "--zdim 0"),
         ({"train": ["zdim"]}, "train: flags are needed"),

@@ -303,7 +303,7 @@ def test_a_table_gets_no_score(table_evaluation, tmp_path):
     assert "retrieval_rank" not in summary(table_evaluation)
 
 
-@pytest.mark.parametrize("step", ["_page", "_write_arrays", "pictures_of", "_plain"])
+@pytest.mark.parametrize("step", ["_page", "_write_arrays", "pictures_of", "write_json"])
 def test_a_failure_leaves_what_was_there(step, light, tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("halfway")

@@ -11,7 +11,8 @@ from matplotlib.text import Text
 
 from cryodrgn_amort import study_figures
 from cryodrgn_amort.metrics import Measure
-from cryodrgn_amort.study_figures import Agreement, Curve, Point
+from cryodrgn_amort.study_figures import Curve, Point
+from cryodrgn_amort.study_results import Agreement
 
 NAN = float("nan")
 RECIPES = (
@@ -23,6 +24,10 @@ RECOVERY = ("class_knn", "volume_fve")
 
 def known(value, null=0.0, ideal=1.0, spread=0.02):
     return Measure("any", value, value - spread, value + spread, null, ideal, 2000)
+
+
+def pair(first, second, measures):
+    return Agreement((first, 0), (second, 1), measures)
 
 
 def bare(value):
@@ -277,11 +282,11 @@ def test_losses_bears_what_is_missing():
 
 def test_agreement_draws_all_pairs_and_the_band_of_the_seeds():
     rows = [
-        Agreement("vlt and baseline", False, {"knn_overlap": known(0.2, 0.0075)}),
-        Agreement("vlt and baseline", False, {"knn_overlap": known(0.3, 0.0075)}),
-        Agreement("baseline and baseline", True, {"knn_overlap": known(0.4), "other": bare(1)}),
-        Agreement("baseline and baseline", True, {"knn_overlap": known(0.5)}),
-        Agreement("twin and baseline", False, {"volume_fsc": bare(0.97), "knn_overlap": bare(NAN)}),
+        pair("vlt", "baseline", {"knn_overlap": known(0.2, 0.0075)}),
+        pair("vlt", "baseline", {"knn_overlap": known(0.3, 0.0075)}),
+        pair("baseline", "baseline", {"knn_overlap": known(0.4), "other": bare(1)}),
+        pair("baseline", "baseline", {"knn_overlap": known(0.5)}),
+        pair("twin", "baseline", {"volume_fsc": bare(0.97), "knn_overlap": bare(NAN)}),
     ]  # fmt: skip
     figure = draw(study_figures.agreement(rows))
     overlap, fsc = figure.axes
@@ -304,9 +309,9 @@ def test_agreement_draws_all_pairs_and_the_band_of_the_seeds():
 
 
 def test_agreement_of_one_pair_and_of_nothing():
-    draw(study_figures.agreement([Agreement("a and a", True, {"knn_overlap": bare(0.4)})]))
-    draw(study_figures.agreement([Agreement("a and b", False, {"volume_fsc": bare(NAN)})]))
-    for nothing in ([], [Agreement("a and b", False, {"linear_cka": known(1)})]):
+    draw(study_figures.agreement([pair("a", "a", {"knn_overlap": bare(0.4)})]))
+    draw(study_figures.agreement([pair("a", "b", {"volume_fsc": bare(NAN)})]))
+    for nothing in ([], [pair("a", "b", {"linear_cka": known(1)})]):
         assert "nothing of this was measured" in words(draw(study_figures.agreement(nothing)))
 
 

@@ -92,8 +92,9 @@ def main(args: argparse.Namespace) -> None:
     text = changed_plan(folder, args.preset, data, args.seeds)
     plan = load_plan(folder, text, plugins, parsers)
     part = plan.only(args.only) if args.only else plan
-    write_plan(folder, text)
+    folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        write_plan(folder, text)
         if args.dry_run:
             print("\n".join(commands_line(part)))
             return
