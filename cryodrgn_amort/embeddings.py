@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.sparse import csr_matrix
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 
@@ -64,7 +65,8 @@ def _umap(z: np.ndarray, copies: np.ndarray, seed: int) -> tuple[np.ndarray, np.
     """
     search = NearestNeighbors(n_neighbors=_UMAP_NEIGHBOURS).fit(z)
     distances, neighbours = search.kneighbors(z)
-    graph = search.kneighbors_graph(z, mode="distance")
+    starts = np.arange(len(z) + 1) * _UMAP_NEIGHBOURS
+    graph = csr_matrix((distances.ravel(), neighbours.ravel(), starts), (len(z), len(z)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numba's, and umap's of what is given in advance
         from umap import UMAP

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
@@ -25,14 +25,22 @@ class Encoder(nn.Module, ABC):
     Parameters (``nn.Parameter``) are trained together with the decoder. What needs an optimizer
     of its own, as a table's rows do, takes its step in ``after_backward``. Buffers, parameters
     and ``get_extra_state`` are all that a checkpoint keeps.
+
+    Attributes
+    ----------
+    per_particle
+        Names of buffers with one row per particle. When several processes train, each holds the
+        rows of its own particles: those of a batch are at ``batch.rows``.
     """
+
+    per_particle: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the posterior's mean and log variance, each `(B, zdim)`."""
 
-    def after_backward(self, grad_scale: float = 1.0) -> None:
-        """Take the step of an own optimizer; gradients are ``grad_scale`` times too large."""
+    def after_backward(self) -> None:
+        """Take the step of an own optimizer."""
 
     def epoch_start(self) -> None:
         """Be told that an epoch begins."""
@@ -42,7 +50,10 @@ class Encoder(nn.Module, ABC):
         return {}
 
     def latents(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return all means and log variances `(N, zdim)` if they are known without any images."""
+        """Return all means and log variances `(N, zdim)` if they are known without any images.
+
+        When several processes train, those of the own particles.
+        """
         return None
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +15,7 @@ from tqdm import tqdm
 from cryodrgn_amort import metrics
 from cryodrgn_amort.embeddings import embed
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.metrics import Measure, measure
-from cryodrgn_amort.objective import reconstruction_nats
+from cryodrgn_amort.metrics import Measure, Neighbours, measure
 from cryodrgn_amort.particles import Batch
 from cryodrgn_amort.results import MODES, EvalOptions, Evaluation, TransformResult
 from cryodrgn_amort.truth import load_known, volume_errors, volume_fve
@@ -32,7 +34,11 @@ if TYPE_CHECKING:
 
 __all__ = ["EvalOptions", "evaluate"]
 
+logger = logging.getLogger("cryodrgn_amort")
+
 _ACTIVE_VARIANCE = 0.01
+_Tables = tuple["Tensor", "Tensor | None", "Tensor | None"]
+"""Rotations, translations and CTFs, as ``Particles`` has them."""
 _VOXELS_AT_ONCE = 100_000_000  # of decoded volumes: 400 MB
 
 
@@ -53,6 +59,7 @@ def evaluate(run: Run, options: EvalOptions) -> Evaluation:
     known = load_known(options, particles)
     model, shown = run.load(particles)
     evaluator = _Evaluator(run, options, particles, model, shown, known)
+    clock = evaluator.clock
     z, logvar = run.z()
     if len(z) != particles.n:
         raise InputError(
@@ -60,13 +67,17 @@ def evaluate(run: Run, options: EvalOptions) -> Evaluation:
         )
     copies: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
     if shown is not None:
-        z, logvar, copies = evaluator.encode(transforms)
-    mean = np.broadcast_to(z.mean(0), z.shape)
-    losses = evaluator.reconstruction({"own": z, "mean": mean})
-    measures, arrays = evaluator.run_measures(z, logvar, losses)
+        with clock.stage("encoding"):
+            z, logvar, copies = evaluator.encode(transforms)
+    mean = np.broadcast_to(z.mean(0, dtype=np.float64), z.shape)
+    with clock.stage("reconstruction"):
+        losses = evaluator.reconstruction({"own": z, "mean": mean})
+    near = Neighbours(z, evaluator.queries)
+    measures, arrays = evaluator.run_measures(z, logvar, losses, near)
     labelled = evaluator.labelled
     decoded = evaluator.volume_sample if copies else labelled
-    volumes = evaluator.decode(z[decoded])
+    with clock.stage("volumes"):
+        volumes = evaluator.decode(z[decoded])
     result = Evaluation(
         run=run,
         options=options,
@@ -85,8 +96,10 @@ def evaluate(run: Run, options: EvalOptions) -> Evaluation:
     if np.isfinite(logvar).all():
         result.kl_per_dimension = metrics.kl_by_dimension(z, logvar).mean(0)
     if copies:
-        result.results = evaluator.results(z, logvar, transforms, copies, volumes, losses)
-    result.embeddings = embed(result)
+        result.results = evaluator.results(z, logvar, transforms, copies, volumes, losses, near)
+    with clock.stage("embeddings"):
+        result.embeddings = embed(result)
+    logger.info(f"Evaluated in {clock}")
     return result
 
 
@@ -97,6 +110,29 @@ def _build(run: Run, name: str, particles: Particles) -> Transform:
 
 def _bar(items: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
     return iter(tqdm(items, what, total, leave=False, disable=not sys.stderr.isatty()))
+
+
+class _Clock:
+    """Tells how long the stages took; what is within none of them is "measures"."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._count("measures")
+        yield
+        self._count(name)
+
+    def _count(self, name: str) -> None:
+        now = time.perf_counter()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._seconds.items())
+        return f"{sum(self._seconds.values()):.1f} seconds: {each}"
 
 
 class _Evaluator:
@@ -113,12 +149,14 @@ class _Evaluator:
     ) -> None:
         self.run, self.options, self.particles = run, options, particles
         self.model, self.shown, self.known = model, shown, known
+        self.clock = _Clock()
         rng = np.random.default_rng(options.seed)
         # samples depend on the number of particles and the seed alone, so that runs can be
         # compared particle by particle
         mixed = rng.permutation(particles.n)
         self.sample = np.sort(mixed[: options.sample])
         self.truth_sample = np.sort(mixed[: options.truth_volumes])
+        self.queries = metrics.looked_up(particles.n, options.seed)
         self.labelled = np.arange(min(options.labelled, particles.n))
         rest = len(self.labelled) + rng.permutation(particles.n - len(self.labelled))
         # the labelled particles first: their volumes are decoded once, to show and to compare
@@ -139,22 +177,31 @@ class _Evaluator:
             rows = self.shown.rows(index)
             raw = self.shown.raw(index)
             raw = particles.raw(rows) if raw is None else raw
-            parts[("", "held")].append(self._posterior(index, rows, particles.hartley(raw), None))
+            y, held = particles.hartley(raw), self._tables(rows, None)
+            parts[("", "held")].append(self._posterior(index, y, held))
             for name, transform in transforms:
-                copy = particles.hartley(transform.image(raw))
+                copy = self._copy(raw, y, transform)
                 for mode in MODES:
-                    changed = transform if mode == "follow" else None
-                    parts[(name, mode)].append(self._posterior(index, rows, copy, changed))
+                    tables = self._tables(rows, transform, held) if mode == "follow" else held
+                    parts[(name, mode)].append(self._posterior(index, copy, tables))
         zdim = self.run.settings.zdim
-        joined = {key: torch.cat(found).cpu().numpy() for key, found in parts.items()}
+        joined = {key: torch.cat(parts.pop(key)).cpu().numpy() for key in keys}
         split = {key: (both[:, :zdim], both[:, zdim:]) for key, both in joined.items()}
         z, logvar = split.pop(("", "held"))
         return z, logvar, split
 
+    def _copy(self, raw: Tensor, y: Tensor, transform: Transform) -> Tensor:
+        """Transform images `(B, box, box)`, preprocessed as ``y`` `(B, D, D)`; to the latter."""
+        copy = transform.hartley(y)
+        return self.particles.hartley(transform.image(raw)) if copy is None else copy
+
     def _tables(
-        self, rows: Tensor, transform: Transform | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return rotation, translation and CTF of ``rows``, changed by a transform if given."""
+        self, rows: Tensor, transform: Transform | None, held: _Tables | None = None
+    ) -> _Tables:
+        """Return rotation, translation and CTF of ``rows``, changed by a transform if given.
+
+        ``held`` are those that are not changed, if known: the CTF may be as it was.
+        """
         p = self.particles
         rot = p.rots[rows]
         trans = None if p.trans is None else p.trans[rows]
@@ -162,15 +209,17 @@ class _Evaluator:
         if transform is not None:
             trans = rot.new_zeros(len(rows), 2) if trans is None else trans
             rot, trans = transform.pose(rot, trans)
-            params = None if params is None else transform.ctf(params)
+        if transform is not None and params is not None:
+            own, params = params, transform.ctf(params.clone())
+            if held is not None and bool((params == own).all()):
+                return rot, trans, held[2]
         return rot, trans, p.ctf_of(params)
 
-    def _posterior(
-        self, index: Tensor, rows: Tensor, hartley: Tensor, transform: Transform | None
-    ) -> Tensor:
-        rot, trans, ctf = self._tables(rows, transform)
-        y = self.particles.centre(hartley, trans)
-        batch = Batch(index, y, self.particles.flip(y, ctf), rot, ctf)
+    def _posterior(self, index: Tensor, hartley: Tensor, tables: _Tables) -> Tensor:
+        rot, trans, ctf = tables
+        p = self.particles
+        y = p.centre(hartley, trans)
+        batch = Batch(index, p.masked(y), p.flip(y, ctf), rot, p.half(ctf))
         return torch.cat(self.model.posterior(batch), 1).float()
 
     @torch.no_grad()
@@ -185,13 +234,15 @@ class _Evaluator:
         found: dict[str, list[np.ndarray]] = {name: [] for name in zs}
         for index in torch.from_numpy(self.sample).split(self.options.batch_size):
             raw = p.raw(index)
-            raw = raw if transform is None else transform.image(raw)
+            y = p.hartley(raw)
+            y = y if transform is None else self._copy(raw, y, transform)
             rot, trans, ctf = self._tables(index, transform)
-            y = p.centre(p.hartley(raw), trans).view(len(index), -1)[:, p.mask]
+            y = p.masked(p.centre(y, trans))
+            batch = Batch(index, y, None, rot, p.half(ctf))
             for name, z in zs.items():
                 latent = torch.from_numpy(z[index.numpy()]).float().to(p.device)
-                decoded = model.decode_images(p.coords, p.mask, rot, ctf, latent)
-                found[name].append(reconstruction_nats(y, decoded).cpu().numpy())
+                # in units of the noise's standard deviation (the host's normalisation): nats
+                found[name].append(model.squared_errors(batch, latent)[1].cpu().numpy() / 2)
         return {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
 
     def decode(self, z: np.ndarray) -> np.ndarray:
@@ -207,14 +258,14 @@ class _Evaluator:
         return (volume.numpy().astype(np.float32) for volume in _bar(volumes, "volumes", len(z)))
 
     def run_measures(
-        self, z: np.ndarray, logvar: np.ndarray, losses: dict[str, np.ndarray]
+        self, z: np.ndarray, logvar: np.ndarray, losses: dict[str, np.ndarray], near: Neighbours
     ) -> tuple[dict[str, Measure], dict[str, np.ndarray]]:
         """Measure latent use, the fit to the images and, where it is known, the heterogeneity.
 
         Returns measures by name, and arrays of values per particle `(N,)`.
         """
         opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": self.options.seed}
-        active = int((z.var(0) > _ACTIVE_VARIANCE).sum())
+        active = int((z.var(0, dtype=np.float64) > _ACTIVE_VARIANCE).sum())
         found = [Measure("active_units", active, None, None, 0.0, None, len(z))]
         if np.isfinite(logvar).all():  # train_dec has no posteriors
             kl = metrics.kl_by_dimension(z, logvar).sum(1)
@@ -231,13 +282,13 @@ class _Evaluator:
         labels, coordinate, truth = self.known.labels, self.known.coordinate, self.known.truth
         if labels is not None:
             shares = np.bincount(labels) / len(labels)
-            right = metrics.class_knn(z, labels)
+            right = metrics.class_knn(near.own, labels, near.rows)
             null = float((shares**2).sum())
             found.append(measure("class_knn", np.mean, right, null=null, ideal=1.0, **opts))
         if coordinate is not None:
-            predicted = metrics.knn_coordinate(z, coordinate)
+            predicted = metrics.knn_coordinate(near.own, coordinate)
             found.append(
-                measure("coordinate_r2", metrics.coordinate_r2, predicted, coordinate,
+                measure("coordinate_r2", metrics.coordinate_r2, predicted, coordinate[near.rows],
                         null=0.0, ideal=1.0, **opts)
             )  # fmt: skip
         if truth is not None:
@@ -288,6 +339,7 @@ class _Evaluator:
         copies: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]],
         volumes: np.ndarray,
         base: dict[str, np.ndarray],
+        near: Neighbours,
     ) -> list[TransformResult]:
         """Measure every transform in every mode.
 
@@ -296,12 +348,14 @@ class _Evaluator:
         found = []
         for name, transform in transforms:
             modes = {mode: copies[(name, mode)][0] for mode in MODES}
-            losses = self.reconstruction({"control": z, **modes}, transform)
+            with self.clock.stage("reconstruction"):
+                losses = self.reconstruction({"control": z, **modes}, transform)
             for mode in MODES:
                 moved, moved_logvar = copies[(name, mode)]
                 arrays = self._arrays(z, logvar, moved)
-                measures = self._measures(z, logvar, moved, arrays, base, losses, mode)
-                moved_volumes = self.decode(moved[self.volume_sample])
+                measures = self._measures(z, logvar, moved, arrays, base, losses, mode, near)
+                with self.clock.stage("volumes"):
+                    moved_volumes = self.decode(moved[self.volume_sample])
                 measures |= self._volume_measures(volumes, moved_volumes)
                 found.append(
                     TransformResult(
@@ -322,7 +376,9 @@ class _Evaluator:
     ) -> dict[str, np.ndarray]:
         scale = metrics.pair_scale(z, self.options.seed)
         return {
-            "retrieval_rank": metrics.retrieval_rank(z, moved),
+            "retrieval_rank": self._spread(
+                metrics.retrieval_rank(z, moved, self.queries), self.queries
+            ),
             "displacement": metrics.displacement(z, moved, scale),
             "displacement_sigma": metrics.displacement_sigma(z, moved, logvar),
         }
@@ -336,11 +392,12 @@ class _Evaluator:
         base: dict[str, np.ndarray],
         losses: dict[str, np.ndarray],
         mode: str,
+        near: Neighbours,
     ) -> dict[str, Measure]:
         n, seed = len(z), self.options.seed
         other = np.random.default_rng(seed).permutation(n)
         opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": seed}
-        rank = arrays["retrieval_rank"]
+        rank = arrays["retrieval_rank"][self.queries]
         shuffled = metrics.displacement(z, moved[other], metrics.pair_scale(z, seed))
         found = [
             measure("retrieval_rank", np.mean, rank, null=0.5, ideal=0.0, **opts),
@@ -353,9 +410,10 @@ class _Evaluator:
                     null=0.0, ideal=1.0, **opts),
         ]  # fmt: skip
         if self.known.labels is not None:
-            before = metrics.knn_labels(z, self.known.labels)
-            after = metrics.knn_labels(z, self.known.labels, moved)
-            null = metrics.label_agreement(before, after[other])
+            before = metrics.knn_labels(near.own, self.known.labels)
+            after = metrics.knn_labels(near.of(moved[near.rows]), self.known.labels)
+            mixed = np.random.default_rng(seed).permutation(len(after))
+            null = metrics.label_agreement(before, after[mixed])
             found.append(
                 measure("label_agreement", metrics.label_agreement, before, after,
                         null=null, ideal=1.0, **opts)

@@ -23,6 +23,8 @@ with warnings.catch_warnings():  # the host's imports warn of their own dependen
     from cryodrgn.source import ImageSource
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
     import torch
 
@@ -46,6 +48,7 @@ __all__ = [
     "preprocess",
     "quiet",
     "save_config",
+    "training_steps",
     "volume_of",
     "write_mrc",
 ]
@@ -135,3 +138,60 @@ class quiet:
 
     def __exit__(self, *exc: object) -> None:
         self._logger.setLevel(self._level)
+
+
+def training_steps(
+    particles: str,
+    poses: str,
+    ctf: str,
+    *,
+    zdim: int,
+    width: int,
+    layers: int,
+    batch_size: int,
+) -> Iterator[int]:
+    """Prepare ``train_vae``'s own steps on the CPU, epoch after epoch: what ours are timed against.
+
+    Its ``main`` with ``--no-amp`` and its defaults, without logging and checkpoints: each step
+    loads a batch, looks up poses and CTF, and calls its ``train_batch``.
+
+    Parameters
+    ----------
+    width, layers
+        Of the encoder and of the decoder.
+
+    Returns
+    -------
+    Iterator
+        Takes a step at each ``next``, and yields how many images were in the batch.
+    """
+    import torch
+    from cryodrgn.ctf import load_ctf_for_training
+    from cryodrgn.pose import PoseTracker
+
+    train_vae = _train_vae()
+    with quiet():
+        images = ImageDataset(particles, lazy=False, invert_data=True)
+        tracker = PoseTracker.load(poses, images.N, images.D)
+        ctf_params = torch.tensor(load_ctf_for_training(images.D - 1, ctf))
+        loader = make_dataloader(images, batch_size=batch_size)
+    lattice = Lattice(images.D, extent=0.5)
+    mask = lattice.get_circular_mask(images.D // 2)
+    model = HetOnlyVAE(
+        lattice, layers, width, layers, width, int(mask.sum()), zdim,
+        encode_mode="resid", enc_mask=mask, enc_type="gaussian", domain="fourier", feat_sigma=0.5,
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+    def steps() -> Iterator[int]:
+        while True:
+            for batch in loader:
+                index = batch["index"]
+                rot, trans = tracker.get_pose(index)
+                train_vae.train_batch(
+                    model, lattice, batch["y"], None, rot, trans, optimizer, 1 / zdim,
+                    ctf_params=ctf_params[index],
+                )  # fmt: skip
+                yield len(index)
+
+    return steps()

@@ -6,11 +6,14 @@ transform of their images (or from another run), row by row.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from scipy.spatial import KDTree
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 from sklearn.cluster import KMeans
@@ -18,10 +21,12 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = [
+    "MOST_QUERIES",
     "Measure",
+    "Neighbours",
     "aggregate_kl",
     "class_knn",
     "coordinate_r2",
@@ -35,6 +40,7 @@ __all__ = [
     "label_agreement",
     "latent_correlation",
     "linear_cka",
+    "looked_up",
     "loss_fraction",
     "measure",
     "memorisation",
@@ -49,9 +55,13 @@ K = 15
 """Neighbours in all kNN measures."""
 NEIGHBOURHOOD = 0.05
 """Neighbours that ``neighbourhood`` looks at, as a share of all particles."""
-_BLOCK = 512
+MOST_QUERIES = 10_000
+"""Of more particles than these, so many random ones are looked up among all: ``looked_up``."""
+_BLOCK = (256, 4096)  # of distances: 8 MB
+_MOST_DIMENSIONS = 10  # in which a tree is faster than all distances
 _PAIRS = 100_000
 _MOST_COMPONENTS = 2000
+_COUNTS_KEPT = 1 << 26  # bytes
 
 
 @dataclass(frozen=True)
@@ -86,34 +96,130 @@ def measure(
     rounds: int = 500,
     seed: int = 0,
 ) -> Measure:
-    """Compute ``statistic(*arrays)`` and its bootstrap interval over the rows of the arrays."""
+    """Compute ``statistic(*arrays)`` and its bootstrap interval over the rows of the arrays.
+
+    Those statistics that are computed from all particles are resampled without touching the rows
+    one by one, as counts of how often each was drawn; the draws are the same.
+    """
     n = len(arrays[0])
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(rounds):
-        rows = rng.integers(n, size=n)
-        drawn.append(statistic(*(a[rows] for a in arrays)))
-    low, high = map(float, np.percentile(drawn, [2.5, 97.5])) if drawn else (None, None)
+    fast = _RESAMPLED.get(statistic)
+    if not rounds:
+        drawn = np.empty(0)
+    elif fast is not None and all(np.isfinite(a).all() for a in arrays):
+        drawn = fast(_counts(n, rounds, seed), *arrays)
+    else:
+        draws = _draws(n, rounds, seed)
+        drawn = np.array([statistic(*(a[rows] for a in arrays)) for rows in draws])
+    low, high = map(float, np.percentile(drawn, [2.5, 97.5])) if rounds else (None, None)
     return Measure(name, float(statistic(*arrays)), low, high, null, ideal, n)
 
 
-def retrieval_rank(z: np.ndarray, moved: np.ndarray) -> np.ndarray:
-    """Fraction of the other particles that are nearer to ``moved[i]`` than z[i] is: `(N,)`.
+def _draws(n: int, rounds: int, seed: int) -> Iterator[np.ndarray]:
+    """Draw rows with replacement, `(n,)` in each round."""
+    rng = np.random.default_rng(seed)
+    return (rng.integers(n, size=n) for _ in range(rounds))
 
-    Null 0.5, ideal 0. A tie counts half, so that latents which are all the same (a collapsed
-    encoder) get the null. Works in blocks; memory grows with N, not with its square.
+
+def _counts(n: int, rounds: int, seed: int) -> Iterator[np.ndarray]:
+    """Count how often each row is drawn, `(R, n)`, for some rounds at a time."""
+    if n * rounds <= _COUNTS_KEPT:
+        yield _kept_counts(n, rounds, seed)
+        return
+    draws = _draws(n, rounds, seed)
+    step = max(1, _COUNTS_KEPT // n)
+    for start in range(0, rounds, step):
+        yield _counted(draws, min(step, rounds - start), n)
+
+
+@functools.lru_cache(maxsize=4)  # measures of as many rows have the same draws
+def _kept_counts(n: int, rounds: int, seed: int) -> np.ndarray:
+    return _counted(_draws(n, rounds, seed), rounds, n)
+
+
+def _counted(draws: Iterator[np.ndarray], rounds: int, n: int) -> np.ndarray:
+    counts = np.empty((rounds, n), np.uint8)  # where n > 255, a count above 255 is no event
+    for row in counts:
+        row[:] = np.bincount(next(draws), minlength=n)
+    return counts
+
+
+def _means(
+    counts: Iterator[np.ndarray], columns: Callable[..., np.ndarray], *arrays: np.ndarray
+) -> np.ndarray:
+    """Average ``columns(*arrays)``, `(n, C)`, over the rows drawn in each round: `(rounds, C)`."""
+    width = columns(*(a[:1] for a in arrays)).shape[1]
+    found = []
+    for part in counts:
+        n = part.shape[1]
+        step = max(64, 1_000_000 // max(width, len(part)))
+        sums = np.zeros((len(part), width))
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            sums += part[:, rows].astype(np.float64) @ columns(*(a[rows] for a in arrays))
+        found.append(sums / n)
+    return np.concatenate(found)
+
+
+def _resampled_mean(counts: Iterator[np.ndarray], values: np.ndarray) -> np.ndarray:
+    return _means(counts, lambda part: part[:, None].astype(np.float64), values)[:, 0]
+
+
+def _resampled_median(counts: Iterator[np.ndarray], values: np.ndarray) -> np.ndarray:
+    n, order = len(values), np.argsort(values)
+    ordered = values[order].astype(np.float64)
+    middle = np.array([(n - 1) // 2, n // 2])
+    # how many of the drawn values are up to each of the ordered ones
+    reached = (row[order].cumsum(dtype=np.int64) for part in counts for row in part)
+    at = np.stack([row.searchsorted(middle, "right") for row in reached])
+    medians: np.ndarray = ordered[at].mean(1)
+    return medians
+
+
+def _centred(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    wide = (np.asarray(a, np.float64) for a in arrays)
+    return tuple(a - a.mean(0) for a in wide)
+
+
+def looked_up(n: int, seed: int = 0) -> np.ndarray:
+    """Positions of the particles that are looked up among all: all, or a random sample, `(M,)`.
+
+    Looking up takes time in proportion to all particles for each of them. A sample changes no
+    measure's definition, only the width of its interval.
     """
-    z, moved = np.asarray(z, np.float64), np.asarray(moved, np.float64)
+    return np.sort(np.random.default_rng(seed).permutation(n)[:MOST_QUERIES])
+
+
+def retrieval_rank(z: np.ndarray, moved: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """Fraction of the other particles that are nearer to ``moved[i]`` than z[i] is.
+
+    For each of ``rows``, `(M,)`, or of all. Null 0.5, ideal 0. A tie counts half, so that latents
+    which are all the same (a collapsed encoder) get the null. Works in blocks of fixed size.
+    """
+    rows = np.arange(len(z)) if rows is None else rows
     n = len(z)
+    z, moved = np.asarray(z, np.float64), np.asarray(moved, np.float64)[rows]
+    centre = z.mean(0)
+    z, moved = z - centre, moved - centre
     norms = (z**2).sum(1)
-    rank = np.empty(n)
-    for start in range(0, n, _BLOCK):
-        rows = np.arange(start, min(start + _BLOCK, n))
-        # squared distances, but for a summand that is the same for all j
-        distances = norms - 2 * moved[rows] @ z.T
-        own = distances[np.arange(len(rows)), rows][:, None]
-        ties = (distances == own).sum(1) - 1  # j != i
-        rank[rows] = ((distances < own).sum(1) + 0.5 * ties) / max(n - 1, 1)
+    # squared distances, but for a summand that is the same for all j, as one matrix product
+    reference = torch.from_numpy(np.column_stack([z, norms]).T.copy())
+    queries = torch.from_numpy(np.column_stack([-2 * moved, np.ones(len(rows))]))
+    own = torch.from_numpy(norms[rows] - 2 * (moved * z[rows]).sum(1))[:, None]
+    largest = float(norms.max() + (moved**2).sum(1).max())
+    rounding = 16 * np.finfo(np.float64).eps * largest
+    signs = torch.zeros(len(rows), dtype=torch.float64)
+    height, width = _BLOCK
+    buffer = torch.empty(_BLOCK, dtype=torch.float64)
+    for start in range(0, len(rows), height):
+        part = slice(start, start + height)
+        for columns in reference.split(width, 1):
+            found = buffer[: len(queries[part]), : columns.shape[1]]
+            torch.addmm(-own[part], queries[part], columns, out=found)
+            # -1: nearer than the own one, 0: as near, 1: farther
+            torch.ops.aten.hardshrink(found, rounding, out=found)
+            signs[part] += found.sign_().sum(1)
+    nearer_and_half_of_equal = (n - signs) / 2 - 0.5  # the own one is as near as itself
+    rank: np.ndarray = nearer_and_half_of_equal.numpy() / max(n - 1, 1)
     return rank
 
 
@@ -154,38 +260,89 @@ def latent_correlation(z: np.ndarray, moved: np.ndarray) -> float:
 
     Null 0, ideal 1. A dimension that is constant counts with weight 0.
     """
-    a, b = z - z.mean(0), moved - moved.mean(0)
-    weight = (a**2).mean(0)
-    size = np.sqrt((a**2).sum(0) * (b**2).sum(0))
-    correlation = np.divide((a * b).sum(0), size, out=np.zeros(z.shape[1]), where=size > 0)
-    return float((correlation * weight).sum() / weight.sum()) if weight.sum() > 0 else 0.0
+    a, b = _centred(z, moved)
+    means = [(x**2).mean(0) for x in (a, b)]
+    return float(_correlation(means[0], means[1], (a * b).mean(0)))
 
 
-def _neighbours(reference: np.ndarray, query: np.ndarray | None) -> np.ndarray:
-    """Positions of the nearest reference points; ``query`` None: of each other point."""
-    k = min(K, len(reference) - 1)
-    index = NearestNeighbors(n_neighbors=k).fit(reference)
-    found: np.ndarray = index.kneighbors(query, return_distance=False)
-    return found
+def _correlation(a: np.ndarray, b: np.ndarray, both: np.ndarray) -> np.ndarray:
+    """Average the correlations by variance: variances and covariances `(..., zdim)` -> `(...)`."""
+    size = np.sqrt(a * b)
+    correlation = np.divide(both, size, out=np.zeros_like(size), where=size > 0)
+    total = a.sum(-1)
+    weighted: np.ndarray = (correlation * a).sum(-1)
+    average: np.ndarray = np.divide(weighted, total, out=np.zeros_like(weighted), where=total > 0)
+    return average
 
 
-def knn_labels(z: np.ndarray, labels: np.ndarray, query: np.ndarray | None = None) -> np.ndarray:
-    """Majority label (integers from 0) of the 15 nearest particles: `(N,)`.
+def _resampled_correlation(
+    counts: Iterator[np.ndarray], z: np.ndarray, moved: np.ndarray
+) -> np.ndarray:
+    def columns(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.concatenate([a, b, a * a, b * b, a * b], 1)
 
-    ``query`` None: each particle's own, leave-one-out.
+    means = _means(counts, columns, *_centred(z, moved))
+    a, b, aa, bb, ab = np.split(means, 5, axis=1)
+    return _correlation((aa - a * a).clip(0), (bb - b * b).clip(0), ab - a * b)
+
+
+class Neighbours:
+    """The 15 nearest particles, for all kNN measures; searched for when asked.
+
+    Parameters
+    ----------
+    z
+        Where the particles are, `(N, zdim)`.
+    rows
+        Whose neighbours are wanted, `(M,)`.
     """
-    votes = labels[_neighbours(z, query)]
+
+    def __init__(self, z: np.ndarray, rows: np.ndarray) -> None:
+        self.rows, self._z, self._k = rows, z, min(K, len(z) - 1)
+
+    @functools.cached_property
+    def own(self) -> np.ndarray:
+        """Positions of the nearest other particles of each of ``rows``, `(M, 15)`."""
+        found = self._nearest(self._z[self.rows], self._k + 1)
+        others = found != self.rows[:, None]
+        others[others.all(1), 0] = False  # more than these lie where it lies
+        positions: np.ndarray = found[others].reshape(len(self.rows), self._k)
+        return positions
+
+    def of(self, points: np.ndarray) -> np.ndarray:
+        """Positions of the particles that are nearest to `(M, zdim)`: `(M, 15)`."""
+        return self._nearest(points, self._k)
+
+    @functools.cached_property
+    def _tree(self) -> KDTree:
+        return KDTree(self._z)
+
+    def _nearest(self, points: np.ndarray, k: int) -> np.ndarray:
+        found: np.ndarray
+        if self._z.shape[1] <= _MOST_DIMENSIONS:
+            threads = torch.get_num_threads()
+            found = self._tree.query(points, np.arange(1, k + 1), workers=threads)[1]
+        else:
+            search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(self._z)
+            found = search.kneighbors(points, return_distance=False)
+        return found
+
+
+def knn_labels(neighbours: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Majority label (integers from 0) of nearest particles `(M, k)`: `(M,)`."""
+    votes = labels[neighbours]
     counts = np.stack([(votes == label).sum(1) for label in range(labels.max() + 1)], 1)
     winners: np.ndarray = counts.argmax(1)
     return winners
 
 
-def class_knn(z: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether the leave-one-out kNN class is right, per particle: `(N,)` of 0 and 1.
+def class_knn(neighbours: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Whether the kNN class is right, for each of ``rows``: `(M,)` of 0 and 1.
 
-    Its mean is the accuracy; null: sum of squared class shares.
+    ``neighbours`` are their own. The mean is the leave-one-out accuracy; null: sum of squared
+    class shares.
     """
-    right: np.ndarray = (knn_labels(z, labels) == labels).astype(float)
+    right: np.ndarray = (knn_labels(neighbours, labels) == labels[rows]).astype(float)
     return right
 
 
@@ -194,9 +351,9 @@ def coordinate_r2(predicted: np.ndarray, truth: np.ndarray) -> float:
     return float(1 - ((truth - predicted) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
 
 
-def knn_coordinate(z: np.ndarray, coordinate: np.ndarray) -> np.ndarray:
-    """Mean coordinate of the 15 nearest other particles: `(N,)`."""
-    mean: np.ndarray = coordinate[_neighbours(z, None)].mean(1)
+def knn_coordinate(neighbours: np.ndarray, coordinate: np.ndarray) -> np.ndarray:
+    """Mean coordinate of nearest particles `(M, k)`: `(M,)`."""
+    mean: np.ndarray = coordinate[neighbours].mean(1)
     return mean
 
 
@@ -313,13 +470,10 @@ def neighbourhood(z: np.ndarray, truth: np.ndarray, rows: np.ndarray) -> tuple[n
     k = max(1, round(NEIGHBOURHOOD * n))
     overlap, near = [], []
     for part in np.array_split(rows, -(-len(rows) * n // 2_000_000)):  # bounds the memory
-        others = np.ones((len(part), n), bool)
-        others[np.arange(len(part)), part] = False
-        in_truth = cdist(truth[part], truth)
-        is_near = others & (in_truth <= _kth(in_truth, others, k))
-        in_z = cdist(z[part], z)
-        border = _kth(in_z, others, k)
-        inside, tied = others & (in_z < border), others & (in_z == border)
+        in_truth, border = _to_others(truth, part, k)
+        is_near = in_truth <= border
+        in_z, border = _to_others(z, part, k)
+        inside, tied = in_z < border, in_z == border
         share = (k - inside.sum(1)) / tied.sum(1)
         hits = (inside & is_near).sum(1) + share * (tied & is_near).sum(1)
         overlap.append(hits / k)
@@ -327,18 +481,24 @@ def neighbourhood(z: np.ndarray, truth: np.ndarray, rows: np.ndarray) -> tuple[n
     return np.concatenate(overlap), float(np.concatenate(near).mean())
 
 
-def _kth(distances: np.ndarray, allowed: np.ndarray, k: int) -> np.ndarray:
-    """Return the k-th smallest of the allowed distances of each row, `(M, 1)`."""
-    kth: np.ndarray = np.partition(np.where(allowed, distances, np.inf), k - 1, axis=1)[:, k - 1]
-    return kth[:, None]
+def _to_others(points: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return distances of ``rows`` from all, `(M, N)`, and the k-th smallest of each, `(M, 1)`.
+
+    The distance of a row from itself is infinite.
+    """
+    distances: np.ndarray = cdist(points[rows], points)
+    distances[np.arange(len(rows)), rows] = np.inf
+    return distances, np.partition(distances, k - 1, axis=1)[:, k - 1, None]
 
 
 def knn_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Share of each particle's 15 nearest neighbours in `a` that are so in `b`: `(N,)`.
+    """Share of a particle's 15 nearest neighbours in `a` that are so in `b`.
 
-    `a` and `b` are latents of the same particles, of any dimensions. Null k / N, ideal 1.
+    `a` and `b` are latents of the same particles, of any dimensions. Of each of ``looked_up(N)``:
+    `(M,)`. Null k / N, ideal 1.
     """
-    first, second = _neighbours(a, None), _neighbours(b, None)
+    rows = looked_up(len(a))
+    first, second = (Neighbours(z, rows).own for z in (a, b))
     shared = (first[:, :, None] == second[:, None, :]).any(2)
     overlap: np.ndarray = shared.mean(1)
     return overlap
@@ -349,9 +509,32 @@ def linear_cka(a: np.ndarray, b: np.ndarray) -> float:
 
     Kornblith et al., arXiv 1905.00414, equation 3 with linear kernels.
     """
-    a, b = a - a.mean(0), b - b.mean(0)
-    size = np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b)
-    return float(np.linalg.norm(a.T @ b) ** 2 / size) if size > 0 else 0.0
+    a, b = _centred(a, b)
+    return float(_alignment(a.T @ a, b.T @ b, a.T @ b))
+
+
+def _alignment(a: np.ndarray, b: np.ndarray, both: np.ndarray) -> np.ndarray:
+    """Linear CKA of covariances, each `(..., d, d)` -> `(...)`."""
+    own, other, shared = (np.linalg.norm(m, axis=(-2, -1)) for m in (a, b, both))
+    size = own * other
+    cka: np.ndarray = np.divide(shared**2, size, out=np.zeros_like(size), where=size > 0)
+    return cka
+
+
+def _resampled_cka(counts: Iterator[np.ndarray], a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    width = a.shape[1]
+
+    def columns(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        both = np.concatenate([a, b], 1)
+        products = both[:, :, None] * both[:, None, :]
+        return np.concatenate([both, products.reshape(len(both), -1)], 1)
+
+    means = _means(counts, columns, *_centred(a, b))
+    mean = means[:, : width + b.shape[1]]
+    products = means[:, mean.shape[1] :].reshape(len(means), mean.shape[1], -1)
+    covariance = products - mean[:, :, None] * mean[:, None, :]
+    own, other = covariance[:, :width, :width], covariance[:, width:, width:]
+    return _alignment(own, other, covariance[:, :width, width:])
 
 
 def procrustes_disparity(a: np.ndarray, b: np.ndarray) -> float:
@@ -372,3 +555,12 @@ def kmeans_ari(a: np.ndarray, b: np.ndarray, k: int, seed: int = 0) -> float:
     """Adjusted Rand index of k-means clusters of two sets of latents. Null 0, ideal 1."""
     clusters = (KMeans(k, n_init=4, random_state=seed).fit_predict(z) for z in (a, b))
     return float(adjusted_rand_score(*clusters))
+
+
+_RESAMPLED: dict[Callable[..., float], Callable[..., np.ndarray]] = {
+    np.mean: _resampled_mean,
+    np.median: _resampled_median,
+    latent_correlation: _resampled_correlation,
+    linear_cka: _resampled_cka,
+}
+"""How statistics of all particles are bootstrapped: from counts and arrays, one value a round."""

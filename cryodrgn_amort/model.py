@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cryodrgn_amort import host
+from cryodrgn_amort.decoding import PRECISIONS, FastDecoder
 from cryodrgn_amort.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ The host then builds a tiny network, which it never needs to decode volumes. Its
 so that ``cryodrgn eval_images`` fails instead of encoding with weights that were never trained.
 """
 
-_VOLUME_FEATURES = 4_000_000  # numbers of positional encoding at a time
+_VOLUME_ROWS = 1 << 13  # voxels at a time
 _ACTIVATION = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
 _OWN = "amort."
 
@@ -37,42 +38,63 @@ class AmortVAE(host.HetOnlyVAE):  # type: ignore[misc]
     ----------
     amort
         The encoder; None: the host's own network.
+    precision
+        Of the decoder's matrix products, one of ``PRECISIONS``; "fp64" makes everything double.
     kwargs
         As ``HetOnlyVAE``.
     """
 
-    def __init__(self, lattice: host.Lattice, *, amort: Encoder | None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        lattice: host.Lattice,
+        *,
+        amort: Encoder | None,
+        precision: str = "fp32",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(lattice, **kwargs)
         if amort is not None:
             for parameter in self.encoder.parameters():
                 parameter.requires_grad_(False)
                 nn.init.constant_(parameter, float("nan"))
         self.amort = amort
+        mask = lattice.get_circular_mask(lattice.D // 2)
+        coords = lattice.coords[mask] / lattice.extent / 2
+        self.fast = FastDecoder(self.decoder, coords, PRECISIONS[precision])
+        # where the encoder's pixels stand among the stored ones; None: they are the same
+        inner = None if self.enc_mask is None else self.enc_mask[mask]
+        self._shown = None if inner is None or inner.all() else inner.nonzero()[:, 0]
+        if precision == "fp64":
+            self.double()
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return mean and log variance of q(z) for the batch, each `(B, zdim)`."""
         if self.amort is not None:
             mean, logvar = self.amort(batch)
             return mean, logvar
-        mean, logvar = self.encode(batch.image)
-        return mean, logvar
+        assert batch.image is not None
+        image = batch.image if self._shown is None else batch.image[:, self._shown]
+        both = self.encoder(image.to(next(self.encoder.parameters()).dtype))
+        return both[:, : self.zdim], both[:, self.zdim :]
 
-    def decode_images(
-        self, coords: Tensor, mask: Tensor, rot: Tensor, ctf: Tensor | None, z: Tensor
-    ) -> Tensor:
-        """Decode the masked pixels of each particle's image, CTF applied: `(B, P)`.
+    def sample(self, mean: Tensor, logvar: Tensor, batch: Batch) -> Tensor:
+        """Draw latents from the posterior `(B, zdim)`; its means when not training.
 
-        Parameters
-        ----------
-        coords, mask
-            Of ``Particles``.
-        rot, ctf, z
-            `(B, 3, 3)`, `(B, D * D)` or None, `(B, zdim)`.
+        Noise is drawn for the whole batch, so that several processes draw what one would.
         """
-        decoded: Tensor = self(coords @ rot, z).view(len(z), -1)
-        if ctf is not None:
-            decoded = decoded * ctf[:, mask]
-        return decoded
+        if not self.training:
+            return mean
+        noise = torch.randn(batch.size, self.zdim, dtype=mean.dtype, device=mean.device)
+        noise = noise if batch.part is None else noise[batch.part.places]
+        return mean + noise * torch.exp(0.5 * logvar)
+
+    def squared_errors(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare the images that latents `(B, zdim)` decode to with the particles.
+
+        Returns their total, which can be differentiated, and the squared error of each image,
+        `(B,)`, which cannot.
+        """
+        return self.fast.squared_errors(batch.rot, batch.y, batch.ctf, z)
 
     @torch.no_grad()
     def decode_volumes(self, z: Tensor, norm: tuple[float, float]) -> Iterator[Tensor]:
@@ -92,14 +114,10 @@ class AmortVAE(host.HetOnlyVAE):  # type: ignore[misc]
         coords = plane + torch.stack([half * 0, half * 0, half], 1)[:, None]
         coords = coords.view(-1, 3)[: size**3 // 2 + 1]
         kept = (coords.square().sum(1) <= lattice.extent**2).nonzero()[:, 0]
-        parts = kept.split(max(1, _VOLUME_FEATURES // decoder.in_dim))
         volumes = torch.zeros(len(z), size**3, device=plane.device)
-        for part in parts:
-            blank = torch.zeros(len(part), self.zdim, device=plane.device)
-            features = decoder.positional_encoding_geom(torch.cat([coords[part], blank], 1))
-            for volume, latent in zip(volumes, z, strict=True):
-                features[:, -self.zdim :] = latent
-                real, imag = decoder.decoder(features).unbind(1)
+        for part in kept.split(_VOLUME_ROWS):
+            for volume, values in zip(volumes, self.fast.values(coords[part], z), strict=True):
+                real, imag = values.float().unbind(1)
                 volume[size**3 - 1 - part] = real + imag
                 volume[part] = real - imag
         for volume in volumes:
@@ -126,6 +144,7 @@ class AmortVAE(host.HetOnlyVAE):  # type: ignore[misc]
         try:
             own = {f"{_OWN}{key}": value for key, value in own_state.items()}
             self.load_state_dict({**host_state, **own})
+            self.fast.forget()
         except RuntimeError as err:
             reason = str(err).split("\n", 2)[1:2] or [str(err)]
             raise InputError(f"{name}: weights of another model ({reason[0].strip()})") from None
@@ -137,7 +156,10 @@ class AmortVAE(host.HetOnlyVAE):  # type: ignore[misc]
 
 
 def build_model(
-    model_args: Mapping[str, Any], lattice: host.Lattice, amort: Encoder | None
+    model_args: Mapping[str, Any],
+    lattice: host.Lattice,
+    amort: Encoder | None,
+    precision: str = "fp32",
 ) -> AmortVAE:
     """Build a model from the ``model_args`` of a config.yaml, as the host would.
 
@@ -146,11 +168,17 @@ def build_model(
     radius = model_args["enc_mask"]
     if radius != -1 and not 0 < radius <= lattice.D // 2:
         raise InputError(f"--enc-mask {radius}: must be -1 or between 1 and {lattice.D // 2}")
+    if pe_dim := model_args["pe_dim"]:
+        if model_args["pe_type"] == "linear_lowf" and pe_dim != lattice.D // 2:
+            raise InputError(f"--pe-dim {pe_dim}: linear_lowf has {lattice.D // 2} and no other")
+        if model_args["pe_type"].startswith("geom") and pe_dim < 2:
+            raise InputError(f"--pe-dim {pe_dim}: {model_args['pe_type']} needs at least 2")
     enc_mask = None if radius == -1 else lattice.get_circular_mask(radius)
     in_dim = lattice.D**2 if enc_mask is None else int(enc_mask.sum())
     model = AmortVAE(
         lattice,
         amort=amort,
+        precision=precision,
         qlayers=model_args["qlayers"],
         qdim=model_args["qdim"],
         players=model_args["players"],

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-__all__ = ["Losses", "kl_divergence", "losses", "reconstruction_nats"]
+__all__ = ["Losses", "kl_divergence", "losses"]
 
 
 @dataclass(frozen=True)
@@ -47,36 +46,30 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
 def losses(
     mean: Tensor,
     logvar: Tensor,
-    target: Tensor,
-    decoded: Tensor,
+    squared_error: Tensor,
+    pixels: int,
+    size: int,
     beta: float,
     beta_control: float | None = None,
 ) -> Losses:
-    """Compute the objective of one batch.
+    """Compute the objective of one batch, or one process's share of it, which are to be added up.
 
     Parameters
     ----------
     mean, logvar
         The posterior, `(B, zdim)`.
-    target, decoded
-        Masked pixels of the particles and of the model, `(B, P)`.
+    squared_error
+        Sum over the images and their masked pixels, a scalar.
+    pixels, size
+        Masked pixels of an image; particles in the whole batch.
     beta_control
         If given, ``beta`` is the KL that the objective pulls to, with this weight (the host's
         ``--beta-control``).
     """
-    gen_loss = functional.mse_loss(decoded, target)
-    kld = kl_divergence(mean, logvar).mean(dim=0)
-    pixels = float(target.shape[1])
+    gen_loss = squared_error / (pixels * size)
+    kld = kl_divergence(mean, logvar).sum(dim=0) / size
     if beta_control is None:
         total = gen_loss + beta * kld / pixels
     else:
         total = gen_loss + beta_control * (beta - kld) ** 2 / pixels
     return Losses(total, gen_loss, kld, beta)
-
-
-def reconstruction_nats(target: Tensor, decoded: Tensor) -> Tensor:
-    """Half the squared error of each image, `(B, P)` -> `(B,)`: nats, up to a constant.
-
-    Images are in units of the noise's standard deviation (the host's normalisation).
-    """
-    return 0.5 * (decoded - target).square().sum(dim=1)

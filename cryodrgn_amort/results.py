@@ -114,7 +114,7 @@ class TransformResult:
     measures
         By name, in the order in which they are to be read.
     arrays
-        Per-particle values `(N,)` by name.
+        Per-particle values `(N,)` by name; NaN where a particle was not looked up.
     volumes
         Decoded at the labelled particles' transformed latents, `(L, box, box, box)`.
     """

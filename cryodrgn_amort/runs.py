@@ -22,14 +22,15 @@ from cryodrgn_amort.checkpoints import (
 )
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.model import TOKEN_ENCODER, AmortVAE, build_model
-from cryodrgn_amort.particles import Particles, ParticleSource, load_particles
 from cryodrgn_amort.settings import TrainSettings
+from cryodrgn_amort.sources import ParticleSource, load_particles
 
 if TYPE_CHECKING:
     import os
 
     from cryodrgn_amort.encoders import Encoder, EncoderSpec
     from cryodrgn_amort.inputs import EncoderInput
+    from cryodrgn_amort.particles import Particles
     from cryodrgn_amort.plugins import Plugins
 
 __all__ = [
@@ -173,9 +174,9 @@ class Run:
         moved
             New places of ``particles``, ``poses``, ``ctf``, ``ind``, ``datadir``, if not None.
         """
-        given = {name: path for name, path in moved.items() if path is not None}
-        source = replace(source_of(self.settings), **given, lazy=True)  # type: ignore[arg-type]
-        return load_particles(source, self.device)
+        given: dict[str, Any] = {name: path for name, path in moved.items() if path is not None}
+        source = replace(source_of(self.settings), **given)
+        return load_particles(source, self.device, whole=self.settings.enc_mask == -1)
 
     def load(self, particles: Particles) -> tuple[AmortVAE, EncoderInput | None]:
         """Load the model, and what its encoder was shown in training.

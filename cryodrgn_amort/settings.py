@@ -8,6 +8,7 @@ import random
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from cryodrgn_amort.decoding import PRECISIONS
 from cryodrgn_amort.encoders import EncoderSpec
 from cryodrgn_amort.errors import InputError
 
@@ -34,7 +35,8 @@ REFUSED = {
     "pretrain": _POSE,
     "emb_type": _POSE,
     "pose_lr": _POSE,
-    "multigpu": "training on several GPUs is not supported yet",
+    "multigpu": "start one process per GPU instead: torchrun --nproc-per-node N -m cryodrgn_amort "
+    "train_amort ...",
     "use_real": "real-space encoders are not supported: networks are shown Hartley images",
     "shuffler_size": "the data shuffler is not supported: --lazy alone reads every particle",
 }
@@ -75,6 +77,10 @@ class TrainSettings:
     ----------
     encoder
         Name of an encoder, or of an encoder input for the network ``encode_mode``.
+    precision
+        Of the decoder's matrix products: see ``matmul_precision``.
+    memory
+        GB that preprocessed particles may take; None: half of what is free.
     extra
         Flags that plugins added (hook ``train_args``; the lookup table's flags are such), by
         argument name; only those that were given.
@@ -111,6 +117,8 @@ class TrainSettings:
     beta_control: float | None = None
     norm: tuple[float, float] | None = None
     amp: bool = True
+    precision: str | None = None
+    memory: float | None = None
     qlayers: int = 3
     qdim: int = 1024
     encode_mode: str = "resid"
@@ -158,9 +166,21 @@ class TrainSettings:
         if self.num_workers and not self.lazy:
             raise InputError(
                 f"--num-workers {self.num_workers}: only with --lazy; otherwise particles are "
-                "preprocessed once, into memory"
+                "preprocessed once"
             )
+        if self.precision not in (None, *PRECISIONS):
+            raise InputError(f"--precision {self.precision}: not one of {', '.join(PRECISIONS)}")
+        if self.memory is not None and not 0 < self.memory < math.inf:
+            raise InputError(f"--memory {self.memory}: gigabytes are needed, above 0")
+        if self.memory is not None and self.lazy:
+            raise InputError("--memory and --lazy exclude each other: --lazy keeps nothing")
         self.beta_value()
+
+    def matmul_precision(self, device: str) -> str:
+        """Return the precision to use: single on CPUs; bfloat16 on GPUs, where --amp is on."""
+        if self.precision is not None:
+            return self.precision
+        return "bf16" if device == "cuda" and self.amp else "fp32"
 
     def beta_value(self) -> float | str:
         """Return the KL weight: 1/zdim unless given; one of the host's schedules a-d by name."""

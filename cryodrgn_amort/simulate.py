@@ -25,7 +25,7 @@ from tqdm import tqdm
 from cryodrgn_amort import __version__, host
 from cryodrgn_amort.checkpoints import read_pickle, replacing, write_pickle
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.particles import load_ctf, load_poses
+from cryodrgn_amort.sources import load_ctf, load_poses
 from cryodrgn_amort.specimens import BlobModel, VolumeModel, read_volume
 
 if TYPE_CHECKING:

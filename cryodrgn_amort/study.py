@@ -31,11 +31,11 @@ import torch
 
 from cryodrgn_amort.checkpoints import epochs, replacing
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.particles import load_particles
 from cryodrgn_amort.plan import parse
 from cryodrgn_amort.results import EvalOptions
 from cryodrgn_amort.runs import default_device, source_of
 from cryodrgn_amort.settings import settings_from_flags
+from cryodrgn_amort.sources import load_particles
 from cryodrgn_amort.truth import load_known
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def check_inputs(plan: Plan) -> None:
         return
     args = parse(plan.parsers["train_amort"], trained[0].argv[1:])
     settings = settings_from_flags(args, plan.plugins)
-    particles = load_particles(replace(source_of(settings), lazy=True), default_device())
+    particles = load_particles(source_of(settings), default_device())
     labels, coordinate, truth = (plan.data.get(n) for n in ("labels", "coordinate", "truth"))
     load_known(EvalOptions(labels=labels, coordinate=coordinate, truth=truth), particles)
 

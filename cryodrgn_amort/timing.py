@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
-    from cryodrgn_amort.particles import Particles, ParticleSource
+    from cryodrgn_amort.particles import Particles
     from cryodrgn_amort.runs import Run
+    from cryodrgn_amort.sources import ParticleSource
 
 __all__ = ["TimingOptions", "summary", "time_epochs", "write"]
 
@@ -84,7 +85,7 @@ def time_epochs(runs: Sequence[Run], options: TimingOptions) -> dict[str, np.nda
             _wait(trainer.device)
             took = (time.perf_counter() - began) / options.batches
             if turn:
-                seconds[name].append(took * len(trainer.loader))
+                seconds[name].append(took * len(trainer.batches))
     return {name: np.array(values) for name, values in seconds.items()}
 
 

@@ -22,17 +22,21 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cryodrgn_amort import __version__, host
 from cryodrgn_amort.checkpoints import OWN_KEY, epochs, read_weights, replacing, write_z
+from cryodrgn_amort.decoding import matrix_products
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.feed import Feed, available_memory
 from cryodrgn_amort.model import build_model
 from cryodrgn_amort.objective import Losses, losses
-from cryodrgn_amort.particles import load_particles
+from cryodrgn_amort.parallel import Team, join
 from cryodrgn_amort.runs import default_device, model_args, source_of, write_config
+from cryodrgn_amort.sources import load_particles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
+    from cryodrgn_amort.encoders import Encoder
     from cryodrgn_amort.particles import Batch, Particles
     from cryodrgn_amort.plugins import Plugins
     from cryodrgn_amort.settings import TrainSettings
@@ -58,6 +62,8 @@ class Trainer:
     ----------
     settings, plugins, particles, model
         What is trained, on what.
+    team
+        This process among those that train the run.
     shown
         What a network encoder is shown; None for tables.
     optimizer
@@ -70,6 +76,9 @@ class Trainer:
         self, settings: TrainSettings, plugins: Plugins, particles: Particles | None = None
     ) -> None:
         self.settings, self.plugins = settings, plugins
+        self.team = join()
+        if self.team.size > 1 and settings.beta_control is not None:
+            raise InputError("--beta-control: not with several processes, whose KL it does not add")
         self.folder = Path(settings.outdir)
         self.device = default_device()
         self.encoder_spec, input_spec = settings.resolve(plugins)
@@ -78,27 +87,23 @@ class Trainer:
         source = source_of(settings)
         if source.norm is None and own.get("norm"):  # a resumed run keeps its normalisation
             source = replace(source, norm=tuple(own["norm"]))
-        self.particles = particles or load_particles(source, self.device)
+        whole = settings.enc_mask == -1
+        self.particles = particles or load_particles(source, self.device, whole=whole)
         build = self.encoder_spec.build
         amort = None if build is None else build(settings, self.particles)
+        if amort is not None:
+            _keep_own_rows(amort, self.team)
         self.shown = input_spec.build(settings, self.particles) if input_spec else None
 
         torch.manual_seed(settings.seed)
         args = model_args(settings, self.encoder_spec, self.particles.D)
-        self.model = build_model(args, self.particles.lattice, amort)
+        precision = settings.matmul_precision(self.device.type)
+        self.model = build_model(args, self.particles.lattice, amort, precision)
+        self._trained = self.model.trained_parameters()
         self.optimizer = torch.optim.Adam(
-            self.model.trained_parameters(), lr=settings.lr, weight_decay=settings.wd
+            self._trained, lr=settings.lr, weight_decay=settings.wd, fused=True
         )
-        self.mixed_precision = settings.amp and self.device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.mixed_precision)
         self.beta = host.get_beta_schedule(settings.beta_value())
-        workers = settings.num_workers
-        if workers is None:
-            workers = 2 if settings.lazy else 0
-        self._loading: dict[str, Any] = {
-            "num_workers": min(workers, os.cpu_count() or 1),
-            "shuffle_seed": settings.shuffle_seed,
-        }
         self.epoch = 0
         self._random: dict[str, Any] = {}
         if checkpoint:
@@ -106,50 +111,75 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last epoch, with a checkpoint every ``--checkpoint`` epochs."""
-        self._preprocess()
-        self._prepare_folder()
+        self.team.wait()  # until all have seen what the folder holds
+        if self.team.leads:
+            self._prepare_folder()
         try:
-            self._train()
+            with _logging_to(self.folder / "run.log", self.settings.verbose, self.team):
+                self._prepare_particles(self.folder)
+                with matrix_products():
+                    self._train()
         finally:  # a run that ends before its first checkpoint replaces nothing
-            self._put_back()
-        if self.settings.do_analysis:
+            if self.team.leads:
+                self._put_back()
+        if self.settings.do_analysis and self.team.leads:
             host.analyze(str(self.folder), self.epoch)
 
     def endless_steps(self) -> Iterator[None]:
         """Take optimizer steps, epoch after epoch, and keep nothing: for whoever times them."""
-        self._preprocess()
+        self._prepare_particles(None)
         self.model.train()
         while True:
             if self.model.amort is not None:
                 self.model.amort.epoch_start()
-            for index, read in self.loader:
-                self._step(self.particles.batch(index, read, self.shown), self.beta(0))
+            for batch in self.batches:
+                with matrix_products():
+                    self._step(batch, self.beta(0))
                 yield
 
-    def _preprocess(self) -> None:
-        self.particles.fill_cache(self._bar("preprocessing", -(-self.particles.n // 256)))
-        self.loader = self.particles.batches(
-            self.shown, batch_size=self.settings.batch_size, shuffle=True, **self._loading
+    def _prepare_particles(self, folder: Path | None) -> None:
+        settings = self.settings
+        memory = available_memory() // 2 if settings.memory is None else int(settings.memory * 1e9)
+        self.feed = Feed(
+            self.particles,
+            self.shown,
+            memory=0 if settings.lazy else memory,
+            folder=folder,
+            team=self.team,
+            progress=lambda items, total: self._bar(items, "preprocessing", total),
+        )
+        workers = 2 if settings.num_workers is None else settings.num_workers
+        self.batches = self.feed.batches(
+            settings.batch_size,
+            shuffle=True,
+            shuffle_seed=settings.shuffle_seed,
+            num_workers=min(workers, os.cpu_count() or 1),
         )
 
     def _train(self) -> None:
         settings = self.settings
-        with _logging_to(self.folder / "run.log", settings.verbose):
-            self._log_start()
-            self._restore_random(self._random)
-            self.plugins.hook.training_start(trainer=self)
-            started, first = time.monotonic(), self.epoch + 1
-            for self.epoch in range(first, settings.num_epochs + 1):
-                row = self._train_epoch()
+        self._log_start()
+        self._restore_random(self._random)
+        self._tell("training_start")
+        started, first = time.monotonic(), self.epoch + 1
+        for self.epoch in range(first, settings.num_epochs + 1):
+            row = self._train_epoch()
+            if self.team.leads:
                 self._write_metrics(row)
-                self.plugins.hook.epoch_end(trainer=self, metrics=row)
-                if self.epoch % settings.checkpoint == 0 or self.epoch == settings.num_epochs:
-                    self._write_checkpoint()
+            self._tell("epoch_end", metrics=row)
+            if self.epoch % settings.checkpoint == 0 or self.epoch == settings.num_epochs:
+                self._write_checkpoint()
+        if self.team.leads:
             self._finish()
-            took = timedelta(seconds=time.monotonic() - started)
-            each = took / max(self.epoch - first + 1, 1)
-            logger.info(f"Finished in {took} ({each} per epoch)")
-            self.plugins.hook.training_end(trainer=self)
+        took = timedelta(seconds=time.monotonic() - started)
+        each = took / max(self.epoch - first + 1, 1)
+        logger.info(f"Finished in {took} ({each} per epoch)")
+        self._tell("training_end")
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        """Tell plugins of an event; of several processes the leading one does."""
+        if self.team.leads:
+            getattr(self.plugins.hook, event)(trainer=self, **facts)
 
     def _train_epoch(self) -> dict[str, float]:
         """Go through all particles once; returns the epoch's row of metrics.csv."""
@@ -162,17 +192,17 @@ class Trainer:
         self.model.train()
         if self.model.amort is not None:
             self.model.amort.epoch_start()
-        bar = self._bar(f"epoch {self.epoch}/{settings.num_epochs}", len(self.loader))
-        for index, read in bar(self.loader):
-            batch = self.particles.batch(index, read, self.shown)
-            seen += len(index)
+        what = f"epoch {self.epoch}/{settings.num_epochs}"
+        for batch in self._bar(iter(self.batches), what, len(self.batches)):
+            seen += batch.size
             result, mean = self._step(batch, self.beta(n * (self.epoch - 1) + seen))
-            sums += len(index) * torch.stack([result.gen_loss, result.kld, result.total]).double()
+            sums += batch.size * torch.stack([result.gen_loss, result.kld, result.total]).double()
             moments[0] += mean.sum(0)
             moments[1] += mean.square().sum(0)
-            self.plugins.hook.batch_end(trainer=self, losses=result)
+            self._tell("batch_end", losses=result)
             if seen % settings.log_interval < settings.batch_size and not _on_terminal():
                 self._log_batch(seen, result)
+        self.team.add([sums, moments])
         gen_loss, kld, total = (sums / seen).tolist()
         if not np.isfinite(total):
             kept = f"epoch {epochs(self.folder)[-1]}" if epochs(self.folder) else "none"
@@ -199,36 +229,39 @@ class Trainer:
         }
 
     def _step(self, batch: Batch, beta: float) -> tuple[Losses, Tensor]:
-        """Take one optimizer step; returns the losses and the posterior means, detached."""
-        model, particles = self.model, self.particles
+        """Take one optimizer step; returns the losses and the posterior means, detached.
+
+        With several processes, the losses and gradients of each are its share of the batch's.
+        """
+        model, settings = self.model, self.settings
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, enabled=self.mixed_precision):
-            mean, logvar = model.posterior(batch)
-            z = model.reparameterize(mean, logvar)
-            decoded = model.decode_images(particles.coords, particles.mask, batch.rot, batch.ctf, z)
-            target = batch.y.view(len(z), -1)[:, particles.mask]
-            result = losses(mean, logvar, target, decoded, beta, self.settings.beta_control)
-        self.scaler.scale(result.total).backward()
+        mean, logvar = model.posterior(batch)
+        z = model.sample(mean, logvar, batch)
+        error, _ = model.squared_errors(batch, z)
+        pixels = batch.y.shape[1]
+        result = losses(mean, logvar, error, pixels, batch.size, beta, settings.beta_control)
+        result.total.backward()
         if model.amort is not None:
-            model.amort.after_backward(self.scaler.get_scale())
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            model.amort.after_backward()
+        self.team.add(p.grad for p in self._trained if p.grad is not None)
+        self.optimizer.step()
         return result.detach(), mean.detach()
 
     @torch.no_grad()
     def encode(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the posterior means and log variances of all particles, each `(N, zdim)`."""
+        """Return the posterior means and log variances of all particles, each `(N, zdim)`.
+
+        Of several processes, only the leading one gets them.
+        """
         self.model.eval()
         known = None if self.model.amort is None else self.model.amort.latents()
         if known is not None:
-            return known[0].cpu().numpy(), known[1].cpu().numpy()
-        # a loader draws a seed from the global generator, as the host's eval_z does
-        loader = self.particles.batches(self.shown, batch_size=_ENCODE_BATCH, shuffle=False)
-        parts = []
-        for index, read in loader:
-            batch = self.particles.batch(index, read, self.shown)
-            parts.append(torch.cat(self.model.posterior(batch), 1).float().cpu())
-        both = torch.cat(parts).numpy()
+            parts = [torch.cat(known, 1)]
+        else:
+            # a loader draws a seed from the global generator, as the host's eval_z does
+            batches = self.feed.batches(_ENCODE_BATCH, shuffle=False)
+            parts = [torch.cat(self.model.posterior(batch), 1).float() for batch in batches]
+        both = self.team.collect(torch.cat(parts), self.particles.n).cpu().numpy()
         return both[:, : self.settings.zdim], both[:, self.settings.zdim :]
 
     def _write_checkpoint(self) -> None:
@@ -238,6 +271,9 @@ class Trainer:
         before = self._random_state()
         z = self.encode()
         random = before if extra else self._random_state()
+        own_state = self._own_state()
+        if not self.team.leads:
+            return
         checkpoint = {
             "epoch": self.epoch,
             "model_state_dict": self.model.host_state_dict(),
@@ -245,10 +281,9 @@ class Trainer:
             OWN_KEY: {
                 "version": __version__,
                 "encoder": self.settings.encoder,
-                "encoder_state_dict": self.model.own_state_dict(),
+                "encoder_state_dict": own_state,
                 "input_state": {} if self.shown is None else self.shown.state_dict(),
                 "norm": list(self.particles.norm),
-                "scaler": self.scaler.state_dict(),
                 "random": random,
             },
         }
@@ -257,7 +292,16 @@ class Trainer:
         with replacing(path) as temporary:
             torch.save(checkpoint, temporary)
         shutil.rmtree(self._replaced, ignore_errors=True)
-        self.plugins.hook.checkpoint_written(trainer=self, path=path)
+        self._tell("checkpoint_written", path=path)
+
+    def _own_state(self) -> dict[str, Any]:
+        """Return the state of an encoder of ours, rows of all processes together."""
+        amort, n = self.model.amort, self.particles.n
+        if amort is None:
+            return {}
+        split = amort.per_particle if self.team.size > 1 else ()
+        state = self.model.own_state_dict()
+        return {k: self.team.collect(v, n) if k in split else v for k, v in state.items()}
 
     def _finish(self) -> None:
         """Put the final weights.pkl and z.pkl beside the last epoch's, which they equal."""
@@ -314,6 +358,8 @@ class Trainer:
     def _restore(self, checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
         name = f"--load {self.settings.load}"
         own_state = own.get("encoder_state_dict", {})
+        if self.model.amort is not None:
+            own_state = _own_rows(own_state, self.model.amort, self.team)
         self.model.restore(checkpoint["model_state_dict"], own_state, name)
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
@@ -324,8 +370,6 @@ class Trainer:
                 self.shown.load_state_dict(own["input_state"])
             except InputError as err:
                 raise InputError(f"{name}: {err}") from None
-        if self.mixed_precision and own.get("scaler"):
-            self.scaler.load_state_dict(own["scaler"])
         self._random = own.get("random", {})
         self.epoch = int(checkpoint["epoch"])
 
@@ -333,7 +377,7 @@ class Trainer:
         state: dict[str, Any] = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
-        generator = self._shuffle_generator()
+        generator = self.batches.generator
         if generator is not None:
             state["shuffle"] = generator.get_state()
         return state
@@ -343,14 +387,9 @@ class Trainer:
             torch.set_rng_state(state["torch"])
         if "cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)
-        generator = self._shuffle_generator()
+        generator = self.batches.generator
         if generator is not None and "shuffle" in state:
             generator.set_state(state["shuffle"])
-
-    def _shuffle_generator(self) -> torch.Generator | None:
-        """Return the generator of ``--shuffle-seed``, which lives in the host's sampler."""
-        generator: torch.Generator | None = self.loader.sampler.sampler.generator
-        return generator
 
     def _run_files(self, after: int = -1) -> list[Path]:
         """Return the files of a run in the folder; of epochs after ``after`` only, if given.
@@ -413,6 +452,9 @@ class Trainer:
         logger.info(self.settings)
         particles, model = self.particles, self.model
         logger.info(f"{particles.n} particles of {particles.box} px, norm {particles.norm}")
+        logger.info(f"Particles: {self.feed.description}")
+        if self.team.size > 1:
+            logger.info(f"{self.team.size} processes")
         sizes = {
             "encoder": model.amort or model.encoder,
             "decoder": model.decoder,
@@ -433,11 +475,28 @@ class Trainer:
             f"kld={result.kld.item():.6f}, beta={result.beta:.6f}, loss={result.total.item():.6f}"
         )
 
-    def _bar(self, what: str, total: int) -> Any:
-        def bar(items: Iterable[Any]) -> Iterator[Any]:
-            return iter(tqdm(items, what, total, leave=False, disable=not _on_terminal()))
+    def _bar(self, items: Iterator[Any], what: str, total: int) -> Iterator[Any]:
+        silent = not (_on_terminal() and self.team.leads)
+        return iter(tqdm(items, what, total, leave=False, disable=silent))
 
-        return bar
+
+def _keep_own_rows(encoder: Encoder, team: Team) -> None:
+    """Of what an encoder holds per particle, keep the rows of this process's particles."""
+    if team.size == 1:
+        return
+    held = dict(encoder.named_buffers())
+    for name in encoder.per_particle & held.keys():
+        parent, _, leaf = name.rpartition(".")
+        own = held[name][team.rank :: team.size].clone()
+        setattr(encoder.get_submodule(parent), leaf, own)
+
+
+def _own_rows(state: Mapping[str, Any], encoder: Encoder, team: Team) -> dict[str, Any]:
+    """Pick this process's rows from the state of an encoder, as a checkpoint holds it."""
+    return {
+        name: value[team.rank :: team.size] if name in encoder.per_particle else value
+        for name, value in state.items()
+    }
 
 
 def _on_terminal() -> bool:
@@ -457,12 +516,13 @@ def _norm_beside(checkpoint: Path) -> list[float] | None:
 class _logging_to:
     """Copy our log lines into a file for a while, and keep them clear of the progress bar."""
 
-    def __init__(self, path: Path, verbose: bool) -> None:
-        self._handler = logging.FileHandler(path)
+    def __init__(self, path: Path, verbose: bool, team: Team) -> None:
+        self._handler = logging.FileHandler(path) if team.leads else logging.NullHandler()
         self._handler.setFormatter(
             logging.Formatter("(%(levelname)s) (%(asctime)s) %(message)s", "%d-%b-%Y %H:%M:%S")
         )
         self._level = logging.DEBUG if verbose else logging.INFO
+        self._level = self._level if team.leads else logging.ERROR
         self._redirect = logging_redirect_tqdm()
 
     def __enter__(self) -> None:

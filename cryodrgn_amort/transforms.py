@@ -38,9 +38,22 @@ class Transform(ABC):
 
     title: str
 
+    def __init_subclass__(cls) -> None:
+        # whoever changes images in a way of their own must not inherit another's short cut
+        if "image" in vars(cls) and "hartley" not in vars(cls):
+            cls.hartley = Transform.hartley  # type: ignore[method-assign]
+
     @abstractmethod
     def image(self, raw: Tensor) -> Tensor:
         """Change real-space images `(B, box, box)`, before the window."""
+
+    def hartley(self, y: Tensor) -> Tensor | None:
+        """Return what ``image`` makes of preprocessed images `(B, D, D)`, D = box + 1.
+
+        These are windowed, Hartley-transformed, symmetrised and normalised, not centred. None, as
+        here, where nothing but windowing and transforming ``image(raw)`` gives exactly that.
+        """
+        return None
 
     def pose(self, rot: Tensor, trans_px: Tensor) -> tuple[Tensor, Tensor]:
         """Change rotations `(B, 3, 3)` and centring translations `(B, 2)` in pixels with them."""
@@ -90,6 +103,10 @@ class Rotation(Transform):
         for _ in range(self.quarters % 4):
             raw = torch.roll(torch.rot90(raw, -1, (-2, -1)), 1, -1)
         return _turned(raw, math.radians(self.rest_deg)) if self.rest_deg else raw
+
+    def hartley(self, y: Tensor) -> Tensor | None:
+        """Permute pixels if the angle is a multiple of 90: the window is round, its centre ours."""
+        return None if self.rest_deg else torch.rot90(y, -self.quarters, (-2, -1)).contiguous()
 
     def pose(self, rot: Tensor, trans_px: Tensor) -> tuple[Tensor, Tensor]:
         """Turn with the image; (x, y) -> (-y, x) for each quarter."""

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from cryodrgn_amort import embeddings
 from cryodrgn_amort.embeddings import embed
 from cryodrgn_amort.results import EvalOptions
 
@@ -42,3 +43,12 @@ def test_without_copies_and_without_umap():
     assert list(embed(evaluation(z[:, :2], {}, umap=True))) == ["z"]
     assert embed(evaluation(z[:, :1], {}, umap=True)) == {}
     assert list(embed(evaluation(np.zeros_like(z), {}, umap=True))) == ["PCA"]
+
+
+def test_of_many_particles_a_sample_is_shown_with_the_labelled_ones(monkeypatch):
+    monkeypatch.setattr(embeddings, "_UMAP_MOST", 30)
+    z = np.random.default_rng(0).standard_normal((200, 3))
+    shown = embed(evaluation(z, {"turned": z + 1}, umap=False))["PCA"]
+    assert len(shown.points) == len(np.unique(shown.index)) == 30
+    np.testing.assert_array_equal(shown.index[:4], np.arange(4))
+    assert (np.diff(shown.index) > 0).all()

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.feed import Feed
 from cryodrgn_amort.inputs import EncoderInput, Noise, Twin
-from cryodrgn_amort.particles import ParticleSource, load_particles
+from cryodrgn_amort.sources import ParticleSource, load_particles
 
 
 @given(n=st.integers(2, 300), seed=st.integers(0, 2**31))
@@ -50,58 +51,69 @@ def test_noise_has_the_mean_and_variance_asked_for():
 
 @pytest.fixture(scope="module")
 def particles(stack):
-    loaded = load_particles(ParticleSource(stack.particles, stack.poses, stack.ctf))
-    loaded.fill_cache()
-    return loaded
+    return load_particles(ParticleSource(stack.particles, stack.poses, stack.ctf))
 
 
-def as_shown(particles, i):
-    """What the host shows its encoder for particle i: centred, phase-flipped."""
-    y = particles.images[[i]]["y"].view(1, -1)
+def as_shown(particles, raw, i):
+    """What the host shows its encoder for an image with the shift and the CTF of particle i."""
+    y = particles.images._process(raw.clone())[1].view(1, -1)
     y = particles.lattice.translate_ht(y, particles.trans[[i]].unsqueeze(1)).view(1, -1)
-    return y * particles.ctf(torch.tensor([i])).sign()
+    return y[:, particles.mask] * particles.ctf(torch.tensor([i])).sign()
 
 
-def shown(particles, what, index):
-    index = torch.tensor(index)
-    batch = particles.batch(index, {}, what)
-    return batch.image.view(len(index), -1)
+def first_batch(particles, what, folder, kept):
+    memory = {"float32": 10**9, "no ctf": 70 * 4 * 196, "float16": 75 * 2 * 196, "file": 1000}
+    if what is not None and what.raw(torch.tensor([0])) is not None:
+        memory = {name: 2 * size for name, size in memory.items()}
+    feed = Feed(particles, what, memory=memory.get(kept, 0), folder=folder)
+    expected = {
+        "stack": "from the stack",
+        "float32": "in memory as float32, with",
+        "no ctf": "in memory as float32:",
+        "float16": "in memory as float16:",
+        "file": "temporary file",
+    }
+    assert expected[kept] in feed.description
+    return next(iter(feed.batches(16, shuffle=False)))
 
 
-def test_the_particle_is_shown_as_the_host_shows_it(particles):
-    image = shown(particles, EncoderInput(), [3, 9])
-    torch.testing.assert_close(image[1:], as_shown(particles, 9))
+@pytest.mark.parametrize("kept", ["stack", "float32", "no ctf", "float16", "file"])
+@pytest.mark.parametrize("name", ["particle", "twin", "noise"])
+def test_what_is_shown(name, kept, particles, tmp_path):
+    """The image, centred and phase-flipped as its own translation and CTF want it."""
+    what = {
+        "particle": EncoderInput(),
+        "twin": Twin(particles.n, 1),
+        "noise": Noise(particles.box, *particles.raw_mean_std, seed=0),
+    }[name]
+    batch = first_batch(particles, what, tmp_path, kept)
+    for i in (3, 9):
+        shown = int(what.rows(torch.tensor([i])))
+        raw = what.raw(torch.tensor([i]))
+        raw = particles.raw(torch.tensor([shown])) if raw is None else raw
+        close = {"rtol": 1e-3, "atol": 1e-3} if kept == "float16" else {}
+        expected = as_shown(particles, raw, shown)
+        torch.testing.assert_close(batch.image[[i]], expected, **close)
+    assert not list(tmp_path.iterdir())  # the file has no name
 
 
-def test_the_twin_is_shown_with_its_own_shift_and_phases(particles):
-    twin = Twin(particles.n, 1)
-    image = shown(particles, twin, [3, 9])
-    torch.testing.assert_close(image[:1], as_shown(particles, int(twin.permutation[3])))
+@pytest.mark.parametrize("kept", ["stack", "float32", "no ctf", "file"])
+def test_what_is_to_be_explained(kept, particles, tmp_path):
+    batch = first_batch(particles, None, tmp_path, kept)
+    index = torch.arange(16)
+    ctf = particles.ctf(index)
+    assert batch.image is None
+    torch.testing.assert_close(batch.y, particles.centred(index))
+    torch.testing.assert_close(batch.ctf, ctf[:, : ctf.shape[1] // 2])
+    torch.testing.assert_close(batch.rot, particles.rots[:16])
+    # the other half of the CTF is the mirror image, as the decoder takes for granted
+    torch.testing.assert_close(batch.ctf, ctf.flip(1)[:, : ctf.shape[1] // 2], rtol=0, atol=1e-3)
 
 
-def test_noise_goes_through_the_same_preprocessing(particles):
-    noise = Noise(particles.box, *particles.raw_mean_std, seed=0)
-    image = shown(particles, noise, [5])
-    y = particles.images._process(noise.raw(torch.tensor([5])))[1].view(1, -1)
-    y = particles.lattice.translate_ht(y, particles.trans[[5]].unsqueeze(1)).view(1, -1)
-    torch.testing.assert_close(image, y * particles.ctf(torch.tensor([5])).sign())
-
-
-@pytest.mark.parametrize("encoder", ["resid", "twin", "noise"])
-def test_lazy_reading_shows_the_same(particles, stack, encoder, plugins):
-    what = plugins.encoder_input("particle" if encoder == "resid" else encoder).build(
-        type("S", (), {"seed": 4})(), particles
-    )
-    lazy = load_particles(ParticleSource(stack.particles, stack.poses, stack.ctf, lazy=True))
-    lazy.fill_cache()
-    assert lazy.cache is None
-    options = {"batch_size": 16, "shuffle": False}
-    for (index, read), (same, lazily) in zip(
-        particles.batches(what, **options), lazy.batches(what, **options), strict=True
-    ):
-        a, b = particles.batch(index, read, what), lazy.batch(same, lazily, what)
-        torch.testing.assert_close(a.y, b.y)
-        torch.testing.assert_close(a.image, b.image)
+def test_neither_memory_nor_disk(particles):
+    feed = Feed(particles, None, memory=1000, folder=None)
+    assert feed.from_stack
+    assert "fit neither memory nor disk" in feed.description
 
 
 def test_run_keeps_its_twins(train, flags):

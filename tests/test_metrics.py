@@ -1,5 +1,7 @@
 """Every measure against its definition, computed naively, and at its null and its ideal."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,31 @@ def test_retrieval_rank_is_the_fraction_of_others_that_are_nearer(n, seed, far):
         distance = np.linalg.norm(z - moved[i], axis=1)
         naive.append((np.delete(distance, i) < distance[i]).sum() / (n - 1))
     np.testing.assert_allclose(metrics.retrieval_rank(z, moved), naive, atol=1e-9)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_retrieval_rank_of_some_among_many(offset):
+    z = latents(9000) + offset  # more than one block in both directions
+    rng = np.random.default_rng(1)
+    moved = z + rng.exponential(0.3, (9000, 1)) * rng.standard_normal(z.shape)
+    rows = np.sort(rng.permutation(9000)[:300])
+    squares = [((z - moved[i]) ** 2).sum(1) for i in rows]
+    naive = [(d < d[i]).sum() / 8999 for d, i in zip(squares, rows, strict=True)]
+    np.testing.assert_allclose(metrics.retrieval_rank(z, moved, rows), naive, atol=1e-12)
+
+
+def test_all_particles_are_looked_up_unless_there_are_too_many(monkeypatch):
+    np.testing.assert_array_equal(metrics.looked_up(10_000), np.arange(10_000))
+    monkeypatch.setattr(metrics, "MOST_QUERIES", 40)
+    rows = metrics.looked_up(300)
+    assert len(np.unique(rows)) == 40
+    assert (np.diff(rows) > 0).all()
+    np.testing.assert_array_equal(rows, metrics.looked_up(300))
+    assert not np.array_equal(rows, metrics.looked_up(300, seed=1))
+    z, other = latents(300), latents(300, seed=1)
+    some = metrics.knn_overlap(z, other)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(some, metrics.knn_overlap(z, other)[rows])
 
 
 def test_nulls_and_ideals():
@@ -75,23 +102,44 @@ def test_class_and_coordinate_follow_the_latent():
     coordinate = rng.uniform(size=600)
     good = np.c_[10.0 * labels, coordinate] + 0.01 * rng.standard_normal((600, 2))
     bad = rng.standard_normal((600, 2))
-    assert metrics.class_knn(good, labels).mean() == 1
-    assert metrics.class_knn(bad, labels).mean() == pytest.approx(1 / 3, abs=0.08)
-    r2 = metrics.coordinate_r2(metrics.knn_coordinate(good, coordinate), coordinate)
+    rows = np.arange(600)
+    near, far = metrics.Neighbours(good, rows), metrics.Neighbours(bad, rows)
+    assert metrics.class_knn(near.own, labels, rows).mean() == 1
+    assert metrics.class_knn(far.own, labels, rows).mean() == pytest.approx(1 / 3, abs=0.08)
+    r2 = metrics.coordinate_r2(metrics.knn_coordinate(near.own, coordinate), coordinate)
     assert r2 > 0.97
-    r2 = metrics.coordinate_r2(metrics.knn_coordinate(bad, coordinate), coordinate)
+    r2 = metrics.coordinate_r2(metrics.knn_coordinate(far.own, coordinate), coordinate)
     assert r2 == pytest.approx(-0.05, abs=0.15)
-    votes = metrics.knn_labels(good, labels, good)
-    assert metrics.label_agreement(metrics.knn_labels(good, labels), votes) == 1
+    before, after = (metrics.knn_labels(found, labels) for found in (near.own, near.of(good)))
+    assert metrics.label_agreement(before, after) == 1
 
 
 def test_leave_one_out_leaves_the_particle_out():
     z = np.r_[np.zeros(16), 100 + np.arange(16) * 0.01][:, None]
     labels = np.r_[np.zeros(16, int), np.ones(16, int)]
     labels[0] = 1  # all of its 15 neighbours are of class 0
-    right = metrics.class_knn(z, labels)
+    rows = np.arange(32)
+    right = metrics.class_knn(metrics.Neighbours(z, rows).own, labels, rows)
     assert right[0] == 0
     assert right[1:].all()
+
+
+@pytest.mark.parametrize("n", [9, 400])
+def test_neighbours_are_the_nearest_others_however_they_are_searched_for(n, monkeypatch):
+    z, rows = latents(n), np.arange(0, n, 3)
+    points = z[rows] + 0.1
+    distances = np.linalg.norm(z[rows, None] - z, axis=2)
+    distances[np.arange(len(rows)), rows] = np.inf
+    others = distances.argsort(1)[:, :15][:, : n - 1]
+    nearest = np.linalg.norm(points[:, None] - z, axis=2).argsort(1)[:, : min(15, n - 1)]
+    for most_dimensions in (10, 0):  # a tree, all distances
+        monkeypatch.setattr(metrics, "_MOST_DIMENSIONS", most_dimensions)
+        near = metrics.Neighbours(z, rows)
+        np.testing.assert_array_equal(near.own, others)
+        np.testing.assert_array_equal(near.of(points), nearest)
+        same = metrics.Neighbours(np.zeros((n, 2)), rows).own
+        assert same.shape == others.shape
+        assert (same != rows[:, None]).all()
 
 
 def test_loss_fraction_and_volume_change():
@@ -119,6 +167,40 @@ def test_bootstrap_interval_has_the_right_width():
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.2)
     assert found.n == 400
     assert found == metrics.measure("mean", np.mean, values, null=0.0, ideal=None)
+
+
+@pytest.mark.parametrize("kept", [1 << 26, 5000])
+@pytest.mark.parametrize("n", [2, 501, 502])
+def test_counting_the_draws_gives_the_interval_of_the_draws(n, kept, monkeypatch):
+    monkeypatch.setattr(metrics, "_COUNTS_KEPT", kept)
+    counts = Mock(wraps=metrics._counts)
+    monkeypatch.setattr(metrics, "_counts", counts)
+    a, b = (latents(n, seed=seed) + 5 for seed in (0, 1))
+    b += a
+    values = a[:, 1].astype(np.float32)
+    cases = {
+        np.mean: (values,),
+        np.median: (values,),
+        metrics.latent_correlation: (a, np.c_[b[:, :3], np.ones(n)]),
+        metrics.linear_cka: (a, b[:, :2]),
+    }
+    assert cases.keys() == metrics._RESAMPLED.keys()
+    for statistic, arrays in cases.items():
+        fast = metrics.measure("", statistic, *arrays, null=None, ideal=None, rounds=60, seed=3)
+        rng = np.random.default_rng(3)
+        rounds = [rng.integers(n, size=n) for _ in range(60)]
+        drawn = [statistic(*(array[rows] for array in arrays)) for rows in rounds]
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        np.testing.assert_allclose((fast.low, fast.high), (low, high), rtol=3e-6)  # float32
+        assert fast.value == float(statistic(*arrays))
+    assert counts.call_count == len(cases)
+
+
+def test_what_is_not_finite_shows_in_the_interval():
+    values = np.r_[np.ones(50), np.nan]
+    for statistic in (np.mean, np.median):
+        found = metrics.measure("", statistic, values, null=None, ideal=None, rounds=20)
+        assert np.isnan([found.value, found.low, found.high]).all()
 
 
 def test_kl_by_dimension_adds_up_to_the_kl_of_training():

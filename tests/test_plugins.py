@@ -161,9 +161,9 @@ def test_a_plugin_encoder_is_saved_beside_a_token_encoder(flags, tmp_path):
             self.layer = torch.nn.Linear(pixels, 2 * zdim)
 
         def forward(self, batch):
-            return self.layer(batch.image.flatten(1)).chunk(2, dim=1)
+            return self.layer(batch.image).chunk(2, dim=1)
 
-    spec = EncoderSpec("linear", "one layer", build=lambda s, p: Linear(p.D**2, s.zdim))
+    spec = EncoderSpec("linear", "one layer", build=lambda s, p: Linear(len(p.pixels), s.zdim))
     plugins = Plugins(found={"mine": plugin(encoders=lambda: [spec])})
     trainer = Trainer(settings_from_flags({**flags, "encoder": "linear"}, plugins), plugins)
     start = trainer.model.amort.layer.weight.detach().clone()

@@ -15,8 +15,8 @@ from scipy.spatial.transform import Rotation
 from cryodrgn_amort import host
 from cryodrgn_amort import simulate as module
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.particles import ParticleSource, load_particles
 from cryodrgn_amort.simulate import SimulateOptions, simulate
+from cryodrgn_amort.sources import ParticleSource, load_particles
 from cryodrgn_amort.specimens import BlobModel, VolumeModel
 
 D = 32
@@ -136,7 +136,7 @@ def test_images_are_what_the_host_models(tmp_path, mrc, kind):
         window=False,
         norm=(0.0, 1.0),
     )
-    particles = load_particles(source)
+    particles = load_particles(source, whole=True)
     rows = torch.arange(6)
     seen = particles.centred(rows).numpy().reshape(6, -1)
     ctf = particles.ctf(rows).numpy()

@@ -234,7 +234,7 @@ def test_selected_particles_are_the_right_ones(train, flags, stack, tmp_path):
 
 
 def test_every_row_keeps_its_own_pixel_size(stack, tmp_path):
-    from cryodrgn_amort.particles import load_ctf
+    from cryodrgn_amort.sources import load_ctf
 
     table = stack.ctf_table.astype(np.float64)
     table[1, :2] = 64, 2.0

@@ -1,5 +1,7 @@
 """Transforms: geometry by pixels and spots, by exact Fourier identities, and by a decoder."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,10 @@ from scipy.spatial.transform import Rotation as Turn
 from cryodrgn_amort import host
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.evaluation import EvalOptions, _Evaluator
-from cryodrgn_amort.particles import ParticleSource, load_particles
 from cryodrgn_amort.runs import load_run
 from cryodrgn_amort.settings import settings_from_flags
 from cryodrgn_amort.simulate import SimulateOptions, simulate
+from cryodrgn_amort.sources import ParticleSource, load_particles
 from cryodrgn_amort.training import Trainer
 from cryodrgn_amort.transforms import Roll, Rotation, Transform
 
@@ -67,7 +69,7 @@ def test_four_quarter_turns_are_the_identity(seed):
 
 @pytest.fixture(scope="module")
 def particles(stack):
-    return load_particles(ParticleSource(stack.particles, stack.poses, stack.ctf))
+    return load_particles(ParticleSource(stack.particles, stack.poses, stack.ctf), whole=True)
 
 
 @pytest.mark.parametrize("quarters", [1, 2, 3])
@@ -76,6 +78,43 @@ def test_rotation_turns_the_symmetrised_hartley_image_exactly(particles, quarter
     turned = particles.hartley(Rotation(90 * quarters).image(raw))
     expected = torch.rot90(particles.hartley(raw), -quarters, (1, 2))
     torch.testing.assert_close(turned, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"window": True, "window_r": 0.85},
+        {"window": True, "window_r": 0.3},
+        {"window": True, "window_r": 0.99},
+        {"window": False},
+    ],
+)
+@pytest.mark.parametrize("invert_data", [True, False])
+def test_quarter_turns_of_preprocessed_images_are_exact(stack, how, invert_data):
+    source = ParticleSource(stack.particles, stack.poses, norm=(0.3, 2.0), **how)
+    particles = load_particles(replace(source, invert_data=invert_data))
+    raw = particles.raw(torch.arange(20)) + 1.0
+    y = particles.hartley(raw)
+    for angle_deg in (90, 180, 270, -90):
+        turn = Rotation(angle_deg)
+        found, expected = turn.hartley(y), particles.hartley(turn.image(raw))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(found, y, atol=0.1)
+
+
+def test_only_what_is_exact_is_done_to_preprocessed_images(particles):
+    class Mirror(Rotation):
+        def image(self, raw):
+            return raw.flip(-1)
+
+    class Slower(Rotation):
+        def ctf(self, params):
+            return params
+
+    y = particles.hartley(particles.raw(torch.arange(3)))
+    for transform in (Roll(1), Rotation(30), Rotation(91), Mirror(90)):
+        assert transform.hartley(y) is None
+    assert Slower(90).hartley(y) is not None
 
 
 @pytest.mark.parametrize("quarters", [1, 2, 3])

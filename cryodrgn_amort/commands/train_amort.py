@@ -18,6 +18,10 @@ $ cryodrgn train_amort particles.128.mrcs --poses pose.pkl --ctf ctf.pkl --zdim 
 $ cryodrgn train_amort particles.128.mrcs --poses pose.pkl --ctf ctf.pkl --zdim 8 \
                        -n 50 -o outs/vlt --encoder vlt --load latest
 
+# In several processes that share the particles of each batch: one per GPU, or per CPU socket
+$ torchrun --nproc-per-node 4 -m cryodrgn_amort train_amort particles.128.mrcs \
+                       --poses pose.pkl --ctf ctf.pkl --zdim 8 -b 256 -n 50 -o outs/vlt
+
 """
 
 from __future__ import annotations
@@ -64,6 +68,22 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="Replace the run that is in the output folder",
     )
+    group = parser.add_argument_group("Speed and memory (cryodrgn_amort)")
+    group.add_argument(
+        "--precision",
+        metavar="fp32|bf16|fp16|fp64",
+        default=argparse.SUPPRESS,
+        help="Of the decoder's matrix products; coordinates, losses, sums, tables and optimizers\n"
+        "keep at least fp32 (default: fp32 on CPUs; on GPUs bf16, or fp32 with --no-amp)",
+    )
+    group.add_argument(
+        "--memory",
+        metavar="GB",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="How much preprocessed particles may take: in fp32 if they fit, else in fp16, else\n"
+        "from a temporary file in the output folder (default: half of the free memory)",
+    )
     load_plugins().add_train_args(parser)
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # also what plugins added
@@ -76,4 +96,6 @@ def main(args: argparse.Namespace) -> None:
 
     plugins = load_plugins()
     given = {dest: value for dest, value in vars(args).items() if dest != "func"}
-    Trainer(settings_from_flags(given, plugins), plugins).fit()
+    trainer = Trainer(settings_from_flags(given, plugins), plugins)
+    trainer.fit()
+    trainer.team.leave()

@@ -1,0 +1,321 @@
+"""Batches of particles: preprocessed once if there is room, and always one batch ahead."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryodrgn_amort import host
+from cryodrgn_amort.parallel import Team
+from cryodrgn_amort.particles import Batch, Part
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cryodrgn_amort.inputs import EncoderInput
+    from cryodrgn_amort.particles import Particles
+
+__all__ = ["Feed", "Progress", "available_memory"]
+
+logger = logging.getLogger("cryodrgn_amort")
+
+if TYPE_CHECKING:
+    Progress = Callable[[Iterator[Any], int], Iterator[Any]]
+else:
+    Progress = Any
+
+_CHUNK_PIXELS = 1 << 20
+_GB = 1e9
+
+
+def available_memory() -> int:
+    """Return how many bytes of memory are free for this process, cgroup limits included."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line[:12] == "MemAvailable")
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
+        for folder in (Path("/sys/fs/cgroup", group), Path("/sys/fs/cgroup")):
+            limit, used = (folder / f"memory.{n}" for n in ("max", "current"))
+            if limit.exists() and limit.read_text().strip() != "max":
+                free = min(free, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError, StopIteration):  # not Linux, or an older kernel
+        pass
+    return max(free, 0)
+
+
+@dataclass
+class _Store:
+    """Preprocessed particles. Row r holds particle ``rows[r]``.
+
+    Attributes
+    ----------
+    images
+        Centred Hartley images `(n, S)`, float32 or float16, in memory or in a file.
+    ctf, flips
+        CTF `(n, P / 2)`, and where it is negative, 8 pixels to a byte, `(n, S / 8)`; or None.
+    shown
+        What the encoder is shown instead of particles `(n, S)`, phases flipped; or None.
+    where
+        Row of each particle of the data set, `(N,)`; None: all particles are here, in order.
+    """
+
+    images: np.ndarray
+    ctf: np.ndarray | None
+    flips: np.ndarray | None
+    shown: np.ndarray | None
+    where: np.ndarray | None
+
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        return index if self.where is None else self.where[index]
+
+    def read(self, index: np.ndarray, shown: np.ndarray | None) -> dict[str, Tensor]:
+        """Return ``y`` and, as far as it is known, ``ctf`` and the ``image`` that is shown."""
+        rows = self.rows(index)
+        found = {"y": self.images[rows].astype(np.float32, copy=False)}
+        if self.ctf is not None:
+            found["ctf"] = self.ctf[rows]
+        if self.shown is not None:
+            found["image"] = self.shown[rows].astype(np.float32, copy=False)
+        elif shown is not None and self.flips is not None:
+            same = np.array_equal(shown, index)
+            at = rows if same else self.rows(shown)
+            image = found["y"] if same else self.images[at].astype(np.float32)
+            bits = np.unpackbits(self.flips[at], axis=1, count=image.shape[1])
+            found["image"] = image * (1 - 2 * bits.astype(np.float32))
+        return {name: torch.from_numpy(value) for name, value in found.items()}
+
+
+class Feed:
+    """Hands out batches of particles with what an encoder is shown.
+
+    Parameters
+    ----------
+    shown
+        What a network is shown; None for tables.
+    memory
+        How many bytes preprocessed particles may take; 0: they are read from the stack whenever
+        they are needed.
+    folder
+        Where a file of preprocessed particles may be put if they do not fit into memory.
+    progress
+        Wraps the preprocessing: takes an iterator and its length.
+
+    Attributes
+    ----------
+    description
+        Where the particles are kept, for humans.
+    """
+
+    def __init__(
+        self,
+        particles: Particles,
+        shown: EncoderInput | None,
+        *,
+        memory: int,
+        folder: Path | None = None,
+        team: Team | None = None,
+        progress: Progress = lambda items, total: items,
+    ) -> None:
+        self.particles, self.shown = particles, shown
+        self.team = team or Team()
+        self._store: _Store | None = None
+        self.description = "read from the stack in every epoch"
+        if memory > 0:
+            self._prepare(memory, folder, progress)
+
+    @property
+    def from_stack(self) -> bool:
+        """Whether images are read and preprocessed in every epoch."""
+        return self._store is None
+
+    def _prepare(self, memory: int, folder: Path | None, progress: Progress) -> None:
+        """Preprocess the particles of this process, wherever there is room for them."""
+        p, shown = self.particles, self.shown
+        own = torch.arange(self.team.rank, p.n, self.team.size)
+        others = shown is not None and shown.raw(own[:1]) is not None
+        rows, where = own, None
+        if self.team.size > 1:
+            if shown is not None and not others:
+                rows = torch.cat([own, shown.rows(own)]).unique()
+            where = np.full(p.n, -1, np.int64)
+            where[rows.numpy()] = np.arange(len(rows))
+        size, half = len(p.pixels), len(p.mask) // 2
+        values = len(rows) * size * (2 if others else 1)
+        ctfs = 0 if p.ctf_params is None else len(rows) * (4 * half + -(-size // 8))
+        choices = [  # type, with CTFs, bytes
+            (np.dtype(kind), extra > 0, values * np.dtype(kind).itemsize + extra)
+            for kind in ("float32", "float16")
+            for extra in (ctfs, 0)
+        ]
+        choice = next((c for c in choices if c[2] <= memory), None)
+        dtype, with_ctf, needed = choice or (np.dtype("float32"), False, 4 * values)
+        in_file = choice is None
+        if in_file and (folder is None or shutil.disk_usage(folder).free < 1.1 * needed):
+            self.description += f": {needed / _GB:.1f} GB fit neither memory nor disk"
+            return
+        place = f"in a temporary file in {folder}" if in_file else "in memory"
+        detail = ", with their CTFs" if with_ctf else ""
+        self.description = (
+            f"preprocessed once, {place} as {dtype}{detail}: {needed / _GB:.2f} GB "
+            f"(up to {memory / _GB:.2f} GB of memory allowed)"
+        )
+
+        def make() -> np.ndarray:
+            if not in_file:
+                return np.empty((len(rows), size), dtype)
+            with tempfile.TemporaryFile(dir=folder) as file:  # gone when this process is
+                return np.memmap(file, dtype, "w+", shape=(len(rows), size))
+
+        store = _Store(make(), None, None, None, where)
+        if with_ctf:
+            store.ctf = np.empty((len(rows), half), np.float32)
+            store.flips = np.empty((len(rows), -(-size // 8)), np.uint8)
+        if others:
+            store.shown = make()
+        chunks = torch.arange(len(rows)).split(max(1, _CHUNK_PIXELS // p.D**2))
+        for at in progress(iter(chunks), len(chunks)):
+            self._fill(store, at.numpy(), rows[at])
+        self._store = store
+
+    def _fill(self, store: _Store, at: np.ndarray, index: Tensor) -> None:
+        p = self.particles
+        store.images[at] = p.centred(index).cpu().numpy()
+        ctf = p.ctf(index) if store.ctf is not None or store.shown is not None else None
+        if store.ctf is not None and store.flips is not None and ctf is not None:
+            half = p.half(ctf)
+            assert half is not None
+            store.ctf[at] = half.cpu().numpy()
+            store.flips[at] = np.packbits(ctf.cpu().numpy() < 0, axis=1)
+        if store.shown is not None and self.shown is not None:
+            image = p.centred(index, self.shown.raw(index))
+            store.shown[at] = p.flip(image, ctf).cpu().numpy()
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        shuffle_seed: int | None = None,
+        num_workers: int = 0,
+    ) -> Batches:
+        """Go through all particles, in the host's order: its own loader draws the indices."""
+        reader = _Reader(self.particles, self.shown, self._store, self.team)
+        with host.quiet():
+            loader = host.make_dataloader(
+                reader,
+                batch_size=batch_size,
+                num_workers=num_workers if self.from_stack else 0,
+                shuffle=shuffle,
+                seed=shuffle_seed,
+            )
+        return Batches(loader, self._batch)
+
+    def _batch(self, index: Tensor, read: dict[str, Tensor]) -> Batch:
+        """Finish on the device what was read."""
+        p, team = self.particles, self.team
+        part = None
+        if team.size > 1:
+            places, size = team.own(index), len(index)
+            index = index[places]
+            part = Part(team.rows(index), places, size)
+        read = {name: value.to(p.device, non_blocking=True) for name, value in read.items()}
+        if "raw" in read:
+            y = p.centre(read["raw"], None if p.trans is None else p.trans[index])
+        else:
+            y = read["y"]
+        ctf, half = None, read.get("ctf")
+        if half is None:
+            ctf = p.ctf(index)
+            half = p.half(ctf)
+        image = read.get("image")
+        if self.shown is not None and image is None:
+            image = self._shown(index, y, ctf, read.get("raw_image"))
+        return Batch(index, p.masked(y), image, p.rots[index], half, part)
+
+    def _shown(self, index: Tensor, y: Tensor, ctf: Tensor | None, raw: Tensor | None) -> Tensor:
+        """Return what a network is shown if it was not prepared: `(B, S)`."""
+        p = self.particles
+        assert self.shown is not None
+        rows = self.shown.rows(index)
+        if not torch.equal(rows, index):
+            ctf = p.ctf(rows)
+        if raw is not None:
+            y = p.centre(raw, None if p.trans is None else p.trans[rows])
+        elif not torch.equal(rows, index):
+            assert self._store is not None
+            y = self._store.read(rows.numpy(), None)["y"].to(p.device)
+        return p.flip(y, ctf)
+
+
+@dataclass
+class Batches:
+    """A loader's batches, each read while the one before is worked on."""
+
+    loader: Any
+    finish: Callable[[Tensor, dict[str, Tensor]], Batch]
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        items = iter(self.loader)
+        read = next(items, None)  # draws random numbers: not in the thread
+        with ThreadPoolExecutor(1, "read-ahead") as pool:
+            while read is not None:
+                coming = pool.submit(next, items, None)
+                yield self.finish(*read)
+                read = coming.result()
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """The generator that shuffles, if there is one of its own."""
+        found: torch.Generator | None = getattr(self.loader.sampler.sampler, "generator", None)
+        return found
+
+
+class _Reader(torch.utils.data.Dataset[Any]):
+    """Reads what a batch needs. Runs in the loader's worker processes and the read-ahead thread.
+
+    Only NumPy's and the host's CPU code runs there, nothing that would start threads of its own.
+    """
+
+    def __init__(
+        self,
+        particles: Particles,
+        shown: EncoderInput | None,
+        store: _Store | None,
+        team: Team,
+    ) -> None:
+        self.n: int = particles.n
+        self.images = particles.images
+        self.shown, self.store, self.team = shown, store, team
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, positions: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        whole = torch.tensor(positions)
+        index = whole[self.team.own(whole)] if self.team.size > 1 else whole
+        rows = None if self.shown is None else self.shown.rows(index)
+        if self.store is not None:
+            return whole, self.store.read(index.numpy(), None if rows is None else rows.numpy())
+        images = self.images
+        read = {"raw": host.preprocess(images, images.src.images(index.numpy()))}
+        if rows is not None and self.shown is not None:
+            raw = self.shown.raw(index)
+            if raw is None and not torch.equal(rows, index):
+                raw = images.src.images(rows.numpy())
+            if raw is not None:
+                read["raw_image"] = host.preprocess(images, raw)
+        return whole, read

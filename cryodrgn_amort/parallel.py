@@ -1,0 +1,96 @@
+"""Several processes that train one run: who has which particles, and what they tell each other.
+
+Started by ``torchrun``, which sets RANK, WORLD_SIZE and LOCAL_RANK. Particle i, and its row of
+every table, belongs to process i mod WORLD_SIZE. All processes draw the same random numbers and go
+through the same batches; each does its own particles of a batch, and the gradients are added up. So
+the result does not depend on their number, but for rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Team", "join"]
+
+_PATIENCE = timedelta(hours=2)  # one may preprocess or write while the others wait
+
+
+@dataclass(frozen=True)
+class Team:
+    """The place of this process among those that share the work; alone unless told otherwise."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes, and speaks."""
+        return self.rank == 0
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return where a particle stands among the particles of its process."""
+        return index if self.size == 1 else index // self.size
+
+    def own(self, index: Tensor) -> Tensor:
+        """Return the places in ``index`` of this process's particles."""
+        return (index % self.size == self.rank).nonzero()[:, 0]
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Add up tensors over all processes, in place, in one message."""
+        if self.size == 1:
+            return
+        parts = list(tensors)
+        flat = torch.cat([t.reshape(-1) for t in parts])
+        dist.all_reduce(flat)
+        for tensor, total in zip(parts, flat.split([t.numel() for t in parts]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+    def collect(self, rows: Tensor, n: int) -> Tensor:
+        """Put the rows `(n / size, ...)` of all processes together: `(n, ...)`.
+
+        Only the leading process gets them; the others get an empty tensor.
+        """
+        if self.size == 1:
+            return rows
+        most = -(-n // self.size)
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.leads else None
+        dist.gather(padded, parts)
+        if parts is None:
+            return rows.new_empty(0, *rows.shape[1:])
+        return torch.stack(parts, 1).flatten(0, 1)[:n]
+
+    def leave(self) -> None:
+        """Say goodbye, when all is done."""
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def wait(self) -> None:
+        """Wait until all processes have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join() -> Team:
+    """Become one of the processes that ``torchrun`` started, or the only one."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Team()
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    return Team(dist.get_rank(), size)

@@ -1,0 +1,123 @@
+"""Evaluating a run: one reading and one transform where one will do, samples of large sets."""
+
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+
+from cryodrgn_amort import metrics
+from cryodrgn_amort.evaluation import EvalOptions, _Evaluator, evaluate
+from cryodrgn_amort.runs import load_run
+from cryodrgn_amort.transforms import Roll, Rotation, Transform
+from cryodrgn_amort.truth import Known
+
+N = 70
+
+
+class Plain(Transform):
+    """As a plugin has it: without a short cut."""
+
+    def __init__(self, known):
+        self.title, self.image, self.pose, self.ctf = "", known.image, known.pose, known.ctf
+
+    def image(self, raw):
+        """Be replaced."""
+
+
+@pytest.fixture(scope="module")
+def run(stack, plugins, tmp_path_factory):
+    from cryodrgn_amort.settings import settings_from_flags
+    from cryodrgn_amort.training import Trainer
+
+    folder = tmp_path_factory.mktemp("evaluation") / "run"
+    flags = {
+        "particles": stack.particles, "poses": stack.poses, "ctf": stack.ctf,
+        "outdir": str(folder), "num_epochs": 1, "do_analysis": False, "seed": 0, "zdim": 3,
+        "pdim": 16, "players": 1, "qdim": 16, "qlayers": 1,
+    }  # fmt: skip
+    Trainer(settings_from_flags(flags, plugins), plugins).fit()
+    return load_run(folder, plugins)
+
+
+@pytest.fixture
+def evaluator(run):
+    particles = run.particles()
+    options = EvalOptions(batch_size=32, sample=20)
+    return _Evaluator(run, options, particles, *run.load(particles), Known())
+
+
+def test_quarter_turns_cost_neither_reading_nor_an_fft(evaluator, monkeypatch):
+    transforms = [Roll(1), *(Rotation(angle) for angle in (90, 180, 270))]
+    expected_calls = {"raw": 3, "hartley": 3 * 2, "ctf_of": 3 * 4}  # of three batches
+    watched = {name: Mock(wraps=getattr(evaluator.particles, name)) for name in expected_calls}
+    for name, watch in watched.items():
+        monkeypatch.setattr(evaluator.particles, name, watch)
+    z, _, copies = evaluator.encode([(t.title, t) for t in transforms])
+    assert {name: watch.call_count for name, watch in watched.items()} == expected_calls
+    again, _, expected = evaluator.encode([(t.title, Plain(t)) for t in transforms])
+    np.testing.assert_array_equal(z, again)
+    assert copies.keys() == expected.keys()
+    for key, (mean, logvar) in copies.items():
+        np.testing.assert_allclose(mean, expected[key][0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logvar, expected[key][1], rtol=1e-4, atol=1e-5)
+        assert mean.shape == (N, 3)
+        assert np.abs(mean - z).max() > 1e-3
+
+
+def test_reconstruction_of_turned_particles_is_that_of_their_turned_images(evaluator):
+    zs = {"z": np.zeros((N, 3), np.float32)}
+    turn = Rotation(90)
+    losses, expected = (evaluator.reconstruction(zs, t)["z"] for t in (turn, Plain(turn)))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    # pose and CTF turn with the image: nothing has changed
+    np.testing.assert_allclose(losses, evaluator.reconstruction(zs)["z"], rtol=1e-5)
+    assert losses.shape == (20,)
+
+
+def test_a_transform_that_writes_into_what_it_is_given_spoils_nothing(evaluator):
+    class Careless(Roll):
+        def ctf(self, params):
+            params[:, 7] += 180.0  # phase shift
+            return params
+
+    alone, _, _ = evaluator.encode([])
+    z, _, copies = evaluator.encode([("careless", Careless(1)), ("roll", Roll(1))])
+    _, _, expected = evaluator.encode([("roll", Roll(1))])
+    np.testing.assert_array_equal(z, alone)
+    for mode in ("held", "follow"):
+        np.testing.assert_array_equal(copies[("roll", mode)][0], expected[("roll", mode)][0])
+    assert not np.array_equal(copies[("careless", "follow")][0], copies[("roll", "follow")][0])
+
+
+def test_of_many_particles_a_sample_is_looked_up_among_all(run, tmp_path, monkeypatch):
+    labels = tmp_path / "labels.pkl"
+    labels.write_bytes((np.arange(N) % 3).dumps())
+    options = EvalOptions(
+        transforms=("roll:1",), labels=str(labels), umap=False, volumes=2, labelled=2, sample=20,
+        bootstrap=20,
+    )  # fmt: skip
+    whole = evaluate(run, options)
+    monkeypatch.setattr(metrics, "MOST_QUERIES", 30)
+    some = evaluate(run, options)
+    assert some.measures["class_knn"].n == 30
+    for full, sampled in zip(whole.results, some.results, strict=True):
+        rank = sampled.arrays["retrieval_rank"]
+        looked_up = np.isfinite(rank)
+        np.testing.assert_array_equal(np.flatnonzero(looked_up), metrics.looked_up(N))
+        np.testing.assert_array_equal(rank[looked_up], full.arrays["retrieval_rank"][looked_up])
+        assert sampled.measures["retrieval_rank"].value == rank[looked_up].mean()
+        assert sampled.measures["top1"].null == 1 / N
+        numbers = {name: m.n for name, m in sampled.measures.items()}
+        for name in ("retrieval_rank", "top1", "label_agreement"):
+            assert numbers[name] == 30
+            assert full.measures[name].n == N
+        assert numbers["displacement"] == numbers["latent_correlation"] == N
+
+
+def test_the_log_says_how_long_the_stages_took(run, caplog):
+    options = EvalOptions(transforms=("roll:1",), umap=False, volumes=2, labelled=2, sample=20)
+    with caplog.at_level("INFO", "cryodrgn_amort"):
+        evaluate(run, options)
+    stages = ("measures", "encoding", "reconstruction", "volumes", "embeddings")
+    line = next(m for m in caplog.messages if m.startswith("Evaluated in"))
+    assert all(f"{stage} " in line for stage in stages)

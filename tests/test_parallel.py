@@ -1,0 +1,95 @@
+"""Several processes against one: the same run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cryodrgn_amort.checkpoints import read_weights, read_z
+
+CASES = {
+    "vlt": {"encoder": "vlt"},
+    "resid": {"encoder": "resid", "qdim": 12, "beta": 0.5, "checkpoint": 2},
+    "twin": {"encoder": "twin", "qdim": 12},
+    "noise": {"encoder": "noise", "qdim": 12},
+    "lazy": {"encoder": "twin", "qdim": 12, "lazy": True, "num_workers": 0},
+    "frozen": {"encoder": "vlt", "table_freeze": True},
+    # one particle in the last batch: one process has none of it
+    "resumed": {"encoder": "vlt", "num_epochs": 3, "batch_size": 23, "load": "latest"},
+}
+
+
+def flags_of(name, flags, folder):
+    return {**flags, "precision": "fp64", "outdir": str(folder / name), **CASES[name]}
+
+
+@pytest.fixture(scope="module")
+def both(stack, tmp_path_factory, plugins):
+    """Return the folders of the runs of one process and of two."""
+    from cryodrgn_amort.settings import settings_from_flags
+    from cryodrgn_amort.training import Trainer
+
+    flags = {
+        "particles": stack.particles, "poses": stack.poses, "ctf": stack.ctf, "num_epochs": 2,
+        "do_analysis": False, "seed": 3, "zdim": 3, "pdim": 16, "players": 1, "lr": 1e-3,
+    }  # fmt: skip
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    for folder in (one, two):  # what "resumed" resumes, written by one process
+        start = {**flags_of("resumed", flags, folder), "num_epochs": 1, "load": None}
+        Trainer(settings_from_flags(start, plugins), plugins).fit()
+    plans = {name: flags_of(name, flags, two) for name in CASES}
+    here = Path(__file__).resolve()
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(here), json.dumps(plans)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    for name in CASES:
+        given = flags_of(name, flags, one)
+        Trainer(settings_from_flags(given, plugins), plugins).fit()
+    return one, two
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_what_one_does(name, both):
+    # images that are read batch by batch are transformed in float32 with other neighbours
+    tolerance = 1e-5 if name == "lazy" else 1e-10
+    one, two = (read_weights(folder / name / "weights.pkl", "") for folder in both)
+    for part in (lambda c: c["model_state_dict"], lambda c: c["amort"]["encoder_state_dict"]):
+        assert part(one).keys() == part(two).keys()
+        for key, value in part(one).items():
+            if isinstance(value, torch.Tensor) and not value.isnan().any():
+                assert value.shape == part(two)[key].shape
+                close = (value.double() - part(two)[key].double()).abs() <= tolerance
+                assert close.all(), key
+    for a, b in zip(*(read_z(folder / name / "z.pkl", "") for folder in both), strict=True):
+        assert abs(a - b).max() <= max(1e-6, tolerance)
+    logs = [(folder / name / "run.log").read_text() for folder in both]
+    assert [log.count("# =====> Epoch") for log in logs] == [logs[0].count("# =====> Epoch")] * 2
+
+
+def worker(plans):
+    from cryodrgn_amort.plugins import Plugins
+    from cryodrgn_amort.settings import settings_from_flags
+    from cryodrgn_amort.training import Trainer
+
+    plugins = Plugins(found={})
+    for flags in plans.values():
+        trainer = Trainer(settings_from_flags(flags, plugins), plugins)
+        assert trainer.team.size == 2
+        if trainer.model.amort is not None:  # each holds the rows of its own particles
+            assert len(trainer.model.amort.weight) == 35
+        trainer.fit()
+    trainer.team.leave()
+
+
+if __name__ == "__main__":
+    worker(json.loads(sys.argv[1]))
