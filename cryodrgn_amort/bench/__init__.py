@@ -1,0 +1,1 @@
+"""Our training against the installed host: ``python -m cryodrgn_amort.bench``."""

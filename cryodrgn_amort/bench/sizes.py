@@ -1,0 +1,115 @@
+"""What ``bench`` compares, and in which sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+__all__ = ["BATCH", "FULL", "GIB", "QUICK", "ZDIM", "Command", "Shape", "Sizes", "variants"]
+
+ZDIM, BATCH = 8, 16
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a training step: box in pixels, width of the layers, images in a batch."""
+
+    box: int
+    width: int
+    batch: int
+    layers: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.box} / {self.width} / {self.batch}"
+
+    @property
+    def bytes_needed(self) -> int:
+        """Memory for a host at work and one at rest, by a generous rule of thumb."""
+        return 40 * self.box**2 * self.batch * self.width + 2 * GIB
+
+
+@dataclass(frozen=True)
+class Command:
+    """A training by the host, ``train_vae`` or ``train_dec``, and the same by ``train_amort``."""
+
+    host: str
+    n: int
+    box: int
+    width: int
+    layers: int = 3
+    epochs: int = 1
+    pe_dim: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.n:,} of {self.box} px, {self.layers} x {self.width}"
+
+    def argv(self, command: str, files: Mapping[str, str], outdir: str) -> list[str]:
+        """Return the arguments of the training by ``command``, without a run of ``analyze``."""
+        layers, width, table = str(self.layers), str(self.width), self.host == "train_dec"
+        if command == "train_dec":
+            network = ["--layers", layers, "--dim", width]
+        else:
+            network = ["--dec-layers", layers, "--dec-dim", width]
+            network += [] if table else ["--enc-layers", layers, "--enc-dim", width]
+        if self.pe_dim is not None:
+            network += ["--pe-dim", str(self.pe_dim)]
+        mode = ["--encoder", "vlt"] if table else []
+        if command == self.host:
+            mode = ["--no-amp"]
+        return [
+            command, files["particles"], "--poses", files["poses"], "--ctf", files["ctf"],
+            "--zdim", str(ZDIM), "-n", str(self.epochs), "-b", str(BATCH), "--seed", "0",
+            "--no-analysis", "-o", outdir, *network, *mode,
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured, for how long."""
+
+    shapes: tuple[Shape, ...]
+    table_rows: tuple[int, ...]
+    commands: tuple[Command, ...]
+    memory: tuple[Command, ...]
+    rounds: int
+    seconds: float
+
+
+_TINY = {"layers": 1, "width": 16, "pe_dim": 2}
+FULL = Sizes(
+    shapes=(
+        Shape(64, 256, 16), Shape(64, 256, 64), Shape(128, 256, 16), Shape(128, 256, 64),
+        Shape(64, 1024, 16), Shape(128, 1024, 8),
+    ),
+    table_rows=tuple(10**power for power in range(3, 8)),
+    commands=(
+        Command("train_vae", 1000, 64, 256), Command("train_dec", 1000, 64, 256),
+        Command("train_dec", 100_000, 32, 32, layers=2),
+    ),
+    memory=(Command("train_vae", 10_000, 128, **_TINY), Command("train_dec", 10_000, 128, **_TINY)),
+    rounds=3,
+    seconds=1.0,
+)  # fmt: skip
+QUICK = Sizes(
+    shapes=(Shape(16, 16, 4, layers=1),),
+    table_rows=(1000,),
+    commands=(Command("train_vae", 32, 16, 16, layers=1),),
+    memory=(Command("train_dec", 32, 16, 16, layers=1),),
+    rounds=1,
+    seconds=0.01,
+)
+
+
+def variants(
+    command: Command, precisions: Collection[str] = ()
+) -> list[tuple[str, str, list[str]]]:
+    """Return what is compared: its name, the command, more flags; ours in each precision given."""
+    ours = "train_amort --encoder vlt" if command.host == "train_dec" else "train_amort"
+    found: list[tuple[str, str, list[str]]] = [(command.host, command.host, [])]
+    for flags in [["--precision", p] for p in precisions] or [[]]:
+        found.append((" ".join([ours, *flags]), "train_amort", flags))
+    return found
