@@ -16,6 +16,7 @@ from cryodrgn_amort import metrics
 from cryodrgn_amort.embeddings import embed
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.metrics import Measure, Neighbours, measure
+from cryodrgn_amort.parallel import Team
 from cryodrgn_amort.particles import Batch
 from cryodrgn_amort.results import MODES, EvalOptions, Evaluation, TransformResult
 from cryodrgn_amort.truth import load_known, volume_errors, volume_fve
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.transforms import Transform
     from cryodrgn_amort.truth import Known, Truth
 
-__all__ = ["EvalOptions", "evaluate"]
+__all__ = ["EvalOptions", "assist", "evaluate"]
 
 logger = logging.getLogger("cryodrgn_amort")
 
@@ -42,23 +43,21 @@ _Tables = tuple["Tensor", "Tensor | None", "Tensor | None"]
 _VOXELS_AT_ONCE = 100_000_000  # of decoded volumes: 400 MB
 
 
-def evaluate(run: Run, options: EvalOptions) -> Evaluation:
+def evaluate(run: Run, options: EvalOptions, team: Team | None = None) -> Evaluation:
     """Measure a run. Reads only; writing is ``report.write_evaluation``.
+
+    Parameters
+    ----------
+    team
+        Processes that share the encoding. This is the leading one; the others call ``assist``.
 
     Raises
     ------
     InputError
         If the inputs are gone or do not fit, or a transform cannot be applied to this run.
     """
-    moved = {n: getattr(options, n) for n in ("particles", "poses", "ctf", "ind", "datadir")}
-    particles = run.particles(**moved)
-    if particles.n < 2:
-        raise InputError(f"RUN {run.folder}: one particle alone has none to be compared with")
-    names = dict.fromkeys(options.transforms)  # each once, in order
-    transforms = [(name, _build(run, name, particles)) for name in names]
-    known = load_known(options, particles)
-    model, shown = run.load(particles)
-    evaluator = _Evaluator(run, options, particles, model, shown, known)
+    evaluator, transforms = _prepare(run, options, team or Team())
+    particles, known, shown = evaluator.particles, evaluator.known, evaluator.shown
     clock = evaluator.clock
     z, logvar = run.z()
     if len(z) != particles.n:
@@ -101,6 +100,27 @@ def evaluate(run: Run, options: EvalOptions) -> Evaluation:
         result.embeddings = embed(result)
     logger.info(f"Evaluated in {clock}")
     return result
+
+
+def assist(run: Run, options: EvalOptions, team: Team) -> None:
+    """Encode what falls to this process, for another one's ``evaluate``."""
+    evaluator, transforms = _prepare(run, options, team)
+    if evaluator.shown is not None:
+        evaluator.encode(transforms)
+
+
+def _prepare(
+    run: Run, options: EvalOptions, team: Team
+) -> tuple[_Evaluator, list[tuple[str, Transform]]]:
+    moved = {n: getattr(options, n) for n in ("particles", "poses", "ctf", "ind", "datadir")}
+    particles = run.particles(**moved)
+    if particles.n < 2:
+        raise InputError(f"RUN {run.folder}: one particle alone has none to be compared with")
+    names = dict.fromkeys(options.transforms)  # each once, in order
+    transforms = [(name, _build(run, name, particles)) for name in names]
+    known = load_known(options, particles)
+    model, shown = run.load(particles)
+    return _Evaluator(run, options, particles, model, shown, known, team), transforms
 
 
 def _build(run: Run, name: str, particles: Particles) -> Transform:
@@ -146,7 +166,9 @@ class _Evaluator:
         model: AmortVAE,
         shown: EncoderInput | None,
         known: Known,
+        team: Team,
     ) -> None:
+        self.team = team
         self.run, self.options, self.particles = run, options, particles
         self.model, self.shown, self.known = model, shown, known
         self.clock = _Clock()
@@ -167,13 +189,16 @@ class _Evaluator:
     def encode(
         self, transforms: list[tuple[str, Transform]]
     ) -> tuple[np.ndarray, np.ndarray, dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]]:
-        """Encode all particles and all copies, from one reading of the images."""
+        """Encode all particles and all copies, from one reading of the images.
+
+        Of several processes, only the leading one gets all of them.
+        """
         assert self.shown is not None
-        particles = self.particles
+        particles, team = self.particles, self.team
         keys = [("", "held")] + [(name, mode) for name, _ in transforms for mode in MODES]
         parts: dict[tuple[str, str], list[Tensor]] = {key: [] for key in keys}
-        batches = torch.arange(particles.n).split(self.options.batch_size)
-        for index in _bar(batches, "encoding"):
+        own = torch.arange(team.rank, particles.n, team.size)
+        for index in _bar(own.split(self.options.batch_size), "encoding"):
             rows = self.shown.rows(index)
             raw = self.shown.raw(index)
             raw = particles.raw(rows) if raw is None else raw
@@ -185,7 +210,9 @@ class _Evaluator:
                     tables = self._tables(rows, transform, held) if mode == "follow" else held
                     parts[(name, mode)].append(self._posterior(index, copy, tables))
         zdim = self.run.settings.zdim
-        joined = {key: torch.cat(parts.pop(key)).cpu().numpy() for key in keys}
+        joined = {
+            key: team.collect(torch.cat(parts.pop(key)), particles.n).cpu().numpy() for key in keys
+        }
         split = {key: (both[:, :zdim], both[:, zdim:]) for key, both in joined.items()}
         z, logvar = split.pop(("", "held"))
         return z, logvar, split

@@ -288,7 +288,8 @@ def _draw_curves(axes: Any, results: Sequence[TransformResult], name: str) -> No
         if not len(values):
             continue
         colour, line, width = styles.get(result.mode, ("black", "-.", 1.8))
-        share = np.arange(1, len(values) + 1) / len(values)
+        at = np.unique(np.linspace(1, len(values), min(len(values), 2000)).astype(int))
+        values, share = values[at - 1], at / len(values)
         # from 0, so that a curve that rises at once is seen
         axes.step([0, *values], [0, *share], where="post", color=colour, linestyle=line,
                   linewidth=width, label=f"{result.mode}, {_middle(result, name)}")  # fmt: skip

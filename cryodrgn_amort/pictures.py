@@ -26,7 +26,7 @@ def pictures_of(evaluation: Evaluation) -> dict[str, list[Picture]]:
     if evaluation.results:
         alt = "Distributions of retrieval rank and displacement, with their null values."
         caption = (
-            "Retrieval rank and displacement of every particle. The dotted line is what a "
+            "Retrieval rank and displacement of the particles. The dotted line is what a "
             "transform would give that destroys everything; the ideal rises to 1 at once, at 0."
         )
         found["ranks"] = [picture("ranks", alt, caption, figures.ranks(evaluation.results))]

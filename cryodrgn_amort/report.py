@@ -26,6 +26,7 @@ from cryodrgn_amort.definitions import (
     verdict,
 )
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.metrics import MOST_QUERIES
 from cryodrgn_amort.pages import Picture, environment, picture
 from cryodrgn_amort.pictures import pictures_of
 from cryodrgn_amort.truth import fve_radius
@@ -314,7 +315,8 @@ def _table_of_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Particles", f"{run['n']} from {particles}, box {run['box_px']} px, {apix}"),
         ("Latent dimensions", str(run["zdim"])),
         ("Sample sizes", f"reconstruction losses {options.sample}, volumes {options.volumes}, at "
-                         "most; all other measures use every particle"),
+                         f"most; the neighbours of {min(run['n'], MOST_QUERIES)} particles are "
+                         "looked up among all; all other measures use every particle"),
         ("Intervals", f"95 %, bootstrap over particles, {options.bootstrap} rounds, seed "
                       f"{options.seed}"),
         ("Headline", VERDICT_RULE),

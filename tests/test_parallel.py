@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from cryodrgn_amort.checkpoints import read_weights, read_z
+from cryodrgn_amort.checkpoints import read_weights, read_z, write_z
 
 CASES = {
     "vlt": {"encoder": "vlt"},
@@ -21,6 +22,9 @@ CASES = {
     # one particle in the last batch: one process has none of it
     "resumed": {"encoder": "vlt", "num_epochs": 3, "batch_size": 23, "load": "latest"},
 }
+
+
+EVALUATION = {"transforms": ("roll:1", "rotate:90"), "umap": False, "volumes": 2, "labelled": 2}
 
 
 def flags_of(name, flags, folder):
@@ -76,6 +80,31 @@ def test_two_processes_train_what_one_does(name, both):
     assert [log.count("# =====> Epoch") for log in logs] == [logs[0].count("# =====> Epoch")] * 2
 
 
+def test_two_processes_encode_what_one_does(both, plugins):
+    from cryodrgn_amort.evaluation import EvalOptions, evaluate
+    from cryodrgn_amort.runs import load_run
+
+    one, two = both
+    mine = evaluate(load_run(one / "twin", plugins), EvalOptions(**EVALUATION))
+    theirs = read_z(two / "z.pkl", "")
+    np.testing.assert_allclose(theirs[0], mine.results[0].z, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(theirs[1], mine.z, rtol=1e-4, atol=1e-5)
+
+
+def evaluation(folder, plugins):
+    """Keep a copy's latents, and those of the particles, in the place of a z file's two parts."""
+    from cryodrgn_amort.evaluation import EvalOptions, assist, evaluate
+    from cryodrgn_amort.parallel import join
+    from cryodrgn_amort.runs import load_run
+
+    run, options, team = load_run(folder / "twin", plugins), EvalOptions(**EVALUATION), join()
+    if not team.leads:
+        assist(run, options, team)
+        return
+    found = evaluate(run, options, team)
+    write_z(folder / "z.pkl", found.results[0].z, found.z)
+
+
 def worker(plans):
     from cryodrgn_amort.plugins import Plugins
     from cryodrgn_amort.settings import settings_from_flags
@@ -88,6 +117,7 @@ def worker(plans):
         if trainer.model.amort is not None:  # each holds the rows of its own particles
             assert len(trainer.model.amort.weight) == 35
         trainer.fit()
+    evaluation(Path(plans["twin"]["outdir"]).parent, plugins)
     trainer.team.leave()
 
 

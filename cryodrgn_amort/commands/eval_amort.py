@@ -22,6 +22,9 @@ $ cryodrgn eval_amort outs/baseline --truth data
 # The run's inputs have moved since
 $ cryodrgn eval_amort outs/baseline --particles particles.128.mrcs --poses pose.pkl --ctf ctf.pkl
 
+# In several processes that share the encoding: one per GPU, or per CPU socket
+$ torchrun --nproc-per-node 4 -m cryodrgn_amort eval_amort outs/baseline
+
 """
 
 from __future__ import annotations
@@ -82,7 +85,8 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Evaluate, write, and print the main numbers."""
-    from cryodrgn_amort.evaluation import EvalOptions, evaluate
+    from cryodrgn_amort.evaluation import EvalOptions, assist, evaluate
+    from cryodrgn_amort.parallel import join
     from cryodrgn_amort.plugins import load_plugins
     from cryodrgn_amort.report import check_outdir, summary, write_evaluation
     from cryodrgn_amort.runs import load_run
@@ -94,7 +98,13 @@ def main(args: argparse.Namespace) -> None:
     options = EvalOptions(**given)
     run = load_run(folder, load_plugins(), epoch)
     out = check_outdir(outdir or run.folder / f"amort.{run.epoch}")
-    evaluation = evaluate(run, options)
+    team = join()
+    if not team.leads:
+        assist(run, options, team)
+        team.leave()
+        return
+    evaluation = evaluate(run, options, team)
     report = write_evaluation(evaluation, out)
     print(summary(evaluation))
     print(f"Report: {report}")
+    team.leave()
