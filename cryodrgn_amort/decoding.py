@@ -224,7 +224,7 @@ class FastDecoder:
         rows, width = hidden[0].shape
         narrow = features.dtype
         outputs = slope.view(rows, -1)
-        grad = self._buffer("grad", rows, width, narrow)
+        grad = self._buffer(f"grad{len(weights.hidden) % 2}", rows, width, narrow)
         if sums.parameters:
             sums.add_product(-1, outputs.to(narrow), hidden[-1])
             sums.biases[-1] += outputs.sum(0)

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from cryodrgn_amort import metrics
+from cryodrgn_amort.decoding import matrix_products
 from cryodrgn_amort.embeddings import embed
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.metrics import Measure, Neighbours, measure
@@ -43,6 +44,7 @@ _Tables = tuple["Tensor", "Tensor | None", "Tensor | None"]
 _VOXELS_AT_ONCE = 100_000_000  # of decoded volumes: 400 MB
 
 
+@matrix_products()
 def evaluate(run: Run, options: EvalOptions, team: Team | None = None) -> Evaluation:
     """Measure a run. Reads only; writing is ``report.write_evaluation``.
 
@@ -102,6 +104,7 @@ def evaluate(run: Run, options: EvalOptions, team: Team | None = None) -> Evalua
     return result
 
 
+@matrix_products()
 def assist(run: Run, options: EvalOptions, team: Team) -> None:
     """Encode what falls to this process, for another one's ``evaluate``."""
     evaluator, transforms = _prepare(run, options, team)

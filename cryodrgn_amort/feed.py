@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,9 +150,10 @@ class Feed:
                 rows = torch.cat([own, shown.rows(own)]).unique()
             where = np.full(p.n, -1, np.int64)
             where[rows.numpy()] = np.arange(len(rows))
-        size, half = len(p.pixels), len(p.mask) // 2
-        values = len(rows) * size * (2 if others else 1)
-        ctfs = 0 if p.ctf_params is None else len(rows) * (4 * half + -(-size // 8))
+        size, half, shared = len(p.pixels), len(p.mask) // 2, p.prepared
+        values = len(rows) * size * ((shared is None) + others)
+        new_ctfs = shared is None and p.ctf_params is not None
+        ctfs = len(rows) * (4 * half + -(-size // 8)) if new_ctfs else 0
         choices = [  # type, with CTFs, bytes
             (np.dtype(kind), extra > 0, values * np.dtype(kind).itemsize + extra)
             for kind in ("float32", "float16")
@@ -177,22 +178,26 @@ class Feed:
             with tempfile.TemporaryFile(dir=folder) as file:  # gone when this process is
                 return np.memmap(file, dtype, "w+", shape=(len(rows), size))
 
-        store = _Store(make(), None, None, None, where)
+        store = replace(shared, shown=None) if shared else _Store(make(), None, None, None, where)
         if with_ctf:
             store.ctf = np.empty((len(rows), half), np.float32)
             store.flips = np.empty((len(rows), -(-size // 8)), np.uint8)
         if others:
             store.shown = make()
         chunks = torch.arange(len(rows)).split(max(1, _CHUNK_PIXELS // p.D**2))
-        for at in progress(iter(chunks), len(chunks)):
-            self._fill(store, at.numpy(), rows[at])
+        for at in progress(iter(chunks), len(chunks)) if needed else ():
+            self._fill(store, at.numpy(), rows[at], particles=shared is None)
         self._store = store
+        if self.team.size == 1:
+            p.prepared = store
 
-    def _fill(self, store: _Store, at: np.ndarray, index: Tensor) -> None:
+    def _fill(self, store: _Store, at: np.ndarray, index: Tensor, *, particles: bool) -> None:
+        """Preprocess what the encoder is shown, and the ``particles``, unless that was done."""
         p = self.particles
-        store.images[at] = p.centred(index).cpu().numpy()
         ctf = p.ctf(index) if store.ctf is not None or store.shown is not None else None
-        if store.ctf is not None and store.flips is not None and ctf is not None:
+        if particles:
+            store.images[at] = p.centred(index).cpu().numpy()
+        if particles and store.ctf is not None and store.flips is not None and ctf is not None:
             half = p.half(ctf)
             assert half is not None
             store.ctf[at] = half.cpu().numpy()
@@ -311,6 +316,8 @@ class _Reader(torch.utils.data.Dataset[Any]):
         if self.store is not None:
             return whole, self.store.read(index.numpy(), None if rows is None else rows.numpy())
         images = self.images
+        if not len(index):  # all of the batch is other processes'
+            return whole, {"raw": torch.zeros(0, images.D, images.D)}
         read = {"raw": host.preprocess(images, images.src.images(index.numpy()))}
         if rows is not None and self.shown is not None:
             raw = self.shown.raw(index)

@@ -37,6 +37,11 @@ class Team:
         """Whether this process writes, and speaks."""
         return self.rank == 0
 
+    @property
+    def local_size(self) -> int:
+        """How many of the processes are on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
+
     def rows(self, index: Tensor) -> Tensor:
         """Return where a particle stands among the particles of its process."""
         return index if self.size == 1 else index // self.size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -115,6 +115,8 @@ class Particles:
         self.lattice = host.Lattice(self.D, extent=0.5, device=self.device)
         self.mask = self.lattice.get_circular_mask(self.D // 2).nonzero()[:, 0]
         self.whole = whole
+        self.prepared: Any = None
+        """What a ``Feed`` has preprocessed, for further ones of the same particles."""
         self.pixels = torch.arange(self.D**2, device=self.device) if whole else self.mask
         self.rots = torch.from_numpy(rots).to(self.device)
         self.trans = None if trans_px is None else torch.from_numpy(trans_px).to(self.device)

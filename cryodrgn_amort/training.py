@@ -139,7 +139,8 @@ class Trainer:
 
     def _prepare_particles(self, folder: Path | None) -> None:
         settings = self.settings
-        memory = available_memory() // 2 if settings.memory is None else int(settings.memory * 1e9)
+        half = available_memory() // 2 // self.team.local_size
+        memory = half if settings.memory is None else int(settings.memory * 1e9)
         self.feed = Feed(
             self.particles,
             self.shown,

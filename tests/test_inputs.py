@@ -49,7 +49,7 @@ def test_noise_has_the_mean_and_variance_asked_for():
     assert (standard**4).mean() == pytest.approx(3, abs=0.1)  # Gaussian
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def particles(stack):
     return load_particles(ParticleSource(stack.particles, stack.poses, stack.ctf))
 
@@ -108,6 +108,20 @@ def test_what_is_to_be_explained(kept, particles, tmp_path):
     torch.testing.assert_close(batch.rot, particles.rots[:16])
     # the other half of the CTF is the mirror image, as the decoder takes for granted
     torch.testing.assert_close(batch.ctf, ctf.flip(1)[:, : ctf.shape[1] // 2], rtol=0, atol=1e-3)
+
+
+def test_feeds_of_the_same_particles_share_them(stack):
+    particles = load_particles(ParticleSource(stack.particles, stack.poses, stack.ctf))
+    noise = Noise(particles.box, *particles.raw_mean_std, seed=0)
+    first, second, third = (
+        next(iter(Feed(particles, what, memory=10**9).batches(16, shuffle=False)))
+        for what in (EncoderInput(), noise, EncoderInput())
+    )
+    assert torch.equal(first.y, second.y)
+    assert torch.equal(first.image, third.image)
+    alone = load_particles(ParticleSource(stack.particles, stack.poses, stack.ctf))
+    expected = next(iter(Feed(alone, noise, memory=10**9).batches(16, shuffle=False)))
+    assert torch.equal(second.image, expected.image)
 
 
 def test_neither_memory_nor_disk(particles):

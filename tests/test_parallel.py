@@ -17,7 +17,13 @@ CASES = {
     "resid": {"encoder": "resid", "qdim": 12, "beta": 0.5, "checkpoint": 2},
     "twin": {"encoder": "twin", "qdim": 12},
     "noise": {"encoder": "noise", "qdim": 12},
-    "lazy": {"encoder": "twin", "qdim": 12, "lazy": True, "num_workers": 0},
+    "lazy": {
+        "encoder": "twin",
+        "qdim": 12,
+        "lazy": True,
+        "num_workers": 0,
+        "batch_size": 23,
+    },
     "frozen": {"encoder": "vlt", "table_freeze": True},
     # one particle in the last batch: one process has none of it
     "resumed": {"encoder": "vlt", "num_epochs": 3, "batch_size": 23, "load": "latest"},

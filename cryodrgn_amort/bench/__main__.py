@@ -307,8 +307,8 @@ def _facts(bench: Bench) -> dict[str, str]:
     cpu = read_fact("/proc/cpuinfo", "model name") or "unknown CPU"
     load = f"{os.getloadavg()[0]:.1f}"
     return {
-        "Machine": f"{cpu}, {cores()} cores, {bench.threads} threads used "
-        f"(OMP_WAIT_POLICY=passive), no GPU, load before {load}",
+        "Machine": f"{cpu}, {cores()} cores, {bench.threads} threads used, no GPU, "
+        f"load before {load}",
         "Versions": f"torch {version('torch')}, cryodrgn {version('cryodrgn')}, cryodrgn_amort "
         f"{__version__}, Python {sys.version.split()[0]}",
         "Date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
