@@ -147,12 +147,12 @@ class Particles:
 
     def centre(self, y: Tensor, trans_px: Tensor | None) -> Tensor:
         """Shift Hartley images `(B, D, D)` by `(B, 2)` pixels, on the device: `(B, S)`."""
-        kept = y.to(self.device).view(len(y), -1)
+        kept = y.to(self.device).flatten(1)
         kept = kept if self.whole else kept[:, self.pixels]
         if trans_px is None:
             return kept
         shifted: Tensor = self.lattice.translate_ht(kept, trans_px.unsqueeze(1), self.pixels)
-        return shifted.view(len(y), -1)
+        return shifted.flatten(1)
 
     def centred(self, rows: Tensor, raw: Tensor | None = None) -> Tensor:
         """Return centred Hartley images `(B, S)` of ``rows``, or of ``raw`` in their place."""
@@ -166,7 +166,7 @@ class Particles:
         freqs = self.lattice.freqs2d[self.pixels].expand(len(params), -1, 2)
         freqs = freqs / params[:, 0].view(-1, 1, 1)
         ctf: Tensor = host.compute_ctf(freqs, *torch.split(params[:, 1:], 1, 1))
-        return ctf.view(len(params), -1)
+        return ctf.flatten(1)
 
     def ctf(self, rows: Tensor) -> Tensor | None:
         """Evaluate the CTF of ``rows``: `(B, S)`."""
