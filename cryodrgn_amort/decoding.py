@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 from cryodrgn_amort import host
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["PRECISIONS", "FastDecoder", "matrix_products"]
 
@@ -38,8 +41,11 @@ PRECISIONS = {
 """Of the decoder's matrix products. Coordinates, losses, sums and optimizers keep at least fp32."""
 
 _ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}  # pixels at a time: a cache's worth, a GPU's worth
+_FEWEST_ROWS = 256  # below, products are slow
+_WORTH = 5e7  # multiplications in a product
 _HALF_SCALE = 2.0**-9  # of gradients in half precision, whose range is small
 _aten = torch.ops.aten
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -54,6 +60,22 @@ class _Weights:
     hidden: list[Tensor]  # (width, width), residual connections included
     last: Tensor  # (outputs, width)
     biases: list[Tensor]  # of every layer but the first
+
+
+@dataclass
+class _Work:
+    """What is to be done to a batch: the same for all its pieces."""
+
+    weights: _Weights
+    bias: Tensor  # of the first layer, latents included, (B, width)
+    frequencies: Tensor  # of the encoding, turned with each image, (B, 2, features)
+    plane: Tensor  # coordinates (pixels, 2)
+    sign: Tensor | None  # of the coordinates that are evaluated, (B, pixels)
+    target: Tensor  # (B, pixels, outputs)
+    ctf: Tensor | None  # (B, pixels)
+    weight: float  # of a pixel's error
+    scale: float  # of the gradients on their way
+    gradients: tuple[bool, bool]
 
 
 class FastDecoder:
@@ -151,7 +173,6 @@ class FastDecoder:
         weights = self._weights()
         bias = self._latent_bias(weights, z)
         wide, narrow = bias.dtype, weights.first.dtype
-        sums = _Sums(weights, bias, parameters=gradients[1])
         rot = rot.to(wide)
         coords = self._coords.to(wide)
         frequencies = rot[:, :2] @ self._frequencies().to(wide)  # (B, 2, features)
@@ -167,32 +188,73 @@ class FastDecoder:
                 ctf = torch.cat([ctf, ctf.flip(1)], 1)
         weight = 2.0 if self.fourier else 1.0  # each pixel stands for two
         scale = _HALF_SCALE if narrow == torch.float16 else 1.0
+        work = _Work(weights, bias, frequencies, plane, sign, target, ctf, weight, scale, gradients)
+        hands = self._hands(len(z))
+        pieces = list(self._pieces(len(z), hands))
+        hands = min(hands, len(pieces))
+        shares = [pieces[len(pieces) * k // hands : len(pieces) * (k + 1) // hands]
+                  for k in range(hands)]  # fmt: skip
+        results = self._each(partial(self._do, work), shares)
         errors = torch.zeros(len(z), dtype=wide, device=z.device)
-        for images, pixels in self._pieces(len(z)):
-            here = plane[pixels]
-            signed = here if sign is None else sign[images, pixels, None] * here
-            rows = signed.shape[-2] * (images.stop - images.start)
-            phases = self._buffer("phases", rows, frequencies.shape[2], wide)
-            shape = (images.stop - images.start, -1, frequencies.shape[2])
-            torch.matmul(signed, frequencies[images], out=phases.view(shape))
-            features = self._features(phases)
-            hidden = self._forward(weights, features, bias[images])
-            outputs = torch.addmm(weights.biases[-1], hidden[-1], weights.last.T)
-            outputs = outputs.to(wide).view(shape[0], -1, outputs.shape[1])
-            here_ctf = None if ctf is None else ctf[images, pixels, None]
-            residual = outputs if here_ctf is None else outputs * here_ctf
-            residual = residual - target[images, pixels]
-            errors[images] += weight * residual.square().sum((1, 2))
-            if not any(gradients):
-                continue
-            slope = 2 * weight * scale * residual
-            slope = slope if here_ctf is None else slope * here_ctf
-            self._backward(weights, features, hidden, slope, sums, images)
+        sums = _Sums(weights, bias, parameters=gradients[1])
+        for own_errors, own_sums in results:  # in order: the same result every time
+            errors += own_errors
+            sums.add(own_sums)
         if not any(gradients):
             return errors, None, None
         sums.scale(1 / scale)
         by_latent = sums.bias @ weights.latent if gradients[0] else None
         return errors, by_latent, self._by_parameter(sums, z) if gradients[1] else None
+
+    def _do(self, work: _Work, pieces: list[tuple[slice, slice]]) -> tuple[Tensor, _Sums]:
+        """Return the squared errors and the gradients of some pieces."""
+        weights, bias, ctf = work.weights, work.bias, work.ctf
+        errors = bias.new_zeros(len(bias))
+        sums = _Sums(weights, bias, parameters=work.gradients[1])
+        for images, pixels in pieces:
+            here = work.plane[pixels]
+            signed = here if work.sign is None else work.sign[images, pixels, None] * here
+            count = images.stop - images.start
+            features = work.frequencies.shape[2]
+            phases = self._buffer("phases", signed.shape[-2] * count, features, bias.dtype)
+            out = phases.view(count, -1, features)
+            torch.matmul(signed, work.frequencies[images], out=out)
+            encoded = self._features(phases)
+            hidden = self._forward(weights, encoded, bias[images])
+            outputs = torch.addmm(weights.biases[-1], hidden[-1], weights.last.T)
+            outputs = outputs.to(bias.dtype).view(count, -1, outputs.shape[1])
+            here_ctf = None if ctf is None else ctf[images, pixels, None]
+            residual = outputs if here_ctf is None else outputs * here_ctf
+            residual = residual - work.target[images, pixels]
+            errors[images] += work.weight * residual.square().sum((1, 2))
+            if any(work.gradients):
+                slope = 2 * work.weight * work.scale * residual
+                slope = slope if here_ctf is None else slope * here_ctf
+                self._backward(weights, encoded, hidden, slope, sums, images)
+        return errors, sums
+
+    def _hands(self, images: int) -> int:
+        """Return how many threads work side by side, each on pieces of its own.
+
+        That is faster than several threads for each product, which the rest has to wait for, once
+        products take so long that the threads do not wait for the interpreter.
+        """
+        if self._coords.device.type != "cpu":
+            return 1
+        threads = torch.get_num_threads()
+        rows = min(_ROWS["cpu"], images * self.pixels // threads)
+        return threads if rows * len(self.layers[0].weight) ** 2 >= _WORTH else 1
+
+    def _each(self, do: Callable[[Any], _T], shares: list[Any]) -> list[_T]:
+        """Do the shares side by side."""
+        if len(shares) <= 1:
+            return [do(share) for share in shares]
+
+        def alone(share: Any) -> _T:
+            with torch.no_grad():  # of this thread
+                return do(share)
+
+        return list(_pool(torch.get_num_threads()).map(alone, shares))
 
     def _forward(self, weights: _Weights, features: Tensor, bias: Tensor) -> list[Tensor]:
         """Return the activations of every hidden layer, each `(rows, width)`."""
@@ -260,9 +322,10 @@ class FastDecoder:
         near, far = target[:, : self.pixels], target[:, self.pixels :].flip(1)
         return torch.stack([near + far, far - near], 2).mul_(0.5)
 
-    def _pieces(self, images: int) -> Iterator[tuple[slice, slice]]:
+    def _pieces(self, images: int, hands: int) -> Iterator[tuple[slice, slice]]:
         """Cut `(images, pixels)` into several whole images, or parts of one, at a time."""
         most = _ROWS.get(self._coords.device.type, _ROWS["cuda"])
+        most = max(min(most, -(-images * self.pixels // hands)), min(most, _FEWEST_ROWS))
         together = max(1, most // self.pixels)
         parts = -(-self.pixels // most)
         step = -(-self.pixels // parts)
@@ -275,7 +338,7 @@ class FastDecoder:
 
     def _buffer(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """Return `(rows, width)` numbers of any value, the same memory in every call."""
-        key = (name, width, dtype)
+        key = (threading.get_ident(), name, width, dtype)
         found = self._buffers.get(key)
         if found is None or len(found) < rows:
             found = torch.empty(rows, width, dtype=dtype, device=self._coords.device)
@@ -384,11 +447,23 @@ class _Sums:
         else:
             total += torch.mm(grad.T, values)
 
+    def add(self, other: _Sums) -> None:
+        """Add what others have summed up."""
+        mine, theirs = ((s.bias, *s.products, *s.biases) for s in (self, other))
+        for part, more in zip(mine, theirs, strict=True):
+            part += more
+
     def scale(self, factor: float) -> None:
         """Multiply all."""
         if factor != 1:
             for part in (self.bias, *self.products, *self.biases):
                 part *= factor
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Return threads in which PyTorch starts no further ones."""
+    return ThreadPoolExecutor(threads, "decoding", initializer=torch.set_num_threads, initargs=(1,))
 
 
 class _SquaredErrors(torch.autograd.Function):

@@ -120,6 +120,8 @@ def assert_same_step(mine, other, rtol):
 def test_a_step_is_the_hosts(data, stacks, double, monkeypatch):
     draw = data.draw
     monkeypatch.setitem(decoding._ROWS, "cpu", draw(st.sampled_from([7, 60, 100, 4096])))
+    monkeypatch.setattr(decoding, "_FEWEST_ROWS", 7)
+    monkeypatch.setattr(decoding, "_WORTH", draw(st.sampled_from([0, 5e7])))  # several threads
     domain = draw(st.sampled_from(["fourier", "hartley"]))
     pe_type = draw(st.sampled_from(PE_TYPES[:-1] if domain == "fourier" else PE_TYPES))
     box = draw(st.sampled_from([8, 10, 16]))

@@ -61,7 +61,9 @@ def both(stack, tmp_path_factory, plugins):
         text=True,
         check=False,
     )  # fmt: skip
-    assert launched.returncode == 0, "\n".join(x for x in launched.stderr.splitlines() if "Error" in x or "File" in x)
+    assert launched.returncode == 0, "\n".join(
+        x for x in launched.stderr.splitlines() if "Error" in x or "File" in x
+    )
     for name in CASES:
         given = flags_of(name, flags, one)
         Trainer(settings_from_flags(given, plugins), plugins).fit()
