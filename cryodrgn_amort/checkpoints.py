@@ -118,7 +118,7 @@ def read_z(path: str | os.PathLike[str], flag: str) -> tuple[np.ndarray, np.ndar
         raise InputError(f"{flag} {path}: not a z file (two pickled arrays, N x zdim each)")
     if not all(np.isfinite(p).all() for p in parts):
         raise InputError(f"{flag} {path}: holds values that are not finite")
-    return parts[0].astype(np.float32), parts[1].astype(np.float32)
+    return parts[0].astype(np.float32, copy=False), parts[1].astype(np.float32, copy=False)
 
 
 def read_weights(path: str | os.PathLike[str], flag: str) -> dict[str, Any]:

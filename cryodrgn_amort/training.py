@@ -111,14 +111,15 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last epoch, with a checkpoint every ``--checkpoint`` epochs."""
+        beside = (self.folder, *self.folder.absolute().parents)
+        self._prepare_particles(next(path for path in beside if path.is_dir()))
         self.team.wait()  # until all have seen what the folder holds
         if self.team.leads:
             self._prepare_folder()
         try:
-            with _logging_to(self.folder / "run.log", self.settings.verbose, self.team):
-                self._prepare_particles(self.folder)
-                with matrix_products():
-                    self._train()
+            log = _logging_to(self.folder / "run.log", self.settings.verbose, self.team)
+            with log, matrix_products():
+                self._train()
         finally:  # a run that ends before its first checkpoint replaces nothing
             if self.team.leads:
                 self._put_back()

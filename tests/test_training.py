@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from helpers import read_pickles, run_host, write_pickle
 
 from cryodrgn_amort.checkpoints import epochs, read_weights, replacing
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.particles import Particles
 from cryodrgn_amort.training import Trainer
 
 
@@ -242,3 +244,30 @@ def test_every_row_keeps_its_own_pixel_size(stack, tmp_path):
     assert found.dtype == np.float32
     assert found[1, 0] == 8.0
     assert found[0, 0] == 12.0
+
+
+def test_images_that_vanish_leave_no_run(flags, train, tmp_path, monkeypatch):
+    def gone(self, rows):
+        raise InputError("PARTICLES particles.mrcs: images cannot be read")
+
+    monkeypatch.setattr(Particles, "raw", gone)
+    with pytest.raises(InputError, match="cannot be read"):
+        train(flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"precision": "half"}, "--precision half: not one of fp64, fp32, bf16, fp16"),
+        ({"memory": 0.0}, "--memory 0.0: gigabytes are needed"),
+        ({"memory": float("nan")}, "--memory nan"),
+        ({"memory": 1.0, "lazy": True}, "--memory and --lazy exclude each other"),
+        ({"pe_type": "linear_lowf", "pe_dim": 5}, "--pe-dim 5: linear_lowf has 8 and no other"),
+        ({"pe_type": "geom_lowf", "pe_dim": 1}, "--pe-dim 1: geom_lowf needs at least 2"),
+    ],
+)
+def test_flags_of_speed_that_make_no_sense(flags, train, tmp_path, more, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        train(flags, **more)
+    assert not (tmp_path / "run").exists()

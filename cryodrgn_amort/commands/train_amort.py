@@ -82,7 +82,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=argparse.SUPPRESS,
         help="How much preprocessed particles may take in each process: in fp32 if they fit, else\n"
-        "in fp16, else from a temporary file in the output folder (default: half of the free\n"
+        "in fp16, else from a temporary file beside the run (default: half of the free\n"
         "memory)",
     )
     load_plugins().add_train_args(parser)
