@@ -169,9 +169,9 @@ class _Evaluator:
         model: AmortVAE,
         shown: EncoderInput | None,
         known: Known,
-        team: Team,
+        team: Team | None = None,
     ) -> None:
-        self.team = team
+        self.team = team or Team()
         self.run, self.options, self.particles = run, options, particles
         self.model, self.shown, self.known = model, shown, known
         self.clock = _Clock()
