@@ -276,7 +276,8 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         items = iter(self.loader)
         read = next(items, None)  # draws random numbers: not in the thread
-        with ThreadPoolExecutor(1, "read-ahead") as pool:
+        # in that thread PyTorch starts no further ones
+        with ThreadPoolExecutor(1, "read-ahead", torch.set_num_threads, (1,)) as pool:
             while read is not None:
                 coming = pool.submit(next, items, None)
                 yield self.finish(*read)
@@ -292,7 +293,7 @@ class Batches:
 class _Reader(torch.utils.data.Dataset[Any]):
     """Reads what a batch needs. Runs in the loader's worker processes and the read-ahead thread.
 
-    Only NumPy's and the host's CPU code runs there, nothing that would start threads of its own.
+    Holds nothing that lives on a device.
     """
 
     def __init__(
