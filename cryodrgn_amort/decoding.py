@@ -19,18 +19,18 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cryodrgn_amort import host
+from cryodrgn_amort.machine import read_fact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["PRECISIONS", "FastDecoder", "matrix_products"]
+__all__ = ["PRECISIONS", "FastDecoder", "matrix_products", "onednn_error", "use_onednn"]
 
 PRECISIONS = {
     "fp64": torch.float64,
@@ -44,6 +44,7 @@ _ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}  # pixels at a time: a cache's worth, 
 _FEWEST_ROWS = 256  # below, products are slow
 _WORTH = 5e7  # multiplications in a product
 _HALF_SCALE = 2.0**-9  # of gradients in half precision, whose range is small
+_EXACT = 1e-5  # relative error of a float32 product
 _aten = torch.ops.aten
 _T = TypeVar("_T")
 
@@ -491,41 +492,49 @@ class _SquaredErrors(torch.autograd.Function):
         return None, None, None, None, *found
 
 
-@functools.cache
-def _onednn_is_exact_and_faster() -> bool:
-    """Tell whether oneDNN should multiply float32 matrices here.
+def use_onednn(precision: str = "bf16") -> str | None:
+    """Let oneDNN multiply float32 matrices instead of MKL.
 
-    On AMD's processors it is faster than MKL, which PyTorch asks by default. The only switch that
-    reaches it also allows it to round to bfloat16, which it does where the processor has
-    instructions for that alone (AMX); so it is tried.
+    The only switch that reaches it also allows it to round to bfloat16, which it does where the
+    processor has instructions for that alone (AMX): see ``onednn_error``. Returns what undoes it;
+    None where PyTorch has no such switch.
     """
-    try:
-        processors = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return False
-    if "AuthenticAMD" not in processors or not torch.backends.mkldnn.is_available():
-        return False
+    switch: Any = getattr(torch.backends.mkldnn, "matmul", None)  # from PyTorch 2.9
+    if not hasattr(switch, "fp32_precision") or not torch.backends.mkldnn.is_available():
+        return None
+    before: str = switch.fp32_precision
+    switch.fp32_precision = precision
+    return before
+
+
+@functools.cache
+def onednn_error() -> float | None:
+    """Return the largest error of oneDNN's product, relative to the largest entry; None: no switch.
+
+    About 1e-6 in true float32, 1e-3 in bfloat16.
+    """
     generator = torch.Generator().manual_seed(0)
-    a = torch.rand(512, 256, generator=generator)
-    b = torch.rand(256, 256, generator=generator)
-    with _onednn():
-        found = torch.mm(a, b)
-    return bool(((found - a.double() @ b.double()).abs().max() < 1e-3).item())
-
-
-@contextlib.contextmanager
-def _onednn() -> Iterator[None]:
-    switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = switch.fp32_precision
-    switch.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
+    a = torch.randn(512, 256, generator=generator)
+    b = torch.randn(256, 256, generator=generator)
+    before = use_onednn()
+    if before is None:
+        return None
+    found = torch.mm(a, b)
+    use_onednn(before)
+    exact = a.double() @ b.double()
+    return float((found - exact).abs().max() / exact.abs().max())
 
 
 @contextlib.contextmanager
 def matrix_products() -> Iterator[None]:
-    """Multiply float32 matrices by the faster of PyTorch's libraries, as exactly as before."""
-    with _onednn() if _onednn_is_exact_and_faster() else contextlib.nullcontext():
+    """Multiply float32 matrices by the faster of PyTorch's libraries, as exactly as before.
+
+    On AMD's processors that is oneDNN, where PyTorch by itself takes MKL.
+    """
+    amd = read_fact("/proc/cpuinfo", "vendor_id") == "AuthenticAMD"
+    before = use_onednn() if amd and (onednn_error() or 1.0) < _EXACT else None
+    try:
         yield
+    finally:
+        if before is not None:
+            use_onednn(before)

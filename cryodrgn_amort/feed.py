@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,37 +19,19 @@ from cryodrgn_amort.particles import Batch, Part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from cryodrgn_amort.inputs import EncoderInput
     from cryodrgn_amort.particles import Particles
 
-__all__ = ["Feed", "Progress", "available_memory"]
+    Progress = Callable[[Iterator[Any], int], Iterator[Any]]
+
+__all__ = ["Feed"]
 
 logger = logging.getLogger("cryodrgn_amort")
 
-if TYPE_CHECKING:
-    Progress = Callable[[Iterator[Any], int], Iterator[Any]]
-else:
-    Progress = Any
-
 _CHUNK_PIXELS = 1 << 20
 _GB = 1e9
-
-
-def available_memory() -> int:
-    """Return how many bytes of memory are free for this process, cgroup limits included."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line[:12] == "MemAvailable")
-        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
-        for folder in (Path("/sys/fs/cgroup", group), Path("/sys/fs/cgroup")):
-            limit, used = (folder / f"memory.{n}" for n in ("max", "current"))
-            if limit.exists() and limit.read_text().strip() != "max":
-                free = min(free, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError, StopIteration):  # not Linux, or an older kernel
-        pass
-    return max(free, 0)
 
 
 @dataclass

@@ -8,7 +8,9 @@ the result does not depend on their number, but for rounding.
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -77,10 +79,18 @@ class Team:
         return torch.stack(parts, 1).flatten(0, 1)[:n]
 
     def leave(self) -> None:
-        """Say goodbye, when all is done."""
+        """End this process when all is done, if it is one of several.
+
+        Python's own ending is left out: gloo's threads may still let go of tensors then, and crash
+        (pytorch/pytorch#179291; 1 of 23 launches here).
+        """
         if self.size > 1:
             dist.barrier()
             dist.destroy_process_group()
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     def wait(self) -> None:
         """Wait until all processes have come here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import logging
 import os
 import re
@@ -24,7 +25,8 @@ from cryodrgn_amort import __version__, host
 from cryodrgn_amort.checkpoints import OWN_KEY, epochs, read_weights, replacing, write_z
 from cryodrgn_amort.decoding import matrix_products
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.feed import Feed, available_memory
+from cryodrgn_amort.feed import Feed
+from cryodrgn_amort.machine import available_memory
 from cryodrgn_amort.model import build_model
 from cryodrgn_amort.objective import Losses, losses
 from cryodrgn_amort.parallel import Team, join
@@ -100,9 +102,7 @@ class Trainer:
         precision = settings.matmul_precision(self.device.type)
         self.model = build_model(args, self.particles.lattice, amort, precision)
         self._trained = self.model.trained_parameters()
-        self.optimizer = torch.optim.Adam(
-            self._trained, lr=settings.lr, weight_decay=settings.wd, fused=True
-        )
+        self.optimizer = _adam(self._trained, settings)
         self.beta = host.get_beta_schedule(settings.beta_value())
         self.epoch = 0
         self._random: dict[str, Any] = {}
@@ -480,6 +480,14 @@ class Trainer:
     def _bar(self, items: Iterator[Any], what: str, total: int) -> Iterator[Any]:
         silent = not (_on_terminal() and self.team.leads)
         return iter(tqdm(items, what, total, leave=False, disable=silent))
+
+
+def _adam(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Adam:
+    adam = functools.partial(torch.optim.Adam, parameters, lr=settings.lr, weight_decay=settings.wd)
+    try:
+        return adam(fused=True)
+    except RuntimeError:  # before PyTorch 2.4 not on CPUs
+        return adam()
 
 
 def _keep_own_rows(encoder: Encoder, team: Team) -> None:

@@ -19,13 +19,13 @@ from cryodrgn_amort.bench.__main__ import Bench, Section, ratio, render
 from cryodrgn_amort.bench.processes import (
     Failed,
     Finished,
-    available_bytes,
     environment,
     run_command,
     take_turns,
     working,
 )
 from cryodrgn_amort.bench.sizes import FULL, QUICK, Shape, variants
+from cryodrgn_amort.machine import available_memory
 
 ENV = environment(1)
 
@@ -98,7 +98,7 @@ def test_a_command_is_measured_from_start_to_end():
     code = "import time; x = bytearray(200_000_000); time.sleep(0.3)"
     finished = run_command([sys.executable, "-c", code], ENV)
     assert 0.3 < finished.seconds < 30
-    assert 200e6 < finished.peak_bytes < available_bytes()
+    assert 200e6 < finished.peak_bytes < available_memory()
 
 
 def test_what_measures_memory_is_thin():
@@ -205,7 +205,7 @@ def test_mistakes_are_one_line(argv, said, capsys):
 
 
 def test_what_does_not_fit_into_memory_is_left_out_and_said(monkeypatch):
-    monkeypatch.setattr(bench, "available_bytes", lambda: 2**30)
+    monkeypatch.setattr(bench, "available_memory", lambda: 2**30)
     sizes = replace(QUICK, shapes=(Shape(128, 1024, 64),), table_rows=(10**7,))
     a_bench = Bench(sizes, 1, 0.01, 1, 1)
     assert "128 / 1024 / 64 left out: needs 42 GiB." in a_bench.step()[0].notes

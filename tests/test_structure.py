@@ -35,7 +35,7 @@ LAYERS = [  # each may import from those below it
     {"sources", "feed"},
     {"particles", "metrics", "objective", "parallel", "decoding"},
     {"checkpoints", "host"},
-    {"errors"},
+    {"errors", "machine"},
 ]
 
 

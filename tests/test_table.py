@@ -162,6 +162,8 @@ def test_a_step_never_waits_for_the_device():
         table = LookupTable(torch.zeros(6, 2), torch.zeros(6, 2), lr=0.1)
         for _ in range(2):
             visit(table, [1, 2], torch.ones(2, 4))
+    assert table.weight.is_meta
+    assert table.adam.t == 2
 
 
 def test_only_the_rows_of_the_batch_get_a_gradient():

@@ -33,10 +33,8 @@ from cryodrgn_amort.bench.processes import (
     Failed,
     Finished,
     Worker,
-    available_bytes,
     cores,
     environment,
-    read_fact,
     run_command,
     say,
     stack,
@@ -56,6 +54,7 @@ from cryodrgn_amort.bench.sizes import (
 )
 from cryodrgn_amort.definitions import number
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.machine import available_memory, read_fact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -155,7 +154,7 @@ class Bench:
         with working(self.env, "gemm_error") as checking:
             for shape in self.sizes.shapes:
                 say(f"step {shape}")
-                if available_bytes() < shape.bytes_needed:
+                if available_memory() < shape.bytes_needed:
                     needed = shape.bytes_needed / GIB
                     notes.append(f"{shape} left out: needs {needed:.0f} GiB.")
                     continue
@@ -216,7 +215,7 @@ class Bench:
         for n in self.sizes.table_rows:
             say(f"table of {n:,} rows")
             needed = 16 * 2 * ZDIM * 4 * n + GIB  # copies that the three hold together
-            if available_bytes() < needed:
+            if available_memory() < needed:
                 section.notes.append(f"{n:,} rows left out: need {needed / GIB:.0f} GiB.")
                 continue
             with contextlib.ExitStack() as opened:

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 __all__ = [
-    "Failed", "Finished", "Worker", "available_bytes", "cores", "environment", "read_fact",
+    "Failed", "Finished", "Worker", "cores", "environment",
     "run_command", "say", "stack", "take_turns", "working",
 ]  # fmt: skip
 
@@ -191,22 +190,6 @@ def run_command(argv: Sequence[str], env: Mapping[str, str]) -> Finished:
         if process.returncode:
             raise Failed(_last_line(log, process.returncode))
     return Finished(seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-
-
-def available_bytes() -> float:
-    """Return the memory that is free for use; without limit where that is not known."""
-    known = read_fact("/proc/meminfo", "MemAvailable")
-    return 1024.0 * int(known.split()[0]) if known else float("inf")
-
-
-def read_fact(path: str, name: str) -> str | None:
-    """Return the first value of that name in a file of lines ``name: value``, if there is one."""
-    with contextlib.suppress(OSError):
-        for line in Path(path).read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == name:
-                return value.strip()
-    return None
 
 
 def cores() -> int:

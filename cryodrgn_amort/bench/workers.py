@@ -29,15 +29,11 @@ _MISSED = 200
 """Steps before a flush: more change nothing, momentum has died away by then."""
 
 
-def use_onednn() -> None:
-    """Let oneDNN multiply matrices instead of MKL.
+def _use_onednn() -> None:
+    from cryodrgn_amort.decoding import use_onednn
 
-    It may round float32 to bfloat16, and does on machines with AMX; see ``gemm_error``.
-    """
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if matmul is None or not hasattr(matmul, "fp32_precision"):
+    if use_onednn() is None:
         raise InputError(f"torch {torch.__version__} has no switch to oneDNN; 2.9 has")
-    matmul.fp32_precision = "bf16"
 
 
 def host_steps(*, onednn: bool, **arguments: Any) -> Iterator[int]:
@@ -45,7 +41,7 @@ def host_steps(*, onednn: bool, **arguments: Any) -> Iterator[int]:
     from cryodrgn_amort import host
 
     if onednn:
-        use_onednn()
+        _use_onednn()
     return host.training_steps(**arguments)
 
 
@@ -91,7 +87,7 @@ def floor_steps(*, box: int, width: int, layers: int, gemm: str) -> Iterator[int
         "mkl" or "onednn", both float32, or "bf16".
     """
     if gemm == "onednn":
-        use_onednn()
+        _use_onednn()
     dtype = torch.bfloat16 if gemm == "bf16" else torch.float32
     h, encoded = half_plane(box), features(box)
 
@@ -197,17 +193,10 @@ STACK_FILES = {"particles": "particles.mrcs", "poses": "poses.pkl", "ctf": "ctf.
 
 
 def gemm_error() -> dict[str, float | None]:
-    """Return the largest error of a float32 product by oneDNN, relative to the largest entry.
+    """Return ``onednn_error``."""
+    from cryodrgn_amort.decoding import onednn_error
 
-    None where torch cannot be told to use it.
-    """
-    a, b = torch.randn(512, 256), torch.randn(256, 256)
-    try:
-        use_onednn()
-    except InputError:
-        return {"error": None}
-    exact = a.double() @ b.double()
-    return {"error": float((a @ b - exact).abs().max() / exact.abs().max())}
+    return {"error": onednn_error()}
 
 
 TASKS: dict[str, Callable[..., Iterator[int]]] = {
