@@ -101,6 +101,16 @@ def test_a_command_is_measured_from_start_to_end():
     assert 200e6 < finished.peak_bytes < available_memory()
 
 
+def test_a_command_is_stopped_when_it_says_so():
+    code = "print('ready', flush=True); import time; time.sleep(60)"
+    finished = run_command([sys.executable, "-c", code], ENV, until="ready")
+    assert finished.seconds < 30
+    with pytest.raises(Failed, match=r"^never \(exit code 3\)$"):
+        run_command(
+            [sys.executable, "-c", "print('never'); raise SystemExit(3)"], ENV, until="ready"
+        )
+
+
 def test_what_measures_memory_is_thin():
     code = (
         "import sys, cryodrgn_amort.bench.__main__\n"
@@ -156,9 +166,9 @@ def test_commands_are_what_they_are_called(tmp_path):
         assert common.items() <= theirs.items()
         assert common.items() <= ours.items()
         assert not theirs["amp"]
-        assert ours.get("pe_dim") == theirs["pe_dim"]
         width, layers = ("pdim", "players") if command.host == "train_vae" else ("dim", "layers")
         assert (ours["pdim"], ours["players"]) == (theirs[width], theirs[layers])
+        assert ours.get("log_interval", 1000) == theirs["log_interval"]
         assert ours.get("encoder") == ("vlt" if command.host == "train_dec" else None)
 
 
@@ -166,7 +176,8 @@ def test_whole_commands_become_rows(monkeypatch):
     def stack(env, n, box):
         return contextlib.nullcontext({"particles": "p", "poses": "o", "ctf": "c"})
 
-    def run(argv, env):
+    def run(argv, env, until):
+        assert until is None
         if "bf16" in argv:
             raise Failed("no bf16 here")
         return Finished(30.0 if "train_vae" in argv else 10.0, 2**20)

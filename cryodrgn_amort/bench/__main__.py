@@ -245,7 +245,9 @@ class Bench:
     def memory(self) -> list[Section]:
         """Measure the memory of whole commands."""
         section = self._commands("Memory of whole commands", self.sizes.memory)
-        section.notes.append("A tiny network and encoding (`--pe-dim`): the particles dominate.")
+        section.notes.append(
+            f"Batch {BATCH}. Stopped when the training is under way: no end, no checkpoint."
+        )
         return [section]
 
     def _commands(
@@ -282,7 +284,7 @@ class Bench:
         """Run a command of the host or ours; what it writes is thrown away."""
         with tempfile.TemporaryDirectory(prefix="cryodrgn-amort-bench-") as folder:
             argv = [*prefix, *command.argv(who, files, f"{folder}/run"), *more]
-            return run_command(argv, self.env)
+            return run_command(argv, self.env, command.until)
 
 
 def _speed(rates: Mapping[str, Sequence[float]], name: str) -> str:

@@ -168,8 +168,13 @@ class Finished:
     peak_bytes: int
 
 
-def run_command(argv: Sequence[str], env: Mapping[str, str]) -> Finished:
-    """Run a command to its end.
+def run_command(argv: Sequence[str], env: Mapping[str, str], until: str | None = None) -> Finished:
+    """Run a command to its end, or until it says something.
+
+    Parameters
+    ----------
+    until
+        Text in what it prints at which it is killed.
 
     Raises
     ------
@@ -179,17 +184,31 @@ def run_command(argv: Sequence[str], env: Mapping[str, str]) -> Finished:
     with tempfile.TemporaryFile("w+") as log:
         began = time.perf_counter()
         process = subprocess.Popen(argv, stdout=log, stderr=log, text=True, env=dict(env))
+        reached = False
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            while True:
+                ended, status, usage = os.wait4(process.pid, 0 if until is None else os.WNOHANG)
+                if ended:
+                    break
+                time.sleep(0.1)
+                reached = until is not None and until in _text(log)
+                if reached:
+                    process.kill()
+                    until = None
         except BaseException:
             process.kill()
             process.wait()
             raise
         seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        if process.returncode and not reached:
             raise Failed(_last_line(log, process.returncode))
     return Finished(seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+
+def _text(log: IO[str]) -> str:
+    """Read what was printed; the place where the process writes is shared with it."""
+    return os.pread(log.fileno(), 2**20, 0).decode(errors="replace")
 
 
 def cores() -> int:

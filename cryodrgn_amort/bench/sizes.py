@@ -42,10 +42,16 @@ class Command:
     width: int
     layers: int = 3
     epochs: int = 1
-    pe_dim: int | None = None
+    images: int | None = None
+    """So many are trained on before it is stopped; None: to the end."""
 
     def __str__(self) -> str:
         return f"{self.n:,} of {self.box} px, {self.layers} x {self.width}"
+
+    @property
+    def until(self) -> str | None:
+        """What host and ours print when it is to be stopped."""
+        return None if self.images is None else f"[{self.images}/{self.n} "
 
     def argv(self, command: str, files: Mapping[str, str], outdir: str) -> list[str]:
         """Return the arguments of the training by ``command``, without a run of ``analyze``."""
@@ -55,8 +61,8 @@ class Command:
         else:
             network = ["--dec-layers", layers, "--dec-dim", width]
             network += [] if table else ["--enc-layers", layers, "--enc-dim", width]
-        if self.pe_dim is not None:
-            network += ["--pe-dim", str(self.pe_dim)]
+        if self.images is not None:
+            network += ["--log-interval", str(self.images)]
         mode = ["--encoder", "vlt"] if table else []
         if command == self.host:
             mode = ["--no-amp"]
@@ -79,7 +85,6 @@ class Sizes:
     seconds: float
 
 
-_TINY = {"layers": 1, "width": 16, "pe_dim": 2}
 FULL = Sizes(
     shapes=(
         Shape(64, 256, 16), Shape(64, 256, 64), Shape(128, 256, 16), Shape(128, 256, 64),
@@ -90,7 +95,10 @@ FULL = Sizes(
         Command("train_vae", 1000, 64, 256), Command("train_dec", 1000, 64, 256),
         Command("train_dec", 100_000, 32, 32, layers=2),
     ),
-    memory=(Command("train_vae", 10_000, 128, **_TINY), Command("train_dec", 10_000, 128, **_TINY)),
+    memory=(
+        Command("train_vae", 10_000, 128, 256, images=8 * BATCH),
+        Command("train_dec", 10_000, 128, 256, images=8 * BATCH),
+    ),
     rounds=3,
     seconds=1.0,
 )  # fmt: skip
@@ -98,7 +106,7 @@ QUICK = Sizes(
     shapes=(Shape(16, 16, 4, layers=1),),
     table_rows=(1000,),
     commands=(Command("train_vae", 32, 16, 16, layers=1),),
-    memory=(Command("train_dec", 32, 16, 16, layers=1),),
+    memory=(Command("train_dec", 64, 16, 16, layers=1, images=2 * BATCH),),
     rounds=1,
     seconds=0.01,
 )
