@@ -19,6 +19,7 @@ _COMMANDS = {
     "simulate_amort": "simulate particles with known heterogeneity",
     "train_amort": "train with any encoder: network, lookup table, evil twin, noise, plugins'",
     "eval_amort": "measure how far a run's encoder can be trusted",
+    "infer_amort": "fit latents particle by particle, for a run's own particles or new ones",
     "compare_amort": "compare finished runs of the same particles",
     "time_amort": "time the training step of several runs, side by side",
     "study_amort": "run a whole study: every recipe, every figure, one report",

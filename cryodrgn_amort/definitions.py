@@ -89,6 +89,67 @@ DEFINITIONS = {
         "1 minus the mean Fourier shell correlation of the volumes decoded for a particle and for "
         "its copy. Null: two particles.",
     ),
+    "amortization_gap": Definition(
+        "Amortization gap",
+        "By how much the ELBO of a posterior that was fitted to a particle alone is above that of "
+        "the encoder's answer, or of its row of the table, with the same decoder; mean over the "
+        "sampled particles.",
+        "nats per particle",
+    ),
+    "generalisation_gap": Definition(
+        "Generalisation gap",
+        "The amortization gap of particles that were held out, minus that of as many that were "
+        "trained on: what is lost because the encoder never saw them.",
+        "nats per particle",
+    ),
+    "held_out_score": Definition(
+        "Held-out score",
+        "Of the fit to the images of held-out particles that fitted latents gain over one latent "
+        "for all, the share that the encoder's latents gain. 0: the encoder is no better than a "
+        "constant; below: worse.",
+    ),
+    "approximation_gap": Definition(
+        "Approximation gap",
+        "By how much an importance-weighted bound of log p(x), with 64 samples, is above the ELBO "
+        "of the fitted posterior: what is lost because posteriors are Gaussians without "
+        "correlations. A lower estimate.",
+        "nats per particle",
+    ),
+    "converged": Definition(
+        "Converged", "Share of the fitted particles whose ELBO had stopped improving."
+    ),
+    "class_knn_encoder": Definition(
+        "Class kNN, encoder",
+        "Share of held-out particles whose class is that of most of the 15 training particles "
+        "nearest to the encoder's latent. Null: guessing by class size.",
+    ),
+    "class_knn_fitted": Definition(
+        "Class kNN, fitted", "The same with the fitted latents: what the decoder makes possible."
+    ),
+    "noise_swap_signal": Definition(
+        "Noise swap, signal",
+        "Latent correlation of a particle with a made-up image: its own noise-free projection in "
+        "the noise of another particle, as the encoder was shown that. 1: it sees the signal.",
+    ),
+    "noise_swap_noise": Definition(
+        "Noise swap, noise",
+        "The same with the latents of the particle whose noise it is. 1: the encoder recognises "
+        "the noise.",
+    ),
+    **{
+        f"nuisance_leak_{name}": Definition(
+            f"Nuisance leak, {title}",
+            f"Share of the variance of the {what} that the mean of the 15 nearest neighbours in "
+            "latent space explains. Null: particles shuffled. Above it, the latents hold what "
+            "they should not.",
+        )
+        for name, title, what in (
+            ("view", "view", "direction of view"),
+            ("inplane", "in-plane angle", "in-plane angle"),
+            ("defocus", "defocus", "defocus"),
+            ("shift", "shift", "shift"),
+        )
+    },
     "active_units": Definition(
         "Active units",
         "Latent dimensions whose posterior means vary over particles (variance above 0.01).",

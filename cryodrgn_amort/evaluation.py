@@ -16,9 +16,11 @@ from cryodrgn_amort import metrics
 from cryodrgn_amort.decoding import matrix_products
 from cryodrgn_amort.embeddings import embed
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.gaps import fit_results
 from cryodrgn_amort.metrics import Measure, Neighbours, measure
 from cryodrgn_amort.parallel import Team
 from cryodrgn_amort.particles import Batch
+from cryodrgn_amort.posteriors import Fitter
 from cryodrgn_amort.results import MODES, EvalOptions, Evaluation, TransformResult
 from cryodrgn_amort.truth import load_known, volume_errors, volume_fve
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.inputs import EncoderInput
     from cryodrgn_amort.model import AmortVAE
     from cryodrgn_amort.particles import Particles
+    from cryodrgn_amort.results import FitResult
     from cryodrgn_amort.runs import Run
     from cryodrgn_amort.transforms import Transform
     from cryodrgn_amort.truth import Known, Truth
@@ -86,6 +89,7 @@ def evaluate(run: Run, options: EvalOptions, team: Team | None = None) -> Evalua
         z=z,
         logvar=logvar,
         apix=1.0 if particles.ctf_params is None else float(particles.ctf_params[0, 0]),
+        index=np.arange(particles.n) if particles.ind is None else particles.ind,
         measures=measures,
         labelled=labelled,
         volumes=volumes[: len(labelled)],
@@ -98,6 +102,9 @@ def evaluate(run: Run, options: EvalOptions, team: Team | None = None) -> Evalua
         result.kl_per_dimension = metrics.kl_by_dimension(z, logvar).mean(0)
     if copies:
         result.results = evaluator.results(z, logvar, transforms, copies, volumes, losses, near)
+    if options.fit and not run.autodecoder:  # that has no posteriors
+        with clock.stage("fits"):
+            result.fits = evaluator.fits()
     with clock.stage("embeddings"):
         result.embeddings = embed(result)
     logger.info(f"Evaluated in {clock}")
@@ -112,11 +119,28 @@ def assist(run: Run, options: EvalOptions, team: Team) -> None:
         evaluator.encode(transforms)
 
 
+def _moved(options: EvalOptions) -> dict[str, str | None]:
+    """Return where the run's inputs are now."""
+    return {n: getattr(options, n) for n in ("particles", "poses", "ctf", "ind", "datadir")}
+
+
+def _labels_like(known: Known, options: EvalOptions, held: Particles) -> dict[str, np.ndarray]:
+    """Return the classes of held-out particles, numbered as those of the others."""
+    try:
+        theirs = load_known(options, held)
+    except InputError:  # labels of the training particles alone
+        return {}
+    names = {name: number for number, name in enumerate(known.label_names)}
+    if theirs.labels is None or not names.keys() >= set(theirs.label_names):
+        return {}
+    numbers = np.array([names[name] for name in theirs.label_names])
+    return {"held-out": numbers[theirs.labels]}
+
+
 def _prepare(
     run: Run, options: EvalOptions, team: Team
 ) -> tuple[_Evaluator, list[tuple[str, Transform]]]:
-    moved = {n: getattr(options, n) for n in ("particles", "poses", "ctf", "ind", "datadir")}
-    particles = run.particles(**moved)
+    particles = run.particles(**_moved(options))
     if particles.n < 2:
         raise InputError(f"RUN {run.folder}: one particle alone has none to be compared with")
     names = dict.fromkeys(options.transforms)  # each once, in order
@@ -246,11 +270,13 @@ class _Evaluator:
         return rot, trans, p.ctf_of(params)
 
     def _posterior(self, index: Tensor, hartley: Tensor, tables: _Tables) -> Tensor:
+        return torch.cat(self.model.posterior(self._batch(index, hartley, tables)), 1).float()
+
+    def _batch(self, index: Tensor, hartley: Tensor, tables: _Tables) -> Batch:
         rot, trans, ctf = tables
         p = self.particles
         y = p.centre(hartley, trans)
-        batch = Batch(index, p.masked(y), p.flip(y, ctf), rot, p.half(ctf))
-        return torch.cat(self.model.posterior(batch), 1).float()
+        return Batch(index, p.masked(y), p.flip(y, ctf), rot, p.half(ctf))
 
     @torch.no_grad()
     def reconstruction(
@@ -274,6 +300,62 @@ class _Evaluator:
                 # in units of the noise's standard deviation (the host's normalisation): nats
                 found[name].append(model.squared_errors(batch, latent)[1].cpu().numpy() / 2)
         return {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
+
+    def fits(self) -> list[FitResult]:
+        """Fit posteriors to some particles, and to some that were held out."""
+        run, options, seed = self.run, self.options, self.options.seed
+        fitters = {"training": Fitter(run, self.particles, own=True, seed=seed)}
+        labels = {} if self.known.labels is None else {"training": self.known.labels}
+        held = run.held_out(**_moved(options))
+        if held is not None:
+            fitters["held-out"] = Fitter(run, held, own=False, seed=seed)
+            if labels:
+                labels |= _labels_like(self.known, options, held)
+        return fit_results(run, options, fitters, labels, _bar)
+
+    def nuisance_leaks(self, near: Neighbours) -> list[Measure]:
+        """Measure what neighbours in latent space tell of pose, defocus and shift."""
+        p, seed = self.particles, self.options.seed
+        opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": seed}
+        trans, ctf = (None if t is None else t.cpu().numpy() for t in (p.trans, p.ctf_params))
+        mixed = np.random.default_rng(seed).permutation(p.n)
+        found = []
+        for name, values in metrics.nuisances(p.rots.cpu().numpy(), trans, ctf).items():
+            told, other = (metrics.knn_coordinate(near.own, v) for v in (values, values[mixed]))
+            truth = values[near.rows]
+            null = metrics.coordinate_r2(other, values[mixed][near.rows])
+            found.append(
+                measure(f"nuisance_leak_{name}", metrics.coordinate_r2, told, truth,
+                        null=null, ideal=0.0, **opts)
+            )  # fmt: skip
+        return found
+
+    @torch.no_grad()
+    def noise_swap(self, z: np.ndarray) -> list[Measure]:
+        """Encode the signal of each sampled particle in the noise of another.
+
+        The noise is that which the encoder was shown: centred and phase-flipped with its own image.
+        """
+        truth, p, rows = self.known.truth, self.particles, self.sample
+        if truth is None or self.shown is None or not self.run.shows_particles:
+            return []
+        opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": self.options.seed}
+        noisy, parts = np.roll(rows, 1), []
+        both = torch.from_numpy(np.stack([rows, noisy], 1))
+        for index, other in (pair.unbind(1) for pair in both.split(self.options.batch_size)):
+            signal = self._batch(index, p.hartley(truth.clean(p, index)), self._tables(index, None))
+            noise = p.hartley(p.raw(other)) - p.hartley(truth.clean(p, other))
+            shown = self._batch(other, noise, self._tables(other, None)).image
+            assert signal.image is not None
+            assert shown is not None
+            signal.image = signal.image + shown
+            parts.append(torch.cat(self.model.posterior(signal), 1))
+        swapped = torch.cat(parts)[:, : z.shape[1]].cpu().numpy()
+        return [
+            measure(f"noise_swap_{name}", metrics.latent_correlation, z[at], swapped,
+                    null=0.0, ideal=ideal, **opts)
+            for name, at, ideal in (("signal", rows, 1.0), ("noise", noisy, 0.0))
+        ]  # fmt: skip
 
     def decode(self, z: np.ndarray) -> np.ndarray:
         """Decode volumes `(M, box, box, box)` as ``cryodrgn eval_vol`` does."""
@@ -323,8 +405,9 @@ class _Evaluator:
             )  # fmt: skip
         if truth is not None:
             more, more_arrays = self._truth_measures(z, truth)
-            found += more
+            found += more + self.noise_swap(z)
             arrays |= more_arrays
+        found += self.nuisance_leaks(near)
         return {m.name: m for m in found}, arrays
 
     def _truth_measures(

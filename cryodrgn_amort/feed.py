@@ -186,6 +186,11 @@ class Feed:
             image = p.centred(index, self.shown.raw(index))
             store.shown[at] = p.flip(image, ctf).cpu().numpy()
 
+    def read(self, index: Tensor) -> Batch:
+        """Return some particles, by their positions in the data set `(B,)`."""
+        reader = _Reader(self.particles, self.shown, self._store, self.team)
+        return self._batch(*reader[index.tolist()])
+
     def batches(
         self,
         batch_size: int,

@@ -30,9 +30,11 @@ __all__ = [
     "aggregate_kl",
     "class_knn",
     "coordinate_r2",
+    "difference_of_means",
     "displacement",
     "displacement_sigma",
     "fsc",
+    "gained_share",
     "kl_by_dimension",
     "kmeans_ari",
     "knn_labels",
@@ -45,6 +47,7 @@ __all__ = [
     "measure",
     "memorisation",
     "neighbourhood",
+    "nuisances",
     "procrustes_disparity",
     "ratio_of_means",
     "retrieval_rank",
@@ -189,20 +192,26 @@ def looked_up(n: int, seed: int = 0) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(n)[:MOST_QUERIES])
 
 
-def retrieval_rank(z: np.ndarray, moved: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+def retrieval_rank(
+    z: np.ndarray,
+    moved: np.ndarray,
+    rows: np.ndarray | None = None,
+    others: np.ndarray | None = None,
+) -> np.ndarray:
     """Fraction of the other particles that are nearer to ``moved[i]`` than z[i] is.
 
-    For each of ``rows``, `(M,)`, or of all. Null 0.5, ideal 0. A tie counts half, so that latents
-    which are all the same (a collapsed encoder) get the null. Works in blocks of fixed size.
+    For each of ``rows``, `(M,)`, or of all; among all particles, or a random sample ``others``.
+    Null 0.5, ideal 0. A tie counts half, so that latents which are all the same (a collapsed
+    encoder) get the null. Works in blocks of fixed size.
     """
     rows = np.arange(len(z)) if rows is None else rows
-    n = len(z)
+    others = np.arange(len(z)) if others is None else others
     z, moved = np.asarray(z, np.float64), np.asarray(moved, np.float64)[rows]
     centre = z.mean(0)
     z, moved = z - centre, moved - centre
     norms = (z**2).sum(1)
     # squared distances, but for a summand that is the same for all j, as one matrix product
-    reference = torch.from_numpy(np.column_stack([z, norms]).T.copy())
+    reference = torch.from_numpy(np.column_stack([z, norms])[others].T.copy())
     queries = torch.from_numpy(np.column_stack([-2 * moved, np.ones(len(rows))]))
     own = torch.from_numpy(norms[rows] - 2 * (moved * z[rows]).sum(1))[:, None]
     largest = float(norms.max() + (moved**2).sum(1).max())
@@ -218,8 +227,9 @@ def retrieval_rank(z: np.ndarray, moved: np.ndarray, rows: np.ndarray | None = N
             # -1: nearer than the own one, 0: as near, 1: farther
             torch.ops.aten.hardshrink(found, rounding, out=found)
             signs[part] += found.sign_().sum(1)
-    nearer_and_half_of_equal = (n - signs) / 2 - 0.5  # the own one is as near as itself
-    rank: np.ndarray = nearer_and_half_of_equal.numpy() / max(n - 1, 1)
+    among = np.isin(rows, others).astype(float)  # the own one is as near as itself
+    nearer_and_half_of_equal = (len(others) - signs.numpy() - among) / 2
+    rank: np.ndarray = nearer_and_half_of_equal / np.maximum(len(others) - among, 1)
     return rank
 
 
@@ -347,8 +357,8 @@ def class_knn(neighbours: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> n
 
 
 def coordinate_r2(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """R^2 of a predicted coordinate. Null 0, ideal 1."""
-    return float(1 - ((truth - predicted) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
+    """R^2 of a predicted coordinate, `(M,)` or `(M, d)`. Null 0, ideal 1."""
+    return float(1 - ((truth - predicted) ** 2).sum() / ((truth - truth.mean(0)) ** 2).sum())
 
 
 def knn_coordinate(neighbours: np.ndarray, coordinate: np.ndarray) -> np.ndarray:
@@ -369,6 +379,42 @@ def loss_fraction(moved: np.ndarray, original: np.ndarray, constant: np.ndarray)
     Null 1 or more, ideal 0.
     """
     return float((moved - original).mean() / (constant - original).mean())
+
+
+def gained_share(gained: np.ndarray, possible: np.ndarray) -> float:
+    """Share of what could be gained that is; both in nats per particle, `(M,)`.
+
+    Null 0, ideal 1. With the gains of the encoder's latents and of fitted ones over one latent for
+    all, on particles never seen, this is the held-out score (GEN).
+    """
+    return float(gained.sum() / possible.sum())
+
+
+def difference_of_means(values: np.ndarray, reference: np.ndarray) -> float:
+    """Difference of two means over as many particles."""
+    return float(values.mean() - reference.mean())
+
+
+def nuisances(
+    rots: np.ndarray, trans_px: np.ndarray | None, ctf: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Return what the latents should not know, by name: each `(N, d)`.
+
+    Parameters
+    ----------
+    rots, trans_px, ctf
+        `(N, 3, 3)`, `(N, 2)` or None, CTF parameters `(N, 8)` or None. An image is the projection
+        along the third row of its rotation, which is the direction of view; turning the image
+        turns the first two entries of the third column.
+    """
+    turned = rots[:, :2, 2]
+    size = np.linalg.norm(turned, axis=1, keepdims=True)
+    found = {"view": rots[:, 2], "inplane": turned / np.maximum(size, 1e-6)}
+    if ctf is not None:
+        found["defocus"] = ctf[:, 1:3].mean(1, keepdims=True)
+    if trans_px is not None:
+        found["shift"] = trans_px
+    return {name: values for name, values in found.items() if (values != values[0]).any()}
 
 
 def memorisation(homogeneous: np.ndarray, run: np.ndarray, real: np.ndarray) -> float:

@@ -45,6 +45,15 @@ class Batch:
     ctf: Tensor | None
     part: Part | None = None
 
+    def of(self, places: Tensor) -> Batch:
+        """Return some of the particles, by their places `(M,)` in the batch."""
+        rest = (self.y, self.image, self.rot, self.ctf)
+        at = places.to(self.y.device)
+        y, image, rot, ctf = (None if part is None else part[at] for part in rest)
+        assert y is not None
+        assert rot is not None
+        return Batch(self.index[places.cpu()], y, image, rot, ctf)
+
     @property
     def rows(self) -> Tensor:
         """Where this process keeps numbers of these particles, `(B,)`; the index, if it is one."""
@@ -110,6 +119,8 @@ class Particles:
     ) -> None:
         self.images = images
         self.ind = ind
+        self.held_out: np.ndarray | None = None
+        """Positions in the stack of what training leaves out; None: nothing is left out."""
         self.n, self.D, self.box = images.N, images.D, images.D - 1
         self.device = torch.device(device)
         self.lattice = host.Lattice(self.D, extent=0.5, device=self.device)

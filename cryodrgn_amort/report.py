@@ -29,6 +29,7 @@ from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.metrics import MOST_QUERIES
 from cryodrgn_amort.pages import Picture, environment, picture
 from cryodrgn_amort.pictures import pictures_of
+from cryodrgn_amort.trust import STABLE, write_trust
 from cryodrgn_amort.truth import fve_radius
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ _MAIN = ("retrieval_rank", "latent_correlation", "amortization_loss_fraction", "
 # What an earlier evaluation may have left, and a later one without that transform must remove.
 _OURS = re.compile(
     r"vol\.\d+(\..+)?\.mrc|.+\.(held|follow)\.pkl|(latents|ranks|map\..+)\.(png|pdf)"
-    r"|(reconstruction|neighbourhood|per_image_fsc)\.pkl"
+    r"|(reconstruction|neighbourhood|per_image_fsc|gap|trust|ind_(un)?stable)\.pkl|trust\.csv"
 )
 
 
@@ -142,6 +143,8 @@ def summary(evaluation: Evaluation) -> str:
     for result in evaluation.results:
         shown = [result.measures[name] for name in _MAIN if name in result.measures]
         rows += [(result.name, result.mode, *text_row(m)) for m in shown]
+    rows += [(f"fit, {f.weight} beta", f.which, *text_row(m))
+             for f in evaluation.fits for m in f.measures.values()]  # fmt: skip
     lines.append(text_table([head, *rows]))
     if not evaluation.applicable:
         lines.append(evaluation.reason)
@@ -190,6 +193,7 @@ def _write_arrays(evaluation: Evaluation, folder: Path) -> None:
         host.write_mrc(str(folder / f"vol.{name}.mrc"), volume, **apix)
     for array, values in evaluation.arrays.items():
         write_pickle(folder / f"{array}.pkl", values)
+    write_trust(evaluation, folder)
     for result in evaluation.results:
         write_z(folder / f"z.{result.key}.pkl", result.z, result.logvar)
         for array, values in result.arrays.items():
@@ -209,6 +213,8 @@ def _page(evaluation: Evaluation, pictures: dict[str, list[Picture]]) -> str:
             run=evaluation.run,
             verdict=verdict(evaluation),
             transforms=_by_transform(evaluation),
+            fitted_measures={k: m for f in evaluation.fits for k, m in f.measures.items()},
+            stable=STABLE,
             pictures=pictures,
             measured=_facts(evaluation)["definitions"],
             mode_notes=MODE_NOTES,
@@ -250,6 +256,7 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
     run = evaluation.run
     _, shown = run.settings.resolve(run.plugins)
     used = [evaluation.measures, *(r.measures for r in evaluation.results)]
+    used += [f.measures for f in evaluation.fits]
     names = dict.fromkeys(name for measures in used for name in measures)
     return {
         "format": 1,
@@ -289,6 +296,13 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
                 "measures": measure_facts(r.measures),
             }
             for r in evaluation.results
+        },
+        "fits": {
+            f.key: {
+                "which": f.which, "weight": f.weight, "beta": f.beta, "variance": f.variance,
+                "measures": measure_facts(f.measures),
+            }
+            for f in evaluation.fits
         },
         "definitions": {name: asdict(DEFINITIONS[name]) for name in names if name in DEFINITIONS},
     }  # fmt: skip

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.metrics import Measure
     from cryodrgn_amort.runs import Run
 
-__all__ = ["MODES", "Embedding", "EvalOptions", "Evaluation", "TransformResult"]
+__all__ = ["MODES", "Embedding", "EvalOptions", "Evaluation", "FitResult", "TransformResult"]
 
 MODES = ("held", "follow")
 """held: pose and CTF tables stay, as in the paper. follow: they are transformed with the image."""
@@ -41,6 +41,8 @@ class EvalOptions:
     sample, volumes, truth_volumes
         Number of particles for reconstruction losses and true neighbours, for comparing decoded
         volumes, and for comparing them with the true ones.
+    fit
+        Number of particles whose posteriors are fitted, of those trained on and of those held out.
     maps
         The copies of the first so many transforms are shown, with their volumes.
     labelled
@@ -56,6 +58,7 @@ class EvalOptions:
     sample: int = 1000
     volumes: int = 30
     truth_volumes: int = 200
+    fit: int = 64
     maps: int = 2
     labelled: int = 10
     seed: int = 0
@@ -70,7 +73,7 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         least_of = {"sample": 2, "volumes": 2, "truth_volumes": 2, "labelled": 1, "batch_size": 1}
-        for name, least in {**least_of, "bootstrap": 0, "seed": 0, "maps": 0}.items():
+        for name, least in {**least_of, "bootstrap": 0, "seed": 0, "maps": 0, "fit": 0}.items():
             if getattr(self, name) < least:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {getattr(self, name)}: must be at least {least}")
@@ -134,6 +137,46 @@ class TransformResult:
         return f"{re.sub('[^A-Za-z0-9.+-]', '-', self.name)}.{self.mode}"
 
 
+@dataclass(frozen=True)
+class FitResult:
+    """What fitting posteriors to some particles, one by one, showed.
+
+    Attributes
+    ----------
+    which
+        "training" or "held-out" particles.
+    weight
+        Of the KL divergence: "train", as in training, or "implied" by the noise.
+    beta, variance
+        See ``inference.Yardstick``.
+    index
+        Which particles of that set: positions `(M,)`.
+    measures
+        By name.
+    gap, z
+        In nats per particle, and the fitted means: `(M,)`, `(M, zdim)`.
+    """
+
+    which: str
+    weight: str
+    beta: float
+    variance: float
+    index: np.ndarray
+    measures: dict[str, Measure]
+    gap: np.ndarray
+    z: np.ndarray
+
+    @property
+    def key(self) -> str:
+        """Name in files: ``held-out.implied``."""
+        return f"{self.which}.{self.weight}"
+
+    @property
+    def title(self) -> str:
+        """For humans."""
+        return f"{self.which}, beta {self.beta:.3g}"
+
+
 @dataclass
 class Evaluation:
     """All that was measured of one run at one epoch.
@@ -142,6 +185,8 @@ class Evaluation:
     ----------
     applicable
         Whether the encoder is shown images, so that amortization can be measured.
+    index
+        Positions of the particles in their stack, `(N,)`.
     z, logvar
         Posterior of the particles, `(N, zdim)`.
     measures
@@ -153,6 +198,8 @@ class Evaluation:
         ``train_dec``, which have no posteriors.
     results
         One per transform and mode; empty where not applicable.
+    fits
+        One per set of particles and weight of the KL divergence.
     labelled
         Positions of the labelled particles.
     volumes
@@ -169,12 +216,14 @@ class Evaluation:
     z: np.ndarray
     logvar: np.ndarray
     apix: float
+    index: np.ndarray
     measures: dict[str, Measure]
     labelled: np.ndarray
     volumes: np.ndarray
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     kl_per_dimension: np.ndarray | None = None
     results: list[TransformResult] = field(default_factory=list)
+    fits: list[FitResult] = field(default_factory=list)
     embeddings: dict[str, Embedding] = field(default_factory=dict)
     labels: np.ndarray | None = None
     coordinate: np.ndarray | None = None

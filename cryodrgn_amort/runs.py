@@ -19,6 +19,7 @@ from cryodrgn_amort.checkpoints import (
     read_z,
     replacing,
     to_array,
+    write_pickle,
 )
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.model import TOKEN_ENCODER, AmortVAE, build_model
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from cryodrgn_amort.plugins import Plugins
 
 __all__ = [
+    "HOLDOUT",
+    "TRAINED",
     "Run",
     "default_device",
     "load_run",
@@ -50,13 +53,18 @@ def default_device() -> torch.device:
 
 def source_of(settings: TrainSettings) -> ParticleSource:
     """Return which particles the settings ask for."""
-    return ParticleSource(**{f.name: getattr(settings, f.name) for f in fields(ParticleSource)})
+    names = {f.name for f in fields(ParticleSource)} & {f.name for f in fields(TrainSettings)}
+    return ParticleSource(**{name: getattr(settings, name) for name in names})
 
 
 _MODEL_ARGS = frozenset({
     "qlayers", "qdim", "players", "pdim", "zdim", "encode_mode", "enc_mask", "pe_type",
     "feat_sigma", "pe_dim", "domain", "activation",
 })  # fmt: skip
+
+
+HOLDOUT, TRAINED = "ind_heldout.pkl", "ind_train.pkl"
+"""Files in a run folder: positions in the stack of the particles held out, and of the others."""
 
 
 def model_args(settings: TrainSettings, encoder: EncoderSpec, D: int) -> dict[str, Any]:
@@ -74,6 +82,10 @@ def write_config(
 ) -> None:
     """Write config.yaml as the host does, with what is ours under ``OWN_KEY``."""
     values = {**settings.to_dict(), **model_args(settings, encoder, particles.D)}
+    if particles.held_out is not None:  # the host knows of no particles held out
+        write_pickle(folder / HOLDOUT, particles.held_out)
+        write_pickle(folder / TRAINED, particles.ind)
+        values["ind"] = str(folder / TRAINED)
     with replacing(folder / "config.yaml") as temporary:
         # the host chooses the format by the extension, which a temporary name keeps in front
         staged = temporary.with_suffix(".yaml")
@@ -113,6 +125,8 @@ def _settings_of(config: dict[str, Any], folder: Path) -> TrainSettings:
         if mode is None:
             values.update(encode_mode="resid")
     values.update(outdir=str(folder), load=None, overwrite=False)
+    if values.get("holdout"):
+        values["holdout"] = str(folder / HOLDOUT)
     values["norm"] = tuple(config["dataset_args"]["norm"])
     settings = TrainSettings(**values)
     if args["activation"] not in ("relu", "leaky_relu") or args["zdim"] != settings.zdim:
@@ -156,6 +170,12 @@ class Run:
         """Whether it is of ``train_dec``: latents without a posterior, a decoder by itself."""
         return "encode_mode" not in self.config["model_args"]
 
+    @property
+    def shows_particles(self) -> bool:
+        """Whether its encoder is shown the particle that it is to encode."""
+        _, shown = self.settings.resolve(self.plugins)
+        return shown is not None and shown.name == "particle"
+
     def z(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the saved means and log variances, each `(N, zdim)`; NaN where it has none."""
         path = self.folder / f"z.{self.epoch}.pkl"
@@ -174,7 +194,17 @@ class Run:
         moved
             New places of ``particles``, ``poses``, ``ctf``, ``ind``, ``datadir``, if not None.
         """
-        given: dict[str, Any] = {name: path for name, path in moved.items() if path is not None}
+        return self.open(**{name: path for name, path in moved.items() if path is not None})
+
+    def held_out(self, **moved: str | None) -> Particles | None:
+        """Open the particles that were held out from it, if there are any."""
+        if self.settings.holdout is None:
+            return None
+        given = {name: path for name, path in moved.items() if path is not None}
+        return self.open(**given, held_out=True)
+
+    def open(self, **given: Any) -> Particles:
+        """Open particles as it sees them; ``given`` are fields of ``ParticleSource``."""
         source = replace(source_of(self.settings), **given)
         return load_particles(source, self.device, whole=self.settings.enc_mask == -1)
 

@@ -79,6 +79,8 @@ class TrainSettings:
         Name of an encoder, or of an encoder input for the network ``encode_mode``.
     precision
         Of the decoder's matrix products: see ``matmul_precision``.
+    holdout
+        Particles that are not trained on: a fraction, or a file of their indices in the stack.
     memory
         GB that preprocessed particles may take; None: half of what is free.
     extra
@@ -116,6 +118,7 @@ class TrainSettings:
     beta: float | str | None = None
     beta_control: float | None = None
     norm: tuple[float, float] | None = None
+    holdout: str | None = None
     amp: bool = True
     precision: str | None = None
     memory: float | None = None
@@ -265,6 +268,8 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Plugins) -> TrainSett
     for name in _PATHS:
         if values.get(name):
             values[name] = os.path.abspath(values[name])
+    if values.get("holdout") and os.path.exists(values["holdout"]):
+        values["holdout"] = os.path.abspath(values["holdout"])
     own = {f.name for f in fields(TrainSettings)} - {"extra"}
     extra = {dest: values.pop(dest) for dest in list(values) if dest not in own}
     settings = TrainSettings(**values, extra=extra)

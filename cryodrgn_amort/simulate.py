@@ -26,7 +26,7 @@ from cryodrgn_amort import __version__, host
 from cryodrgn_amort.checkpoints import read_pickle, replacing, write_pickle
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.sources import load_ctf, load_poses
-from cryodrgn_amort.specimens import BlobModel, VolumeModel, read_volume
+from cryodrgn_amort.specimens import BlobModel, VolumeModel, clean_images, read_volume
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -253,23 +253,14 @@ class _Imager:
 
     def __init__(self, model: BlobModel | VolumeModel, truth: _Truth) -> None:
         self.model, self.truth, self.D = model, truth, model.D
-        kx, ky = torch.fft.rfftfreq(self.D), torch.fft.fftfreq(self.D)
-        self._freqs = torch.stack(torch.meshgrid(kx, ky, indexing="xy"), -1)  # (D, D/2 + 1, 2)
 
     def clean(self, rows: np.ndarray) -> Tensor:
         """Return noise-free raw images `(B, D, D)`."""
         t = self.truth
-        projected = self.model.project(
-            t.rots[rows], -t.trans_px[rows], t.labels[rows], t.coordinate[rows]
+        ctf = None if t.ctf is None else t.ctf[rows]
+        return clean_images(
+            self.model, t.rots[rows], t.trans_px[rows], t.labels[rows], t.coordinate[rows], ctf
         )
-        if t.ctf is None:
-            return -projected
-        params = torch.from_numpy(t.ctf[rows])
-        freqs = self._freqs.view(1, -1, 2) / params[:, :1, None]
-        ctf = host.compute_ctf(freqs, *torch.split(params[:, 1:], 1, 1))
-        fourier = torch.fft.rfft2(projected) * ctf.view(len(rows), *self._freqs.shape[:2])
-        images: Tensor = -torch.fft.irfft2(fourier, s=(self.D, self.D))
-        return images
 
     def noise(self, count: int, colour: str, stream: np.random.Generator) -> Tensor:
         """Return noise `(B, D, D)` of variance 1; coloured: it falls with the frequency."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ParticleSource", "load_ctf", "load_particles", "load_poses"]
 
+_HOLDOUT_STREAM = 0x401D
 _EXTENSIONS = (".mrcs", ".mrc", ".star", ".cs", ".txt")
 
 
@@ -29,6 +30,11 @@ class ParticleSource:
     ----------
     norm
         Offset and scale of the normalisation; None: estimated as the host does.
+    holdout
+        Particles that are left out: a fraction of them, drawn by ``seed``, or a file of their
+        indices in the stack.
+    held_out
+        Whether those are wanted, and not the others.
     """
 
     particles: str
@@ -41,22 +47,51 @@ class ParticleSource:
     window_r: float = 0.85
     norm: tuple[float, float] | None = None
     max_threads: int = 16
+    holdout: str | None = None
+    seed: int = 0
+    held_out: bool = False
 
 
-def _load_ind(path: str, n: int) -> np.ndarray:
-    ind = to_array(read_pickle(path, "--ind"), f"--ind {path}")
+def _load_ind(path: str, n: int, flag: str = "--ind") -> np.ndarray:
+    what = f"{flag} {path}"
+    ind = to_array(read_pickle(path, flag), what)
     if ind.dtype == bool:
-        raise InputError(f"--ind {path}: holds booleans; indices are needed (numpy.flatnonzero)")
+        raise InputError(f"{what}: holds booleans; indices are needed (numpy.flatnonzero)")
     if ind.ndim != 1 or not np.issubdtype(ind.dtype, np.integer):
-        raise InputError(f"--ind {path}: not a list of integer indices")
+        raise InputError(f"{what}: not a list of integer indices")
     if len(ind) == 0:
-        raise InputError(f"--ind {path}: selects no particle")
+        raise InputError(f"{what}: selects no particle")
     if ind.min() < 0 or ind.max() >= n:
         bad = ind.min() if ind.min() < 0 else ind.max()
-        raise InputError(f"--ind {path}: index {bad} is out of range, there are {n} particles")
+        raise InputError(f"{what}: index {bad} is out of range, there are {n} particles")
     if len(np.unique(ind)) != len(ind):
-        raise InputError(f"--ind {path}: holds an index more than once")
+        raise InputError(f"{what}: holds an index more than once")
     return ind.astype(np.int64)
+
+
+def _held_out(source: ParticleSource, ind: np.ndarray, n: int) -> np.ndarray:
+    """Tell which of the particles ``ind`` are held out, `(M,)` bool."""
+    assert source.holdout is not None
+    what = f"--holdout {source.holdout}"
+    try:
+        fraction = float(source.holdout)
+    except ValueError:
+        held = _load_ind(source.holdout, n, "--holdout")
+        foreign = np.setdiff1d(held, ind)
+        if len(foreign):
+            raise InputError(
+                f"{what}: holds particle {foreign[0]}, which --ind leaves out"
+            ) from None
+        chosen = np.isin(ind, held)
+    else:
+        if not 0 < fraction < 1:
+            raise InputError(f"{what}: a fraction between 0 and 1 is needed, or a file of indices")
+        mixed = np.random.default_rng([source.seed, _HOLDOUT_STREAM]).permutation(len(ind))
+        chosen = np.isin(np.arange(len(ind)), mixed[: round(fraction * len(ind))])
+    for which, count in (("no particle is", chosen.sum()), ("all particles are", (~chosen).sum())):
+        if not count:
+            raise InputError(f"{what}: {which} held out")
+    return chosen
 
 
 def _select(table: np.ndarray, n: int, ind: np.ndarray | None, what: str) -> np.ndarray:
@@ -181,6 +216,14 @@ def load_particles(
     ind = _load_ind(source.ind, n) if source.ind else None
     rots, trans = load_poses(source.poses, n, ind, box)
     ctf = load_ctf(source.ctf, n, ind, box) if source.ctf else None
+    held = None
+    if source.holdout is not None:
+        ind = np.arange(n) if ind is None else ind
+        chosen = _held_out(source, ind, n)
+        held, wanted = ind[chosen], chosen if source.held_out else ~chosen
+        ind, rots = ind[wanted], rots[wanted]
+        trans = None if trans is None else trans[wanted]
+        ctf = None if ctf is None else ctf[wanted]
     try:
         with host.quiet():
             images = host.ImageDataset(
@@ -198,4 +241,6 @@ def load_particles(
         raise InputError(f"{what}: images cannot be read ({type(err).__name__}: {err})") from err
     if not np.isfinite(images.norm).all() or not images.norm[1] > 0:
         raise InputError(f"{what}: the images are constant or not finite")
-    return Particles(images, rots, trans, ctf, ind=ind, whole=whole, device=device)
+    found = Particles(images, rots, trans, ctf, ind=ind, whole=whole, device=device)
+    found.held_out = held
+    return found

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["BlobModel", "VolumeModel", "read_volume"]
+__all__ = ["BlobModel", "VolumeModel", "clean_images", "read_volume"]
 
 
 class BlobModel:
@@ -195,6 +195,37 @@ class VolumeModel:
         for share, volume in zip(shares, self._volumes, strict=True):
             total += np.float32(share) * volume
         return total
+
+
+def clean_images(
+    model: BlobModel | VolumeModel,
+    rots: np.ndarray,
+    trans_px: np.ndarray,
+    labels: np.ndarray,
+    coordinate: np.ndarray,
+    ctf: np.ndarray | None,
+) -> Tensor:
+    """Return noise-free raw images `(B, D, D)` of particles, density negative.
+
+    Parameters
+    ----------
+    rots, trans_px
+        `(B, 3, 3)`, and the translations that centre the images, `(B, 2)`.
+    ctf
+        CTF parameters `(B, 8)`, see ``sources.load_ctf``; None: without.
+    """
+    D = model.D
+    projected = model.project(rots, -trans_px, labels, coordinate)
+    if ctf is None:
+        return -projected
+    kx, ky = torch.fft.rfftfreq(D), torch.fft.fftfreq(D)
+    grid = torch.stack(torch.meshgrid(kx, ky, indexing="xy"), -1)  # (D, D/2 + 1, 2)
+    params = torch.from_numpy(ctf)
+    freqs = grid.view(1, -1, 2) / params[:, :1, None]
+    values = host.compute_ctf(freqs, *torch.split(params[:, 1:], 1, 1))
+    fourier = torch.fft.rfft2(projected) * values.view(len(rots), *grid.shape[:2])
+    images: Tensor = -torch.fft.irfft2(fourier, s=(D, D))
+    return images
 
 
 def read_volume(path: str, flag: str = "--volumes") -> tuple[np.ndarray, float]:

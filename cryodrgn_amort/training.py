@@ -30,7 +30,14 @@ from cryodrgn_amort.machine import available_memory
 from cryodrgn_amort.model import build_model
 from cryodrgn_amort.objective import Losses, losses
 from cryodrgn_amort.parallel import Team, join
-from cryodrgn_amort.runs import default_device, model_args, source_of, write_config
+from cryodrgn_amort.runs import (
+    HOLDOUT,
+    TRAINED,
+    default_device,
+    model_args,
+    source_of,
+    write_config,
+)
 from cryodrgn_amort.sources import load_particles
 
 if TYPE_CHECKING:
@@ -49,7 +56,7 @@ logger = logging.getLogger("cryodrgn_amort")
 
 _ACTIVE_VARIANCE = 0.01  # Burda et al., arXiv 1509.00519: an active unit
 _ENCODE_BATCH = 256
-_RUN_FILES = ("z.pkl", "weights.pkl", "metrics.csv", "run.log", "config.yaml")
+_RUN_FILES = ("z.pkl", "weights.pkl", "metrics.csv", "run.log", HOLDOUT, TRAINED, "config.yaml")
 
 
 class Trainer:
@@ -85,6 +92,7 @@ class Trainer:
         self.device = default_device()
         self.encoder_spec, input_spec = settings.resolve(plugins)
         checkpoint, own = self._checkpoint()
+        self.settings = settings = replace(settings, holdout=self._holdout())
 
         source = source_of(settings)
         if source.norm is None and own.get("norm"):  # a resumed run keeps its normalisation
@@ -351,6 +359,18 @@ class Trainer:
             raise InputError(f"--load {load}: has no {self.settings.encoder} encoder")
         return checkpoint, own
 
+    def _holdout(self) -> str | None:
+        """Return which particles to hold out; a run that goes on keeps those it has."""
+        given, load = self.settings.holdout, self.settings.load
+        if not load:
+            return given
+        kept = (self.folder if load == "latest" else Path(load).parent) / HOLDOUT
+        if kept.is_file():
+            return str(kept)
+        if given:
+            raise InputError(f"--holdout {given}: the run of --load {load} had none held out")
+        return None
+
     def _killed_at_the_end(self, load: str) -> bool:
         """Tell whether all that this run lacks is what ``_finish`` does."""
         last = self.folder / f"weights.{self.settings.num_epochs}.pkl"
@@ -455,6 +475,8 @@ class Trainer:
         particles, model = self.particles, self.model
         logger.info(f"{particles.n} particles of {particles.box} px, norm {particles.norm}")
         logger.info(f"Particles: {self.feed.description}")
+        if particles.held_out is not None:
+            logger.info(f"{len(particles.held_out)} more are held out: {self.folder / HOLDOUT}")
         if self.team.size > 1:
             logger.info(f"{self.team.size} processes")
         sizes = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,12 @@ from scipy.interpolate import CubicSpline
 
 from cryodrgn_amort.checkpoints import read_pickle, to_array
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.specimens import BlobModel, read_volume
+from cryodrgn_amort.specimens import BlobModel, VolumeModel, clean_images, read_volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+    from torch import Tensor
 
     from cryodrgn_amort.particles import Particles
     from cryodrgn_amort.results import EvalOptions
@@ -51,6 +54,8 @@ class Truth:
         `(N,)`; None if nothing moves.
     render
         Makes the volume `(box, box, box)` of a label and a coordinate, density positive.
+    model
+        Makes what was simulated.
     positions
         `(N, d)`: Euclidean distances are those between the particles' true volumes, but for a
         factor. The volumes' principal components; between 33 coordinates, cubic splines of them.
@@ -59,7 +64,18 @@ class Truth:
     labels: np.ndarray
     coordinate: np.ndarray | None
     render: Callable[[int, float], np.ndarray]
+    model: Callable[[], BlobModel | VolumeModel]
     positions: np.ndarray
+
+    def clean(self, particles: Particles, rows: Tensor) -> Tensor:
+        """Return the noise-free raw images of some of the particles, `(B, box, box)`."""
+        at = rows.cpu().numpy()
+        coordinate = np.full(len(at), 0.5) if self.coordinate is None else self.coordinate[at]
+        rots = particles.rots[rows].cpu().numpy()
+        none = np.zeros((len(at), 2), np.float32)
+        trans = none if particles.trans is None else particles.trans[rows].cpu().numpy()
+        ctf = None if particles.ctf_params is None else particles.ctf_params[rows].cpu().numpy()
+        return clean_images(self.model(), rots, trans, self.labels[at], coordinate, ctf)
 
     def volumes(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Render the true volumes of some particles, one by one."""
@@ -155,7 +171,9 @@ def load_truth(folder: str, particles: Particles) -> Truth:
     if blobs is None:
         volumes = [_stored_volume(path, f"class{k}", box) for k in range(classes)]
         positions = _positions(lambda k, _: volumes[k], classes, labels, None)
-        return Truth(labels, None, lambda k, _: volumes[k], positions)
+        names = [f"class{k}" for k in range(classes)]
+        model = functools.cache(lambda: VolumeModel(volumes, names))  # takes a while
+        return Truth(labels, None, lambda k, _: volumes[k], model, positions)
     name, volume = next(blobs.volumes())
     if not np.allclose(_stored_volume(path, name, box), volume, atol=1e-3 * volume.max()):
         raise InputError(f"{what}: volumes/{name}.mrc is not what simulation.yaml describes")
@@ -164,7 +182,7 @@ def load_truth(folder: str, particles: Particles) -> Truth:
         coordinate = _stored_values(path, "coordinate.pkl", 1, particles)
     small = BlobModel(_POSITIONS_BOX, *made)
     positions = _positions(small.volume, classes, labels, coordinate)
-    return Truth(labels, coordinate, blobs.volume, positions)
+    return Truth(labels, coordinate, blobs.volume, lambda: blobs, positions)
 
 
 def _stored_values(folder: Path, name: str, most: int, particles: Particles) -> np.ndarray:

@@ -30,7 +30,9 @@ AMORTIZATION = {
     "retrieval_rank", "top1", "displacement", "displacement_sigma", "latent_correlation",
     "label_agreement", "volume_change", "volume_fsc_loss", "amortization_loss_fraction", "control",
 }  # fmt: skip
-LATENTS = {"active_units", "kl", "aggregate_kl", "reconstruction"}
+LEAKS = {f"nuisance_leak_{name}" for name in ("view", "inplane", "defocus", "shift")}
+LATENTS = {"active_units", "kl", "aggregate_kl", "reconstruction", *LEAKS}
+FITTED = {"amortization_gap", "approximation_gap", "converged"}
 RUN = LATENTS | {"class_knn", "coordinate_r2"}
 KEYS = ["roll-1.held", "roll-1.follow", "rotate-90.held", "rotate-90.follow"]
 HOSTILE = "<script>alert(1)</script>"
@@ -152,7 +154,7 @@ def test_the_json_is_strict_and_complete(written, evaluation):
             assert set(m) == {"value", "low", "high", "null", "ideal", "n"}
             assert m["value"] == pytest.approx(result.measures[name].value)
     assert set(facts["measures"]) == RUN
-    assert set(facts["definitions"]) == RUN | AMORTIZATION
+    assert set(facts["definitions"]) == RUN | AMORTIZATION | FITTED
     assert set(DEFINITIONS) > RUN | AMORTIZATION
     assert facts["run"]["epoch"] == 1
     assert facts["run"]["encoder_input"] == "particle"
@@ -234,7 +236,7 @@ def test_the_report_loads_nothing_and_runs_its_own_script_alone(written):
 def test_every_name_of_a_measure_leads_to_its_definition(written, evaluation):
     page = Page((written / "report.html").read_text())
     anchors = [link[1:] for link in page.links if link.startswith("#")]
-    named = {*evaluation.measures, *evaluation.results[0].measures}
+    named = {*evaluation.measures, *evaluation.results[0].measures, *FITTED}
     assert set(anchors) == {f"def-{name}" for name in named} <= set(page.ids)
     assert anchors.count("def-control") == 2  # once for each transform
     assert len(set(page.ids)) == len(page.ids)
@@ -288,9 +290,10 @@ def test_a_table_gets_no_score(table_evaluation, tmp_path):
     assert facts["applicable"] is False
     assert facts["reason"].startswith("not applicable")
     assert facts["transforms"] == {}
-    assert set(facts["measures"]) == LATENTS == set(facts["definitions"])
+    assert set(facts["measures"]) == LATENTS == set(facts["definitions"]) - FITTED
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    files = {"amortization.json", "report.html", "reconstruction.pkl", "vol.1.mrc", "vol.2.mrc"}
+    files = {"amortization.json", "report.html", "reconstruction.pkl", "vol.1.mrc", "vol.2.mrc",
+             "trust.csv", "gap.pkl"}  # fmt: skip
     assert names == files | {
         f"{name}.{kind}" for name in ("latents", "map.pca") for kind in ("png", "pdf")
     }

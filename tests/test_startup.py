@@ -17,8 +17,8 @@ from cryodrgn_amort import cli
 
 ROOT = Path(__file__).parents[1]
 OURS = (
-    "simulate_amort", "train_amort", "eval_amort", "compare_amort", "time_amort", "study_amort",
-    "amort_plugins",
+    "simulate_amort", "train_amort", "eval_amort", "infer_amort", "compare_amort", "time_amort",
+    "study_amort", "amort_plugins",
 )  # fmt: skip
 
 

@@ -65,6 +65,12 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         ("--sample", 1000, "Particles for reconstruction losses and true neighbours"),
         ("--volumes", 30, "Particles whose volumes are compared"),
         ("--truth-volumes", 200, "Particles whose volumes are compared with the true ones"),
+        (
+            "--fit",
+            64,
+            "Particles whose posteriors are fitted one by one, to see what the encoder\n"
+            "loses; as many of those that train_amort --holdout kept out",
+        ),
         ("--maps", 2, "Copies of the first so many transforms are shown, with their volumes"),
         ("--labelled", 10, "The first so many particles are shown by number, with their volumes"),
         ("--bootstrap", 500, "Rounds for the 95 %% intervals"),

@@ -68,6 +68,14 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="Replace the run that is in the output folder",
     )
+    group.add_argument(
+        "--holdout",
+        metavar="FRACTION|PKL",
+        default=argparse.SUPPRESS,
+        help="Particles to keep out of the training, to judge the encoder by: a fraction of them,\n"
+        "drawn by --seed, or a pickle of their indices in the stack. RUN/ind_heldout.pkl says\n"
+        "which; eval_amort uses them",
+    )
     group = parser.add_argument_group("Speed and memory (cryodrgn_amort)")
     group.add_argument(
         "--precision",

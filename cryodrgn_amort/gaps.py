@@ -1,0 +1,181 @@
+"""What an encoder loses next to posteriors fitted particle by particle, seen and unseen.
+
+Cremer, Li & Duvenaud, arXiv 1801.03558; Zhang, Hayes & Barber, arXiv 2205.11640.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from cryodrgn_amort import metrics
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.inference import FitOptions, Yardstick, importance_bound, squared_errors_at
+from cryodrgn_amort.metrics import Neighbours, measure
+from cryodrgn_amort.results import FitResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch import Tensor
+
+    from cryodrgn_amort.metrics import Measure
+    from cryodrgn_amort.posteriors import Fitter
+    from cryodrgn_amort.results import EvalOptions
+    from cryodrgn_amort.runs import Run
+
+__all__ = ["fit_results"]
+
+logger = logging.getLogger("cryodrgn_amort")
+
+_CHUNK = 128
+_SAMPLES = 64  # of the importance-weighted bound
+
+
+@dataclass
+class _Found:
+    """Values of the particles that were fitted, each `(M,)` but for ``z`` and ``own``.
+
+    Attributes
+    ----------
+    gap
+        ELBO of the fit minus that of the encoder; NaN where there is no encoder's answer.
+    tighter
+        Importance-weighted bound minus ELBO of the fit.
+    constant, encoder, fitted
+        Reconstruction losses in nats: at the mean of all latents, the encoder's, the fitted ones.
+    own, z
+        The encoder's and the fitted means, `(M, zdim)`.
+    """
+
+    gap: np.ndarray
+    tighter: np.ndarray
+    converged: np.ndarray
+    constant: np.ndarray
+    encoder: np.ndarray
+    fitted: np.ndarray
+    own: np.ndarray
+    z: np.ndarray
+
+
+def _fit(fitter: Fitter, chunks: Iterable[Tensor], yardstick: Yardstick) -> _Found:
+    """Fit some particles: from the encoder's answers if it knows them, else from the anchors."""
+    starts = ("encoder",) if fitter.own and fitter.has_answers else ("anchors",)
+    parts: dict[str, list[torch.Tensor]] = {}
+    centre = torch.from_numpy(fitter.saved[0].mean(0)).to(fitter.particles.device)
+    generator = torch.Generator().manual_seed(fitter.seed)
+    for rows in chunks:
+        batch, fit, own = fitter.fit(rows, starts, yardstick, FitOptions())
+        answer = fitter.answer(batch)
+        mean = torch.full_like(fit.mean, torch.nan) if answer is None else answer[0]
+        z = torch.stack([centre.expand_as(fit.mean), mean, fit.mean])
+        losses = squared_errors_at(fitter.model, batch, z) / 2
+        noise = torch.randn(_SAMPLES, *fit.mean.shape, generator=generator).to(fit.mean)
+        bound = importance_bound(fitter.model, batch, (fit.mean, fit.logvar), yardstick, noise)
+        found = {
+            "gap": torch.full_like(fit.elbo, torch.nan) if own is None else fit.elbo - own,
+            "tighter": bound - fit.elbo, "converged": fit.converged, "constant": losses[0],
+            "encoder": losses[1], "fitted": losses[2], "own": mean, "z": fit.mean,
+        }  # fmt: skip
+        for name, values in found.items():
+            parts.setdefault(name, []).append(values.cpu())
+    return _Found(**{name: torch.cat(values).double().numpy() for name, values in parts.items()})
+
+
+def fit_results(
+    run: Run,
+    options: EvalOptions,
+    fitters: dict[str, Fitter],
+    labels: dict[str, np.ndarray],
+    progress: Callable[[Any, str], Iterator[Any]],
+) -> list[FitResult]:
+    """Fit a sample of the particles, and of those held out, by both weights of the KL divergence.
+
+    Parameters
+    ----------
+    fitters
+        Of the "training" particles, and of the "held-out" ones, if there are any.
+    labels
+        Classes of the particles of both sets, where they are known, as integers from 0.
+    """
+    trained = fitters["training"]
+    # held-out particles are compared with as many others
+    count = min(options.fit, *(fitter.particles.n for fitter in fitters.values()))
+    found, opts = [], {"rounds": options.bootstrap, "seed": options.seed}
+    for weight in ("train", "implied"):
+        try:
+            yardstick = trained.yardstick(weight)
+        except InputError as err:
+            logger.warning(f"{err}: posteriors are not fitted by it")
+            continue
+        seen: _Found | None = None
+        for which, fitter in fitters.items():
+            mixed = np.random.default_rng(options.seed).permutation(fitter.particles.n)
+            index = np.sort(mixed[:count])
+            chunks = progress(torch.from_numpy(index).split(_CHUNK), f"fits, {which}")
+            values = _fit(fitter, chunks, yardstick)
+            measures = _measures(values, seen, weight == "implied", opts)
+            if which == "held-out" and "training" in labels and which in labels:
+                measures += _classes(run, values, index, labels, opts)
+            seen = seen or values
+            found.append(
+                FitResult(
+                    which,
+                    weight,
+                    yardstick.beta,
+                    yardstick.variance,
+                    index,
+                    {m.name: m for m in measures},
+                    values.gap,
+                    values.z.astype(np.float32),
+                )
+            )
+    return found
+
+
+def _measures(
+    found: _Found, seen: _Found | None, implied: bool, opts: dict[str, Any]
+) -> list[Measure]:
+    """Measure one set of particles; ``seen`` are those of the training if these are not."""
+    measures = []
+    if np.isfinite(found.gap).all():
+        measures.append(
+            measure("amortization_gap", np.mean, found.gap, null=None, ideal=0.0, **opts)
+        )
+        if seen is not None and np.isfinite(seen.gap).all():
+            measures.append(
+                measure("generalisation_gap", metrics.difference_of_means, found.gap, seen.gap,
+                        null=None, ideal=0.0, **opts)
+            )  # fmt: skip
+        if seen is not None:
+            measures.append(
+                measure("held_out_score", metrics.gained_share, found.constant - found.encoder,
+                        found.constant - found.fitted, null=0.0, ideal=1.0, **opts)
+            )  # fmt: skip
+    if implied:
+        measures.append(
+            measure("approximation_gap", np.mean, found.tighter, null=None, ideal=0.0, **opts)
+        )
+    converged = measure("converged", np.mean, found.converged, null=None, ideal=1.0, **opts)
+    return [*measures, converged]
+
+
+def _classes(
+    run: Run, found: _Found, index: np.ndarray, labels: dict[str, np.ndarray], opts: dict[str, Any]
+) -> list[Measure]:
+    """Measure how well neighbours among the training particles tell the class of others."""
+    near = Neighbours(run.z()[0], np.arange(0))
+    truth = labels["held-out"][index]
+    shares = np.bincount(labels["training"]) / len(labels["training"])
+    null = float((np.append(shares, np.zeros(truth.max() + 1))[truth]).mean())
+    measures = []
+    for name, z in (("class_knn_encoder", found.own), ("class_knn_fitted", found.z)):
+        if np.isfinite(z).all():
+            told = metrics.knn_labels(near.of(z.astype(np.float32)), labels["training"])
+            right = (told == truth).astype(float)
+            measures.append(measure(name, np.mean, right, null=null, ideal=1.0, **opts))
+    return measures

@@ -1,0 +1,560 @@
+"""Latents for the particles of any run, or for new ones: fitted, and kept as a table run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+from tqdm import tqdm
+
+from cryodrgn_amort import __version__
+from cryodrgn_amort.checkpoints import OWN_KEY, replacing, write_json, write_pickle, write_z
+from cryodrgn_amort.decoding import matrix_products
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.feed import Feed
+from cryodrgn_amort.inference import (
+    Fit,
+    FitOptions,
+    Posterior,
+    Yardstick,
+    anchored,
+    infer,
+    squared_errors_at,
+)
+from cryodrgn_amort.metrics import kl_by_dimension
+from cryodrgn_amort.model import build_model
+from cryodrgn_amort.parallel import Team
+from cryodrgn_amort.runs import model_args, write_config
+from cryodrgn_amort.table import VLT, LookupTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from cryodrgn_amort.inputs import EncoderInput
+    from cryodrgn_amort.model import AmortVAE
+    from cryodrgn_amort.particles import Batch, Particles
+    from cryodrgn_amort.runs import Run
+
+__all__ = ["STARTS", "Fitter", "InferOptions", "Inferred", "facts", "infer_run", "summary"]
+
+logger = logging.getLogger("cryodrgn_amort")
+
+STARTS = {
+    "encoder": "the encoder's answer, or the particle's row of the table",
+    "anchors": "latents of others, weighted by how well they explain the particle",
+    "mean": "the mean of all latents",
+    "prior": "zero",
+}
+_ANCHORS = 32
+_ANCHOR_SAMPLE = 20_000
+_VARIANCE_SAMPLE = 512
+_PARTS = ".posteriors"
+_RESULTS = ("mean", "logvar", "elbo", "converged", "start", "encoder_elbo")
+
+
+@dataclass(frozen=True)
+class InferOptions:
+    """What ``infer_amort`` is asked to do.
+
+    Attributes
+    ----------
+    particles, poses, ctf, ind, datadir
+        New particles; without ``particles``, new places of the run's own inputs.
+    held_out
+        Whether the particles that were held out from the training are wanted.
+    starts
+        Names in ``STARTS``; None: the encoder's answer, where it has one, and "anchors".
+    beta
+        Weight of the KL divergence: "train", "implied" by the noise in the images, or a number.
+    """
+
+    particles: str | None = None
+    poses: str | None = None
+    ctf: str | None = None
+    ind: str | None = None
+    datadir: str | None = None
+    held_out: bool = False
+    starts: tuple[str, ...] | None = None
+    beta: str = "train"
+    steps: int = FitOptions.steps
+    seed: int = 0
+    batch_size: int = 256
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"--seed {self.seed}: must not be negative, nor huge")
+        for name in self.starts or ():
+            if name not in STARTS:
+                raise InputError(f"--start {name}: not one of {', '.join(STARTS)}")
+        if self.beta not in ("train", "implied"):
+            try:
+                usable = 0 <= float(self.beta) < float("inf")
+            except ValueError:
+                usable = False
+            if not usable:
+                raise InputError(f'--beta {self.beta}: "train", "implied" or a number is needed')
+        if self.particles and not self.poses:
+            raise InputError(f"PARTICLES {self.particles}: need their --poses")
+        if self.particles and self.held_out:
+            raise InputError("--held-out: is about the run's own particles, PARTICLES are new")
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """Fitted posteriors of some particles.
+
+    Attributes
+    ----------
+    mean, logvar
+        `(N, zdim)`.
+    elbo, encoder_elbo
+        In nats by ``yardstick``, `(N,)`; the second one NaN where there is no encoder.
+    converged
+        `(N,)` bool.
+    start
+        Positions in ``starts``, `(N,)`; -1: the encoder's answer as it was.
+    """
+
+    mean: np.ndarray
+    logvar: np.ndarray
+    elbo: np.ndarray
+    converged: np.ndarray
+    start: np.ndarray
+    encoder_elbo: np.ndarray
+    starts: tuple[str, ...]
+    yardstick: Yardstick
+
+    @property
+    def gap(self) -> np.ndarray:
+        """What the encoder's answers lack in ELBO, in nats: `(N,)`."""
+        gap: np.ndarray = self.elbo - self.encoder_elbo
+        return gap
+
+    @property
+    def failed(self) -> np.ndarray:
+        """Positions of the particles whose loss is not a number."""
+        return np.flatnonzero(~np.isfinite(self.elbo))
+
+
+class Fitter:
+    """Fits posteriors of particles with the decoder of a run.
+
+    Parameters
+    ----------
+    particles
+        Any that the run's decoder can explain.
+    own
+        Whether they are those that the run was trained on.
+    """
+
+    def __init__(self, run: Run, particles: Particles, *, own: bool, seed: int = 0) -> None:
+        self.run, self.particles, self.own, self.seed = run, particles, own, seed
+        self.saved = run.z()
+        if own and len(self.saved[0]) != particles.n:
+            raise InputError(
+                f"RUN {run.folder}: has latents of {len(self.saved[0])} particles, its inputs hold "
+                f"{particles.n}"
+            )
+        self._rows = own and not run.encoder.shown_images
+        shown: EncoderInput | None = None
+        if run.encoder.shown_images and (own or run.shows_particles):
+            self.model, shown = run.load(particles)
+        else:
+            self.model = run.load_decoder()[0]
+        self.model.requires_grad_(False)
+        self.feed = Feed(particles, shown, memory=0)
+        device = particles.device
+        mean = torch.from_numpy(self.saved[0]).to(device)
+        logvar = torch.from_numpy(self.saved[1]).to(device)
+        self.spread = mean.std(0) if len(mean) > 1 else torch.ones_like(mean[0])
+        self._centre = mean.mean(0)
+        known = bool(logvar.isfinite().all())
+        self._logvar = logvar.mean(0) if known else 2 * self.spread.clamp(min=1e-3).log() - 4
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether there is an encoder's answer, or a row of a table, for these particles."""
+        return self._rows or self.feed.shown is not None
+
+    @torch.no_grad()
+    def answer(self, batch: Batch) -> Posterior | None:
+        """Return the encoder's posterior, or that in the table."""
+        if self._rows:
+            parts = (torch.from_numpy(part[batch.index.numpy()]) for part in self.saved)
+            mean, logvar = (part.to(self.particles.device) for part in parts)
+            return mean, torch.where(logvar.isfinite(), logvar, self._logvar)
+        if self.feed.shown is None:
+            return None
+        mean, logvar = self.model.posterior(batch)
+        return mean.float(), logvar.float()
+
+    def yardstick(self, beta: str) -> Yardstick:
+        """Return that of a ``--beta``.
+
+        Raises
+        ------
+        InputError
+            If the run was trained with none that could be used.
+        """
+        if beta == "implied":
+            return Yardstick.implied(self.variance)
+        if beta != "train":
+            return Yardstick(float(beta))
+        settings = self.run.settings
+        value = settings.beta_value()
+        if settings.beta_control is not None or isinstance(value, str):
+            raise InputError(
+                f"--beta train: RUN {self.run.folder} was trained with --beta-control, which "
+                "weighs no single particle; give a number, or implied"
+            )
+        return Yardstick(value)
+
+    @cached_property
+    def anchors(self) -> Tensor:
+        """Centres of clusters of the run's latents, `(K, zdim)`."""
+        mean = self.saved[0]
+        rng = np.random.default_rng(self.seed)
+        sample = mean[np.sort(rng.permutation(len(mean))[:_ANCHOR_SAMPLE])]
+        count = min(_ANCHORS, len(np.unique(sample, axis=0)))
+        centres = KMeans(count, n_init=1, random_state=self.seed).fit(sample).cluster_centers_
+        return torch.from_numpy(centres.astype(np.float32)).to(self.particles.device)
+
+    @cached_property
+    def variance(self) -> float:
+        """Variance of the noise in a pixel: of what is left of a sample of the particles.
+
+        At the saved latents of the run's own particles, else at the best anchors.
+        """
+        sample = np.random.default_rng(self.seed).permutation(self.particles.n)[:_VARIANCE_SAMPLE]
+        total, pixels = 0.0, 0
+        for index in torch.from_numpy(np.sort(sample)).split(128):
+            batch = self.feed.read(index)
+            answer = self.answer(batch) if self.own else None
+            if answer is not None:
+                errors = squared_errors_at(self.model, batch, answer[0][None])[0]
+            else:
+                errors = anchored(self.model, batch, self.anchors, 1.0)[1]
+            sound = errors[errors.isfinite()]
+            total += float(sound.double().sum())
+            pixels += len(sound) * batch.y.shape[1]
+        if not pixels:
+            raise InputError(f"PARTICLES {self.particles.images.src.filenames[0]}: no loss of a "
+                             "sample of them is a number")  # fmt: skip
+        return total / pixels
+
+    def starts(
+        self, batch: Batch, names: Sequence[str], answer: Posterior | None
+    ) -> dict[str, Posterior]:
+        """Return where fits start, by name."""
+        size = len(batch.index)
+        logvar = self._logvar.expand(size, -1)
+        found: dict[str, Posterior] = {}
+        for name in names:
+            if name == "encoder":
+                assert answer is not None
+                found[name] = answer
+            elif name == "anchors":
+                found[name] = anchored(self.model, batch, self.anchors, self.variance)[0], logvar
+            elif name == "mean":
+                found[name] = self._centre.expand(size, -1), logvar
+            else:
+                zero = torch.zeros_like(logvar)
+                found[name] = zero, zero
+        return found
+
+    def fit(
+        self, index: Tensor, names: Sequence[str], yardstick: Yardstick, options: FitOptions
+    ) -> tuple[Batch, Fit, Tensor | None]:
+        """Fit the particles at positions ``index``; also returns the encoder's ELBO."""
+        batch = self.feed.read(index)
+        answer = self.answer(batch)
+        starts = self.starts(batch, names, answer)
+        seed = int(np.random.SeedSequence([self.seed, int(index[0])]).generate_state(1)[0])
+        fit, own = infer(self.model, batch, answer, starts, yardstick, options, self.spread, seed)
+        return batch, fit, own
+
+
+class _Inference:
+    """Fits all particles that were asked for, part by part; what is done is kept in ``OUT``."""
+
+    def __init__(self, run: Run, options: InferOptions, out: Path, team: Team) -> None:
+        self.run, self.options, self.out, self.team = run, options, out, team
+        self.particles = _particles(run, options)
+        own = options.particles is None and not options.held_out
+        self.fitter = Fitter(run, self.particles, own=own, seed=options.seed)
+        self.names = self._starts()
+        self.fit_options = FitOptions(steps=options.steps)
+        self.parts = out / _PARTS
+        self.plan = json.dumps({
+            "run": str(run.folder.resolve()), "epoch": run.epoch, "seed": options.seed,
+            "particles": self.particles.n, "starts": self.names, "version": __version__,
+            **{k: v for k, v in asdict(options).items() if k not in ("starts", "overwrite")},
+        })  # fmt: skip
+
+    def _starts(self) -> tuple[str, ...]:
+        given, has = self.options.starts, self.fitter.has_answers
+        if given is None:
+            return ("encoder", "anchors") if has else ("anchors",)
+        if "encoder" in given and not has:
+            what = (
+                "shown something else than the particle"
+                if self.run.encoder.shown_images
+                else ("a table, which has no row for these particles")
+            )
+            raise InputError(f"--start encoder: the encoder of RUN {self.run.folder} is {what}")
+        return tuple(dict.fromkeys(given))
+
+    def check_folder(self) -> None:
+        """Refuse a folder that holds anything else, before anything is written."""
+        out, overwrite = self.out, self.options.overwrite
+        if out.exists() and not out.is_dir():
+            raise InputError(f"-o {out}: is not a folder")
+        if out.resolve() == self.run.folder.resolve():
+            raise InputError(f"-o {out}: is the RUN itself")
+        ours = (out / "inference.json").is_file()
+        if (out / "config.yaml").exists() and not ours:
+            raise InputError(f"-o {out}: holds a run that is not of infer_amort")
+        if ours and not overwrite:
+            raise InputError(f"-o {out}: holds latents already; --overwrite replaces them")
+
+    def prepare_folder(self) -> None:
+        """Keep the parts of an interrupted call with the same options; drop those of others."""
+        plan = self.parts / "plan.json"
+        if not plan.is_file() or plan.read_text() != self.plan:
+            shutil.rmtree(self.parts, ignore_errors=True)
+            self.parts.mkdir(parents=True)
+            plan.write_text(self.plan)
+
+    def fit(self, yardstick: Yardstick) -> None:
+        """Fit what is not done yet, as far as it falls to this process."""
+        chunks = torch.arange(self.particles.n).split(self.options.batch_size)
+        todo = [
+            (number, index)
+            for number, index in enumerate(chunks)
+            if number % self.team.size == self.team.rank and not self._part(number).is_file()
+        ]
+        done = len(range(self.team.rank, len(chunks), self.team.size)) - len(todo)
+        if done and self.team.leads:
+            logger.info(f"Going on after {done} of {done + len(todo)} parts")
+        for number, index in _progress(todo, silent=not self.team.leads):
+            _, fit, own = self.fitter.fit(index, self.names, yardstick, self.fit_options)
+            values = [fit.mean, fit.logvar, fit.elbo, fit.converged, fit.start,
+                      torch.full_like(fit.elbo, torch.nan) if own is None else own]  # fmt: skip
+            arrays = (value.cpu().numpy() for value in values)
+            with replacing(self._part(number)) as temporary, open(temporary, "wb") as handle:
+                np.savez(handle, **dict(zip(_RESULTS, arrays, strict=True)))  # type: ignore[arg-type]
+
+    def _part(self, number: int) -> Path:
+        return self.parts / f"{number:06d}.npz"
+
+    def collect(self, yardstick: Yardstick) -> Inferred:
+        """Put the parts together."""
+        found: dict[str, list[np.ndarray]] = {name: [] for name in _RESULTS}
+        for number in range(-(-self.particles.n // self.options.batch_size)):
+            with np.load(self._part(number), allow_pickle=False) as part:
+                for name, arrays in found.items():
+                    arrays.append(part[name])
+        whole = {name: np.concatenate(arrays) for name, arrays in found.items()}
+        return Inferred(**whole, starts=self.names, yardstick=yardstick)
+
+
+def infer_run(
+    run: Run, options: InferOptions, outdir: str | Path, team: Team | None = None
+) -> Inferred | None:
+    """Fit posteriors, and write them as a table run that everything opens that opens a run.
+
+    Parameters
+    ----------
+    team
+        Processes that share the particles.
+
+    Returns
+    -------
+    Inferred
+        None in processes that do not lead.
+
+    Raises
+    ------
+    InputError
+        If inputs, options or folder do not fit; nothing has been written then.
+    """
+    team, out = team or Team(), Path(outdir)
+    work = _Inference(run, options, out, team)
+    work.check_folder()
+    with matrix_products():
+        yardstick = work.fitter.yardstick(options.beta)
+        team.wait()  # until all have seen what the folder holds
+        if team.leads:
+            work.prepare_folder()
+        team.wait()
+        work.fit(yardstick)
+    team.wait()
+    if not team.leads:
+        return None
+    found = work.collect(yardstick)
+    _write(run, options, out, work, found)
+    shutil.rmtree(work.parts)
+    return found
+
+
+def _particles(run: Run, options: InferOptions) -> Particles:
+    """Open the particles that are asked for, and check that the run's decoder can explain them."""
+    names = ("particles", "poses", "ctf", "ind", "datadir")
+    given = {name: getattr(options, name) for name in names}
+    if options.particles is None:
+        moved = {name: path for name, path in given.items() if path is not None}
+        if not options.held_out:
+            return run.open(**moved)
+        held = run.held_out(**moved)
+        if held is None:
+            raise InputError(f"--held-out: RUN {run.folder} was trained without --holdout")
+        return held
+    with_ctf = run.settings.ctf is not None
+    if with_ctf != (options.ctf is not None):
+        had, now = ("with", "give those of") if with_ctf else ("without", "leave out --ctf for")
+        raise InputError(f"--ctf: RUN {run.folder} was trained {had} CTFs; {now} PARTICLES")
+    found = run.open(**given, holdout=None)
+    box = run.config["lattice_args"]["D"] - 1
+    if found.box != box:
+        raise InputError(
+            f"PARTICLES {options.particles}: have {found.box} px, RUN {run.folder} was trained on "
+            f"{box} px"
+        )
+    return found
+
+
+def _progress(parts: list[Any], *, silent: bool) -> Iterator[Any]:
+    """Show a bar on a terminal, a line every minute elsewhere."""
+    if sys.stderr.isatty() or silent:
+        yield from tqdm(parts, "fitting", leave=False, disable=silent)
+        return
+    said = time.monotonic()
+    for count, part in enumerate(parts):
+        yield part
+        if time.monotonic() - said > 60:
+            said = time.monotonic()
+            logger.info(f"Fitted {count + 1} of {len(parts)} parts")
+
+
+def _write(run: Run, options: InferOptions, out: Path, work: _Inference, found: Inferred) -> None:
+    """Write a table run, and what is known of each particle."""
+    particles, epoch = work.particles, run.epoch
+    given: dict[str, Any] = {
+        name: None if path is None else str(Path(path).absolute())
+        for name in ("particles", "poses", "ctf", "ind", "datadir")
+        if (path := getattr(options, name)) is not None or options.particles is not None
+    }
+    if options.particles is None and run.settings.holdout is not None:
+        write_pickle(out / "ind.pkl", particles.ind)
+        given["ind"] = str((out / "ind.pkl").absolute())
+    settings = replace(
+        run.settings, encoder="vlt", recipe=None, holdout=None, outdir=str(out.absolute()),
+        extra={"table_freeze": True}, **given,
+    )  # fmt: skip
+    particles.held_out = None
+    write_config(out, settings, VLT, particles)
+    table = LookupTable(torch.from_numpy(found.mean), torch.from_numpy(found.logvar), None)
+    args = model_args(settings, VLT, particles.D)
+    model: AmortVAE = build_model(args, particles.lattice, table)
+    model.decoder.load_state_dict(work.fitter.model.decoder.state_dict())
+    checkpoint = {
+        "epoch": epoch,
+        "model_state_dict": model.host_state_dict(),
+        "optimizer_state_dict": {},
+        OWN_KEY: {
+            "version": __version__,
+            "encoder": "vlt",
+            "encoder_state_dict": model.own_state_dict(),
+            "input_state": {},
+            "norm": list(particles.norm),
+            "random": {},
+        },
+    }
+    for name in (f"z.{epoch}.pkl", "z.pkl"):
+        write_z(out / name, found.mean, found.logvar)
+    for name in (f"weights.{epoch}.pkl", "weights.pkl"):
+        with replacing(out / name) as temporary:
+            torch.save(checkpoint, temporary)
+    _write_log(out, work, found)
+    write_pickle(out / "elbo.pkl", found.elbo)
+    write_pickle(out / "converged.pkl", found.converged)
+    if work.fitter.has_answers:
+        write_pickle(out / "gap.pkl", found.gap)
+    write_json(out / "inference.json", {"plan": json.loads(work.plan), **facts(found)})
+
+
+def _write_log(out: Path, work: _Inference, found: Inferred) -> None:
+    """Write run.log, from which ``cryodrgn analyze`` reads the losses of epochs."""
+    sound, pixels = np.isfinite(found.elbo), len(work.particles.mask)
+    total = float(-2 * found.yardstick.variance * found.elbo[sound].mean() / pixels)
+    kld = float(kl_by_dimension(found.mean[sound], found.logvar[sound]).sum(1).mean())
+    gen_loss = total - found.yardstick.beta * kld / pixels
+    lines = [
+        " ".join(sys.argv),
+        f"Latents fitted with the decoder of {work.run.folder}, epoch {work.run.epoch}",
+        *summary(found).splitlines(),
+        f"# =====> Epoch: {work.run.epoch} Average gen loss = {gen_loss:.6}, KLD = {kld:.6f}, "
+        f"total loss = {total:.6f}; Finished",
+    ]
+    (out / "run.log").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def facts(found: Inferred) -> dict[str, Any]:
+    """Return the main numbers."""
+    sound = np.isfinite(found.elbo)
+    gap = found.gap[np.isfinite(found.gap)]
+    best = np.bincount(found.start[sound] + 1, minlength=len(found.starts) + 1) / max(
+        sound.sum(), 1
+    )
+    return {
+        "particles": len(sound),
+        "converged": float(found.converged.mean()),
+        "failed": found.failed.tolist(),
+        "beta": found.yardstick.beta,
+        "variance": found.yardstick.variance,
+        "elbo": float(found.elbo[sound].mean()) if sound.any() else None,
+        "amortization_gap": float(gap.mean()) if len(gap) else None,
+        "best_start": dict(zip(("kept", *found.starts), best.tolist(), strict=True)),
+    }
+
+
+def summary(found: Inferred) -> str:
+    """Return the main numbers as text."""
+    f = facts(found)
+    shares = ", ".join(
+        f"{name} {100 * share:.0f} %" for name, share in f["best_start"].items() if share
+    )
+    lines = [
+        f"{f['particles']} particles, beta {f['beta']:.4g}, noise variance {f['variance']:.4g}: "
+        f"{100 * f['converged']:.1f} % converged",
+        f"ELBO {_nats(f['elbo'])}; best from: {shares}",
+    ]
+    if f["amortization_gap"] is not None:
+        lines.append(f"Amortization gap: {_nats(f['amortization_gap'])} on average")
+    if len(found.failed):
+        named = ", ".join(map(str, found.failed[:10])) + (", ..." if len(found.failed) > 10 else "")
+        lines.append(
+            f"The loss of {len(found.failed)} particles is not a number; they keep where they "
+            f"started: {named}"
+        )
+    return "\n".join(lines)
+
+
+def _nats(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.4g} nats"
