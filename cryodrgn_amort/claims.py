@@ -206,6 +206,8 @@ def _moved(study: Study) -> list[Row]:
             measures = study.transformed(recipe, transform, "held", name)
             measures = measures or study.transformed("baseline", transform, "held", name)
             found += row(f"baseline, {transform}", name, measures)
+    for name in ("held_out_score", "generalisation_gap"):
+        found += row("baseline, particles held out", name, study.measured("baseline", name))
     return found
 
 

@@ -151,7 +151,9 @@ class Plan:
         files = {"particles": "particles.mrcs", "poses": "poses.pkl"}
         if not self.data["simulate"].get("no-ctf"):
             files["ctf"] = "ctf.pkl"
-        return {k: str(self.simulated / v) for k, v in {**files, "ind": "ind_train.pkl"}.items()}
+        if self.data["simulate"].get("heldout"):
+            files["holdout"] = "ind_heldout.pkl"
+        return {k: str(self.simulated / v) for k, v in files.items()}
 
     @cached_property
     def steps(self) -> dict[str, Step]:

@@ -78,7 +78,7 @@ RECIPES = (
     Recipe(
         "shift",
         "the baseline's encoder, shown particles rolled by 1 to 8 px",
-        {"transform": [f"roll:{px}" for px in range(1, 9)], "maps": 1},
+        {"transform": [f"roll:{px}" for px in range(1, 9)], "maps": 1, "fit": 0},
         {"run": "baseline"},
         command="eval_amort",
         figure="Figure 10",
@@ -86,7 +86,11 @@ RECIPES = (
     Recipe(
         "rotate",
         "the baseline's encoder, shown particles turned by 5 to 180 degrees",
-        {"transform": [f"rotate:{angle}" for angle in (90, 5, 15, 30, 45, 135, 180)], "maps": 1},
+        {
+            "transform": [f"rotate:{angle}" for angle in (90, 5, 15, 30, 45, 135, 180)],
+            "maps": 1,
+            "fit": 0,
+        },
         {"run": "baseline"},
         command="eval_amort",
         figure="Figure 11",

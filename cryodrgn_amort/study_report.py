@@ -49,7 +49,10 @@ _FIGURES: dict[str, tuple[str, str | int]] = {
     "25": ("small", ""),
     "26": ("twin-small", ""),
 }
-_OVERVIEW = ("class_knn", "coordinate_r2", "volume_fve", "memorisation", "volume_spread")
+_OVERVIEW = (
+    "class_knn", "coordinate_r2", "volume_fve", "memorisation", "volume_spread",
+    "amortization_gap", "held_out_score",
+)  # fmt: skip
 _CURVES = ("retrieval_rank", "displacement", "latent_correlation", "amortization_loss_fraction")
 
 

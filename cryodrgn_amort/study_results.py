@@ -29,6 +29,13 @@ __all__ = ["Agreement", "Member", "Study", "read_study"]
 HOMOGENEOUS = "vlt-frozen-zero"
 """The recipe with one volume for all particles: where memorisation is zero."""
 _ROUNDS = 200
+_FITTED = {  # which of an evaluation's fits -> what of them
+    "training.train": ("amortization_gap",),
+    "held-out.train": (
+        "generalisation_gap", "held_out_score", "class_knn_encoder", "class_knn_fitted",
+    ),
+    "training.implied": ("approximation_gap",),
+}  # fmt: skip
 
 
 @dataclass
@@ -208,7 +215,11 @@ def _member(plan: Plan, name: str, seed: int) -> Member:
             rows = list(csv.DictReader(handle))
         names = ("epoch", "gen_loss", "kld", "loss")
         losses = {n: np.array([float(row[n]) for row in rows]) for n in names}
-    return Member(name, seed, folder, facts, _measures(facts["measures"]), transforms, losses)
+    measures = _measures(facts["measures"])
+    for of, wanted in _FITTED.items():
+        found = facts["fits"].get(of, {"measures": {}})["measures"]
+        measures |= _measures({n: found[n] for n in wanted if n in found})
+    return Member(name, seed, folder, facts, measures, transforms, losses)
 
 
 def _recipe_seed(folder: str) -> tuple[str, int]:

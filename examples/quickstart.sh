@@ -17,7 +17,7 @@ train() { # NAME FLAGS...
     name=$1
     shift
     cryodrgn train_amort data/particles.mrcs --poses data/poses.pkl --ctf data/ctf.pkl \
-        --ind data/ind_train.pkl --zdim 8 --dec-dim 64 --lr 1e-3 -n 25 --seed 0 --no-analysis \
+        --holdout data/ind_heldout.pkl --zdim 8 --dec-dim 64 --lr 1e-3 -n 25 --seed 0 --no-analysis \
         --log-interval 1000000 -o "$name" --overwrite "$@" >"$name.log" 2>&1 || {
         cat "$name.log" >&2
         return 1
@@ -25,7 +25,7 @@ train() { # NAME FLAGS...
     echo "trained $name"
 }
 evaluate() { # NAME
-    cryodrgn eval_amort "$1" --labels data/labels.pkl --coordinate data/coordinate.pkl \
+    cryodrgn eval_amort "$1" --labels data/labels.pkl --coordinate data/coordinate.pkl --fit 32 \
         >"$1.eval.log" 2>&1 || {
         cat "$1.eval.log" >&2
         return 1

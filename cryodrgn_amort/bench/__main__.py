@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Bench", "Section", "main", "ratio", "render"]
 
-BENCHES = ("step", "command", "table", "memory")
+BENCHES = ("step", "command", "table", "memory", "fit")
 _FEW = 1000
 """Particles of the commands that ``--epochs`` is for."""
 _TUNED = {  # the allocator keeps what is freed, instead of faulting it in again
@@ -203,6 +203,36 @@ class Bench:
             for gemm, name in _FLOORS.items():
                 workers[name] = start(self.env, "floor", box=shape.box, gemm=gemm, **network)
             return self.rates(workers)
+
+    def fit(self) -> list[Section]:
+        """Measure the fitting of posteriors, as ``infer_amort`` does it."""
+        names = ("decoder alone", "infer_amort")
+        section = Section(
+            "Fitted posteriors: image steps per second",
+            ("D / width / batch", *names, "cost next to the decoder's"),
+            notes=[
+                f"{self.sizes.fit_steps} steps for every particle, reading, preprocessing and the "
+                "final ELBO included; decoder alone: its forward and backward pass for as many "
+                "images, which are there."
+            ],
+        )
+        for shape in self.sizes.fits:
+            say(f"fit {shape}")
+            with contextlib.ExitStack() as opened:
+                files = opened.enter_context(stack(self.env, 2 * shape.batch, shape.box))
+                size = {"zdim": ZDIM, "width": shape.width, "layers": shape.layers}
+                size |= {"batch_size": shape.batch, "steps": self.sizes.fit_steps}
+                workers = {
+                    name: opened.enter_context(
+                        working(self.env, "fit", alone=name == names[0], **files, **size)
+                    )
+                    for name in names
+                }
+                rates, failures = self.rates(workers)
+            cost = ratio(rates[names[0]], rates[names[1]])
+            section.rows.append((str(shape), *(middle(rates[name]) for name in names), cost))
+            section.notes += [f"{shape}, {who} failed: {why}." for who, why in failures.items()]
+        return [section]
 
     def table(self) -> list[Section]:
         """Measure the lookup table's optimizer."""

@@ -81,6 +81,8 @@ class Sizes:
     table_rows: tuple[int, ...]
     commands: tuple[Command, ...]
     memory: tuple[Command, ...]
+    fits: tuple[Shape, ...]
+    fit_steps: int
     rounds: int
     seconds: float
 
@@ -99,6 +101,8 @@ FULL = Sizes(
         Command("train_vae", 10_000, 128, 256, images=8 * BATCH),
         Command("train_dec", 10_000, 128, 256, images=8 * BATCH),
     ),
+    fits=(Shape(32, 64, 256), Shape(32, 256, 32)),
+    fit_steps=200,
     rounds=3,
     seconds=1.0,
 )  # fmt: skip
@@ -107,6 +111,8 @@ QUICK = Sizes(
     table_rows=(1000,),
     commands=(Command("train_vae", 32, 16, 16, layers=1),),
     memory=(Command("train_dec", 64, 16, 16, layers=1, images=2 * BATCH),),
+    fits=(Shape(16, 16, 4, layers=1),),
+    fit_steps=4,
     rounds=1,
     seconds=0.01,
 )

@@ -64,6 +64,52 @@ def our_steps(
     return (batch_size for _ in trainer.endless_steps())
 
 
+def fit_steps(
+    particles: str, poses: str, ctf: str, *, zdim: int, width: int, layers: int, batch_size: int,
+    steps: int, alone: bool,
+) -> Iterator[int]:  # fmt: skip
+    """Prepare the fitting of posteriors, so many steps for each particle; units are image steps.
+
+    Parameters
+    ----------
+    alone
+        Whether to do no more than the decoder's forward and backward pass, for as many images.
+    """
+    import math
+
+    from cryodrgn_amort.decoding import matrix_products
+    from cryodrgn_amort.feed import Feed
+    from cryodrgn_amort.inference import FitOptions, Yardstick, infer
+    from cryodrgn_amort.plugins import load_plugins
+    from cryodrgn_amort.settings import settings_from_flags
+    from cryodrgn_amort.training import Trainer
+
+    flags = {
+        "particles": particles, "poses": poses, "ctf": ctf, "zdim": zdim, "seed": 0,
+        "outdir": str(Path(particles).parent / "never-written"), "pdim": width, "players": layers,
+        "encoder": "vlt",
+    }  # fmt: skip
+    plugins = load_plugins()
+    trainer = Trainer(settings_from_flags(flags, plugins), plugins)
+    model, n = trainer.model.requires_grad_(False), trainer.particles.n
+    feed = Feed(trainer.particles, None, memory=0)
+    # as if no particle ever stopped getting better
+    options = FitOptions(steps=steps, tolerance=-math.inf)
+    start = torch.zeros(batch_size, zdim), torch.full((batch_size, zdim), -2.0)
+    with matrix_products():
+        for first in range(0, 2**40, batch_size):
+            batch = feed.read((torch.arange(batch_size) + first) % n)
+            if alone:
+                z = torch.randn(batch_size, zdim).requires_grad_()
+                for _ in range(steps):
+                    torch.autograd.grad(model.squared_errors(batch, z)[0], z)
+                    yield batch_size
+                continue
+            ones = torch.ones(zdim)
+            infer(model, batch, None, {"mean": start}, Yardstick(1 / zdim), options, ones, 0)
+            yield batch_size * steps
+
+
 def half_plane(box: int) -> int:
     """Count the pixels of one half of the masked Fourier plane, without its centre."""
     radius = box // 2
@@ -203,6 +249,7 @@ TASKS: dict[str, Callable[..., Iterator[int]]] = {
     "host": host_steps,
     "ours": our_steps,
     "floor": floor_steps,
+    "fit": fit_steps,
     "table": table_steps,
     "flush": flush_rows,
 }
