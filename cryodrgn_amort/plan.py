@@ -43,6 +43,7 @@ _TAKEN = {
     ),
     "eval_amort": ("o", "outdir", *INPUTS, *KNOWN),
     "time_amort": ("o", "output"),
+    "mnist_amort": ("o", "outdir", "overwrite", "seeds"),
 }  # fmt: skip
 
 
@@ -126,6 +127,11 @@ class Plan:
     def agreement_file(self, name: str) -> Path:
         """Return where the agreement of a recipe's runs with its reference's is."""
         return self.folder / "agreement" / f"{name}.json"
+
+    @property
+    def digits_file(self) -> Path:
+        """Where the numbers of handwritten digits are."""
+        return self.folder / "mnist" / "mnist.json"
 
     @property
     def timing_file(self) -> Path:
@@ -218,6 +224,9 @@ class Plan:
             if recipe.command == "time_amort":
                 yield self._time(recipe)
                 continue
+            if recipe.command == "mnist_amort":
+                yield self._digits(recipe)
+                continue
             for seed in self.seeds_of(name):
                 if recipe.command == "train_amort":
                     yield self._train(recipe, seed, start)
@@ -281,6 +290,12 @@ class Plan:
         argv = ("time_amort", *folders, *_to_argv(flags), "-o", str(self.timing_file))
         after = tuple(f"train.{name}.seed{seed}" for name in names)
         return Step(recipe.name, argv, after, (self.timing_file,))
+
+    def _digits(self, recipe: Recipe) -> Step:
+        out = self.digits_file.parent
+        argv = ["mnist_amort", "-o", str(out), "--overwrite", *_to_argv(self._flags(recipe, {}))]
+        argv += ["--seeds", *map(str, self.seeds)]
+        return Step(recipe.name, tuple(argv), (), (self.digits_file, out / "report.html"))
 
     def check(self) -> None:
         """Check every command before the first one is run.

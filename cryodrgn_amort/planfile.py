@@ -140,7 +140,7 @@ def load_plan(
             known = ", ".join(sorted(plugins.owned("recipes")))
             raise fail(f"recipes: {name}: unknown; known are {known}")
         command = plugins.recipe(name).command
-        if command not in ("train_amort", "eval_amort", "time_amort"):
+        if command not in ("train_amort", "eval_amort", "time_amort", "mnist_amort"):
             raise fail(f"recipes: {name}: is of {command}, which no study runs")
     more = flags(found.get("more_seeds"), "more_seeds")
     for name in more:

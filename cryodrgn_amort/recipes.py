@@ -25,7 +25,8 @@ class Recipe:
         same seed), anyone else must give it. ``run`` is the run that ``eval_amort`` measures.
     command
         ``train_amort``; ``eval_amort`` for what is measured of another recipe's run;
-        ``time_amort`` for what is measured of several (flag ``recipes``).
+        ``time_amort`` for what is measured of several (flag ``recipes``); ``mnist_amort`` for
+        handwritten digits.
     figure
         Where the paper shows it.
     reference
@@ -140,5 +141,13 @@ RECIPES = (
         {"recipes": ["baseline", "vlt", "twin", "twin-large", "twin-small"]},
         command="time_amort",
         figure="Table 1",
+    ),
+    Recipe(
+        "mnist",
+        "handwritten digits: the network, the table, a twin and noise, shifted by 1 to 5 px",
+        {"data": "digits"},
+        command="mnist_amort",
+        figure="Figures 12 to 19",
+        reference="mnist",
     ),
 )

@@ -53,6 +53,19 @@ _OVERVIEW = (
     "class_knn", "coordinate_r2", "volume_fve", "memorisation", "volume_spread",
     "amortization_gap", "held_out_score",
 )  # fmt: skip
+_BESIDE = (  # column, of what, which part or transform, mode
+    ("digits, 1 px", "digits", "shift1", ""),
+    ("digits, 5 px", "digits", "shift5", ""),
+    ("particles, 1 px", "particles", "roll:1", "held"),
+    ("particles, 90°", "particles", "rotate:90", "held"),
+    ("digits, held out", "digits", "held_out", ""),
+    ("particles, held out", "particles", "", ""),
+)
+_BESIDE_MEASURES = (
+    "retrieval_rank", "top1", "displacement", "displacement_sigma", "latent_correlation",
+    "label_agreement", "amortization_loss_fraction", "held_out_score", "generalisation_gap",
+    "class_knn",
+)  # fmt: skip
 _CURVES = ("retrieval_rank", "displacement", "latent_correlation", "amortization_loss_fraction")
 
 
@@ -125,6 +138,10 @@ def _facts(study: Study, found: Sequence[Found]) -> dict[str, Any]:
             }
             for pair in study.agreement
         ],
+        "digits": {
+            method: [{part: measure_facts(m) for part, m in parts.items()} for parts in seeds]
+            for method, seeds in study.digits.items()
+        },
         "definitions": {name: asdict(DEFINITIONS[name]) for name in names},
         "times": {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -168,6 +185,8 @@ def _measures_shown(study: Study, found: Sequence[Found]) -> list[str]:
             used |= measures.keys()
     for pair in study.agreement:
         used |= pair.measures.keys()
+    if study.digits:
+        used |= set(_BESIDE_MEASURES)
     return [name for name in DEFINITIONS if name in used]
 
 
@@ -261,9 +280,12 @@ def _of_all(study: Study) -> dict[str, Picture]:
         for title, recipe in (("shift", "shift"), ("angle", "rotate"))
         if (found := _curves(study, recipe))
     }
+    if digits := _digit_curves(study):
+        curves["shift"] = [*curves.get("shift", ()), *digits]
     if curves:
         add("invariance", "What shifting and turning do to the latents of the baseline, against "
-            "the size of the shift and the angle. Dotted: null, dashed: ideal.",
+            "the size of the shift and the angle, and what shifting does to those of handwritten "
+            "digits (28 px), if they are in the study. Dotted: null, dashed: ideal.",
             study_figures.invariance(curves))  # fmt: skip
     if study.agreement:
         add("agreement", "Agreement of every recipe with its reference, next to that of two seeds "
@@ -296,6 +318,39 @@ def _curves(study: Study, recipe: str) -> list[study_figures.Curve]:
     return found
 
 
+def _digit_curves(study: Study) -> list[study_figures.Curve]:
+    """Return measures of digits against the size of the shift, for each seed of the network."""
+    found = []
+    for seed, parts in enumerate(study.digits.get("vae", ())):
+        shifts = sorted(int(part[5:]) for part in parts if part.startswith("shift"))
+        each = [parts[f"shift{shift}"] for shift in shifts]
+        values = {n: [m[n] for m in each] for n in _CURVES if each and all(n in m for m in each)}
+        if values:
+            x = np.array(shifts, float)
+            found.append(study_figures.Curve(f"digits, seed {seed}", x, values))
+    return found
+
+
+def _beside_digits(study: Study) -> list[dict[str, Row]]:
+    """Return the same measures of digits and of particles, a dictionary for each of _BESIDE."""
+    columns = []
+    for label, kind, of, mode in _BESIDE:
+        rows: dict[str, Row] = {}
+        for name in _BESIDE_MEASURES:
+            if kind == "digits":
+                parts = [seed.get(of, {}) for seed in study.digits.get("vae", ())]
+                found = [measures[name] for measures in parts if name in measures]
+            elif mode:
+                found = study.transformed("baseline", of, mode, name)
+            else:
+                # of held-out particles it goes by another name
+                own = {"class_knn": "class_knn_encoder"}.get(name, name)
+                found = study.measured("baseline", own)
+            rows |= {r.measure: r for r in row(label, name, found)}
+        columns.append(rows)
+    return columns
+
+
 def _page(study: Study, found: Sequence[Found], drawn: Mapping[str, Picture]) -> str:
     """Render report.html."""
     member = next(iter(study.members.values()), None)
@@ -315,6 +370,9 @@ def _page(study: Study, found: Sequence[Found], drawn: Mapping[str, Picture]) ->
             overview_columns=[*_OVERVIEW, "knn_overlap", "volume_fsc"],
             common=[drawn[n] for n in ("recovery", "invariance", "agreement", "losses")
                     if n in drawn],
+            beside=_beside_digits(study) if study.digits else [],
+            beside_columns=[label for label, *_ in _BESIDE],
+            beside_measures=_BESIDE_MEASURES,
             table1=_table1(study),
             table1_figure=drawn.get("table1"),
             sections=sections,

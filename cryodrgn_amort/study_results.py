@@ -115,6 +115,9 @@ class Study:
         Every pair of runs that was compared, once.
     seconds
         Recipe -> seconds per epoch in each round, `(rounds,)`.
+    digits
+        Method of ``mnist_amort`` -> for each seed, part ("train", "held_out", "shift1") -> its
+        measures by name.
     missing
         Recipes of the plan of which nothing is there yet.
     """
@@ -124,6 +127,7 @@ class Study:
     agreement: list[Agreement]
     seconds: dict[str, np.ndarray]
     timing: dict[str, Any]
+    digits: dict[str, list[dict[str, dict[str, Measure]]]]
     missing: list[str]
 
     def of(self, recipe: str) -> list[Member]:
@@ -161,7 +165,7 @@ def read_study(plan: Plan) -> Study:
     members: dict[tuple[str, int], Member] = {}
     missing = []
     for name in plan.recipes:
-        if plan.recipe(name).command == "time_amort":
+        if plan.recipe(name).command in ("time_amort", "mnist_amort"):
             missing += [] if name in done else [name]
             continue
         seeds = [seed for seed in plan.seeds_of(name) if f"eval.{name}.seed{seed}" in done]
@@ -179,7 +183,16 @@ def read_study(plan: Plan) -> Study:
         _recipe_seed(folder)[0]: np.array(values)
         for folder, values in timing.get("seconds_per_epoch", {}).items()
     }
-    study = Study(plan, members, list(agreement.values()), seconds, timing, missing)
+    digits = {
+        method: [
+            {part: _measures(found) for part, found in parts.items() if _is_measures(found)}
+            for parts in seeds.values()
+        ]
+        for name in plan.recipes
+        if plan.recipe(name).command == "mnist_amort" and name in done
+        for method, seeds in _json(plan.digits_file)["methods"].items()
+    }
+    study = Study(plan, members, list(agreement.values()), seconds, timing, digits, missing)
     _add_relative(study)
     return study
 
@@ -190,6 +203,10 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as err:
         raise InputError(f"{path}: damaged ({err}); delete it to have it made anew") from None
     return found
+
+
+def _is_measures(found: dict[str, Any]) -> bool:
+    return all(isinstance(facts, dict) and "null" in facts for facts in found.values())
 
 
 def _measures(found: dict[str, Any]) -> dict[str, Measure]:
