@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.inputs import EncoderInput
     from cryodrgn_amort.transforms import Transform
 
-__all__ = ["BOX", "Digits", "DigitSets", "load_data"]
+__all__ = ["BOX", "DigitSets", "Digits", "load_data"]
 
 BOX = 28
 """Size of the pictures in pixels."""

@@ -212,7 +212,7 @@ def _stale(folder: Path, settings: MnistSettings, data: DigitSets) -> bool:
     if not (folder / "settings.json").is_file():
         return False  # killed; trained anew
     method, _, seed = folder.name.partition(".seed")
-    return _read_settings(folder) != settings.of_run(method, int(seed), data)
+    return bool(_read_settings(folder) != settings.of_run(method, int(seed), data))
 
 
 def _read_settings(folder: Path) -> Any:
@@ -280,8 +280,8 @@ def _train(
         history.append(row)
         if bar.disable and epoch % max(1, settings.epochs // 10) == 0:
             logger.info(f"{name}: epoch {epoch}/{settings.epochs}, reconstruction "
-                        f"{reconstruction:.1f}, KL {kl:.2f}, loss {row['loss']:.1f} nats per image, "
-                        f"{time.monotonic() - started:.0f} s")  # fmt: skip
+                        f"{reconstruction:.1f}, KL {kl:.2f}, loss {row['loss']:.1f} nats per "
+                        f"image, {time.monotonic() - started:.0f} s")  # fmt: skip
     return history
 
 
@@ -308,7 +308,8 @@ def encode(
             torch.cat(model.posterior(digits.batch(index, shown, transform)), 1)
             for index in torch.arange(digits.n).split(_ENCODE_BATCH)
         ]
-        known = torch.cat(parts).chunk(2, 1)
+        both = torch.cat(parts)
+        known = both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
     mean, logvar = (part.contiguous().numpy() for part in known)
     return mean, logvar
 
@@ -336,9 +337,7 @@ def _write(found: Trained, settings: MnistSettings, folder: Path) -> None:
     write_z(folder / "z.pkl", found.z, found.logvar)
 
 
-def _restore(
-    model: DigitVAE, shown: EncoderInput | None, folder: Path
-) -> list[dict[str, float]]:
+def _restore(model: DigitVAE, shown: EncoderInput | None, folder: Path) -> list[dict[str, float]]:
     """Read what ``_write`` wrote; returns the rows of metrics.csv."""
     checkpoint = read_weights(folder / "weights.pkl", "-o")
     try:
