@@ -66,9 +66,11 @@ class LatentModel(ABC):
         return {} if self.amort is None else dict(self.amort.state_dict())
 
 
-def adam(parameters: list[nn.Parameter], lr: float, wd: float = 0.0) -> torch.optim.Adam:
+def adam(
+    parameters: list[nn.Parameter], lr: float, wd: float = 0.0, eps: float = 1e-8
+) -> torch.optim.Adam:
     """Make the common optimizer; fused where PyTorch can."""
-    make = functools.partial(torch.optim.Adam, parameters, lr=lr, weight_decay=wd)
+    make = functools.partial(torch.optim.Adam, parameters, lr=lr, weight_decay=wd, eps=eps)
     try:
         return make(fused=True)
     except RuntimeError:  # before PyTorch 2.4 not on CPUs

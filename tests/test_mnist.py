@@ -14,8 +14,8 @@ from helpers import read_pickles
 from torch import nn
 
 from cryodrgn_amort.inputs import EncoderInput, Noise, Twin
-from cryodrgn_amort.latent import adam, train_step
-from cryodrgn_amort.mnist import data, evaluation, training
+from cryodrgn_amort.latent import train_step
+from cryodrgn_amort.mnist import data, evaluation, report, training
 from cryodrgn_amort.mnist.data import DigitSets, load_data
 from cryodrgn_amort.mnist.model import BETA, DigitNetwork, DigitVAE
 from cryodrgn_amort.mnist.training import MnistSettings
@@ -173,10 +173,10 @@ def test_a_training_step_is_that_of_a_plain_vae(few):
     start = {name: value.clone() for name, value in model.state_dict().items()}
     batch = few.batch(torch.arange(10), EncoderInput())
     torch.manual_seed(1)
-    result, _ = train_step(model, adam(list(model.parameters()), 1e-3), batch, BETA)
+    result, _ = train_step(model, torch.optim.SGD(model.parameters(), 1.0), batch, BETA)
     stepped = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(start)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
     torch.manual_seed(1)
     hidden = model.amort.hidden(batch.y)
     mean, logvar = model.amort.mean(hidden), model.amort.logvar(hidden)
@@ -187,12 +187,15 @@ def test_a_training_step_is_that_of_a_plain_vae(few):
     prior = torch.distributions.Normal(0.0, 1.0)
     kl = torch.distributions.kl_divergence(posterior, prior).sum() / 10
     (2 / 784 * (bce + kl)).backward()
+    bce, kl = bce.detach(), kl.detach()
     optimizer.step()
     assert float(result.gen_loss) * 392 == pytest.approx(float(bce), rel=1e-5)
     assert float(result.kld) == pytest.approx(float(kl), rel=1e-5)
     assert float(result.total) * 392 == pytest.approx(float(bce + kl), rel=1e-5)
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(stepped[name], value, rtol=1e-4, atol=1e-5)
+        moved, wanted = stepped[name] - start[name], value - start[name]
+        assert wanted.abs().max() > 1e-5
+        torch.testing.assert_close(moved, wanted, rtol=1e-2, atol=2e-7)
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +254,7 @@ def test_what_is_trained_is_not_trained_again(written, cli, monkeypatch):
     before = (out / "runs/vae.seed0/weights.pkl").stat().st_mtime_ns
     train = training._train
     monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(report, "_pictures", lambda *_: {"vae": [], "vlt": []})  # takes long
     code, _, err = cli(*argv)
     assert (code, err) == (0, "")
     assert json.loads((out / "mnist.json").read_text())["methods"] == first
