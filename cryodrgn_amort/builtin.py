@@ -23,6 +23,7 @@ _COMMANDS = {
     "compare_amort": "compare finished runs of the same particles",
     "time_amort": "time the training step of several runs, side by side",
     "study_amort": "run a whole study: every recipe, every figure, one report",
+    "mnist_amort": "ask the same questions of handwritten digits, the paper's Appendix B",
     "amort_plugins": "list the loaded plugins and what they bring",
 }
 

@@ -17,6 +17,7 @@ from cryodrgn_amort.decoding import matrix_products
 from cryodrgn_amort.embeddings import embed
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.gaps import fit_results
+from cryodrgn_amort.measures import MovedLosses, moved_arrays, moved_measures, spread
 from cryodrgn_amort.metrics import Measure, Neighbours, measure
 from cryodrgn_amort.parallel import Team
 from cryodrgn_amort.particles import Batch
@@ -298,7 +299,7 @@ class _Evaluator:
             for name, z in zs.items():
                 latent = torch.from_numpy(z[index.numpy()]).float().to(p.device)
                 # in units of the noise's standard deviation (the host's normalisation): nats
-                found[name].append(model.squared_errors(batch, latent)[1].cpu().numpy() / 2)
+                found[name].append(model.errors(batch, latent)[1].cpu().numpy() / 2)
         return {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
 
     def fits(self) -> list[FitResult]:
@@ -390,7 +391,7 @@ class _Evaluator:
         found.append(
             measure("reconstruction", np.mean, losses["own"], null=null, ideal=None, **opts)
         )
-        arrays = {"reconstruction": self._spread(losses["own"], self.sample)}
+        arrays = {"reconstruction": spread(losses["own"], self.sample, self.particles.n)}
         labels, coordinate, truth = self.known.labels, self.known.coordinate, self.known.truth
         if labels is not None:
             shares = np.bincount(labels) / len(labels)
@@ -433,16 +434,10 @@ class _Evaluator:
                         null=0.0, ideal=1.0, **opts)
             )  # fmt: skip
         arrays = {
-            "neighbourhood": self._spread(overlap, self.sample),
-            "per_image_fsc": self._spread(volumes.areas, rows),
+            "neighbourhood": spread(overlap, self.sample, self.particles.n),
+            "per_image_fsc": spread(volumes.areas, rows, self.particles.n),
         }
         return found, arrays
-
-    def _spread(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Put the values of a sample at their particles: `(N,)`, NaN elsewhere."""
-        spread = np.full(self.particles.n, np.nan)
-        spread[rows] = values
-        return spread
 
     def results(
         self,
@@ -459,14 +454,17 @@ class _Evaluator:
         ``volumes`` are those of ``volume_sample``, ``base`` the losses of the particles themselves.
         """
         found = []
+        opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": self.options.seed}
         for name, transform in transforms:
             modes = {mode: copies[(name, mode)][0] for mode in MODES}
             with self.clock.stage("reconstruction"):
                 losses = self.reconstruction({"control": z, **modes}, transform)
             for mode in MODES:
                 moved, moved_logvar = copies[(name, mode)]
-                arrays = self._arrays(z, logvar, moved)
-                measures = self._measures(z, logvar, moved, arrays, base, losses, mode, near)
+                arrays = moved_arrays(z, logvar, moved, self.queries, self.options.seed)
+                known = MovedLosses(base["own"], base["mean"], losses[mode], losses["control"])
+                measures = moved_measures(z, logvar, moved, arrays, near, self.known.labels, known,
+                                          **opts)  # fmt: skip
                 with self.clock.stage("volumes"):
                     moved_volumes = self.decode(moved[self.volume_sample])
                 measures |= self._volume_measures(volumes, moved_volumes)
@@ -483,61 +481,6 @@ class _Evaluator:
                     )
                 )
         return found
-
-    def _arrays(
-        self, z: np.ndarray, logvar: np.ndarray, moved: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        scale = metrics.pair_scale(z, self.options.seed)
-        return {
-            "retrieval_rank": self._spread(
-                metrics.retrieval_rank(z, moved, self.queries), self.queries
-            ),
-            "displacement": metrics.displacement(z, moved, scale),
-            "displacement_sigma": metrics.displacement_sigma(z, moved, logvar),
-        }
-
-    def _measures(
-        self,
-        z: np.ndarray,
-        logvar: np.ndarray,
-        moved: np.ndarray,
-        arrays: dict[str, np.ndarray],
-        base: dict[str, np.ndarray],
-        losses: dict[str, np.ndarray],
-        mode: str,
-        near: Neighbours,
-    ) -> dict[str, Measure]:
-        n, seed = len(z), self.options.seed
-        other = np.random.default_rng(seed).permutation(n)
-        opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": seed}
-        rank = arrays["retrieval_rank"][self.queries]
-        shuffled = metrics.displacement(z, moved[other], metrics.pair_scale(z, seed))
-        found = [
-            measure("retrieval_rank", np.mean, rank, null=0.5, ideal=0.0, **opts),
-            measure("top1", np.mean, (rank == 0).astype(float), null=1 / n, ideal=1.0, **opts),
-            measure("displacement", np.median, arrays["displacement"],
-                    null=float(np.median(shuffled)), ideal=0.0, **opts),
-            measure("displacement_sigma", np.median, arrays["displacement_sigma"],
-                    null=metrics.random_pair_sigma(z, logvar, seed), ideal=0.0, **opts),
-            measure("latent_correlation", metrics.latent_correlation, z, moved,
-                    null=0.0, ideal=1.0, **opts),
-        ]  # fmt: skip
-        if self.known.labels is not None:
-            before = metrics.knn_labels(near.own, self.known.labels)
-            after = metrics.knn_labels(near.of(moved[near.rows]), self.known.labels)
-            mixed = np.random.default_rng(seed).permutation(len(after))
-            null = metrics.label_agreement(before, after[mixed])
-            found.append(
-                measure("label_agreement", metrics.label_agreement, before, after,
-                        null=null, ideal=1.0, **opts)
-            )  # fmt: skip
-        found += [
-            measure("amortization_loss_fraction", metrics.loss_fraction, losses[mode], base["own"],
-                    base["mean"], null=1.0, ideal=0.0, **opts),
-            measure("control", np.mean, losses["control"] - base["own"],
-                    null=None, ideal=0.0, **opts),
-        ]  # fmt: skip
-        return {m.name: m for m in found}
 
     def _volume_measures(self, volumes: np.ndarray, copies: np.ndarray) -> dict[str, Measure]:
         others = np.roll(volumes, 1, axis=0)

@@ -14,7 +14,7 @@ import torch
 
 from cryodrgn_amort import metrics
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.inference import FitOptions, Yardstick, importance_bound, squared_errors_at
+from cryodrgn_amort.inference import FitOptions, Yardstick, errors_at, importance_bound
 from cryodrgn_amort.metrics import Neighbours, measure
 from cryodrgn_amort.results import FitResult
 
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cryodrgn_amort.inference import Decoder, Fit, Posterior
     from cryodrgn_amort.metrics import Measure
+    from cryodrgn_amort.particles import Batch
     from cryodrgn_amort.posteriors import Fitter
     from cryodrgn_amort.results import EvalOptions
     from cryodrgn_amort.runs import Run
 
-__all__ = ["fit_results"]
+__all__ = ["FitValues", "class_measures", "fit_measures", "fit_results", "fit_values"]
 
 logger = logging.getLogger("cryodrgn_amort")
 
@@ -37,7 +39,7 @@ _SAMPLES = 64  # of the importance-weighted bound
 
 
 @dataclass
-class _Found:
+class FitValues:
     """Values of the particles that were fitted, each `(M,)` but for ``z`` and ``own``.
 
     Attributes
@@ -62,20 +64,28 @@ class _Found:
     z: np.ndarray
 
 
-def _fit(fitter: Fitter, chunks: Iterable[Tensor], yardstick: Yardstick) -> _Found:
-    """Fit some particles: from the encoder's answers if it knows them, else from the anchors."""
-    starts = ("encoder",) if fitter.own and fitter.has_answers else ("anchors",)
+def fit_values(
+    model: Decoder,
+    centre: Tensor,
+    fits: Iterable[tuple[Batch, Fit, Tensor | None, Posterior | None]],
+    yardstick: Yardstick,
+    seed: int,
+) -> FitValues:
+    """Compare fits with one latent for all, ``centre`` `(zdim,)`, and with the encoder.
+
+    Parameters
+    ----------
+    fits
+        Of some particles each: their batch, the fits, ELBO and posterior of the encoder's answer.
+    """
     parts: dict[str, list[torch.Tensor]] = {}
-    centre = torch.from_numpy(fitter.saved[0].mean(0)).to(fitter.particles.device)
-    generator = torch.Generator().manual_seed(fitter.seed)
-    for rows in chunks:
-        batch, fit, own = fitter.fit(rows, starts, yardstick, FitOptions())
-        answer = fitter.answer(batch)
+    generator = torch.Generator().manual_seed(seed)
+    for batch, fit, own, answer in fits:
         mean = torch.full_like(fit.mean, torch.nan) if answer is None else answer[0]
         z = torch.stack([centre.expand_as(fit.mean), mean, fit.mean])
-        losses = squared_errors_at(fitter.model, batch, z) / 2
+        losses = errors_at(model, batch, z) / 2
         noise = torch.randn(_SAMPLES, *fit.mean.shape, generator=generator).to(fit.mean)
-        bound = importance_bound(fitter.model, batch, (fit.mean, fit.logvar), yardstick, noise)
+        bound = importance_bound(model, batch, (fit.mean, fit.logvar), yardstick, noise)
         found = {
             "gap": torch.full_like(fit.elbo, torch.nan) if own is None else fit.elbo - own,
             "tighter": bound - fit.elbo, "converged": fit.converged, "constant": losses[0],
@@ -83,7 +93,20 @@ def _fit(fitter: Fitter, chunks: Iterable[Tensor], yardstick: Yardstick) -> _Fou
         }  # fmt: skip
         for name, values in found.items():
             parts.setdefault(name, []).append(values.cpu())
-    return _Found(**{name: torch.cat(values).double().numpy() for name, values in parts.items()})
+    return FitValues(**{name: torch.cat(part).double().numpy() for name, part in parts.items()})
+
+
+def _fit(fitter: Fitter, chunks: Iterable[Tensor], yardstick: Yardstick) -> FitValues:
+    """Fit some particles: from the encoder's answers if it knows them, else from the anchors."""
+    starts = ("encoder",) if fitter.own and fitter.has_answers else ("anchors",)
+    centre = torch.from_numpy(fitter.saved[0].mean(0)).to(fitter.particles.device)
+
+    def fits() -> Iterator[tuple[Batch, Fit, Tensor | None, Posterior | None]]:
+        for rows in chunks:
+            batch, fit, own = fitter.fit(rows, starts, yardstick, FitOptions())
+            yield batch, fit, own, fitter.answer(batch)
+
+    return fit_values(fitter.model, centre, fits(), yardstick, fitter.seed)
 
 
 def fit_results(
@@ -112,15 +135,16 @@ def fit_results(
         except InputError as err:
             logger.warning(f"{err}: posteriors are not fitted by it")
             continue
-        seen: _Found | None = None
+        seen: FitValues | None = None
         for which, fitter in fitters.items():
             mixed = np.random.default_rng(options.seed).permutation(fitter.particles.n)
             index = np.sort(mixed[:count])
             chunks = progress(torch.from_numpy(index).split(_CHUNK), f"fits, {which}")
             values = _fit(fitter, chunks, yardstick)
-            measures = _measures(values, seen, weight == "implied", opts)
+            measures = fit_measures(values, seen, weight == "implied", opts)
             if which == "held-out" and "training" in labels and which in labels:
-                measures += _classes(run, values, index, labels, opts)
+                truth = labels["held-out"][index]
+                measures += class_measures(run.z()[0], labels["training"], values, truth, opts)
             seen = seen or values
             found.append(
                 FitResult(
@@ -137,8 +161,8 @@ def fit_results(
     return found
 
 
-def _measures(
-    found: _Found, seen: _Found | None, implied: bool, opts: dict[str, Any]
+def fit_measures(
+    found: FitValues, seen: FitValues | None, implied: bool, opts: dict[str, Any]
 ) -> list[Measure]:
     """Measure one set of particles; ``seen`` are those of the training if these are not."""
     measures = []
@@ -164,18 +188,25 @@ def _measures(
     return [*measures, converged]
 
 
-def _classes(
-    run: Run, found: _Found, index: np.ndarray, labels: dict[str, np.ndarray], opts: dict[str, Any]
+def class_measures(
+    z: np.ndarray, labels: np.ndarray, found: FitValues, truth: np.ndarray, opts: dict[str, Any]
 ) -> list[Measure]:
-    """Measure how well neighbours among the training particles tell the class of others."""
-    near = Neighbours(run.z()[0], np.arange(0))
-    truth = labels["held-out"][index]
-    shares = np.bincount(labels["training"]) / len(labels["training"])
+    """Measure how well neighbours among the training particles tell the class of others.
+
+    Parameters
+    ----------
+    z, labels
+        Latents and classes of the training particles, `(N, zdim)` and `(N,)`.
+    truth
+        Classes of the others, `(M,)`.
+    """
+    near = Neighbours(z, np.arange(0))
+    shares = np.bincount(labels) / len(labels)
     null = float((np.append(shares, np.zeros(truth.max() + 1))[truth]).mean())
     measures = []
-    for name, z in (("class_knn_encoder", found.own), ("class_knn_fitted", found.z)):
-        if np.isfinite(z).all():
-            told = metrics.knn_labels(near.of(z.astype(np.float32)), labels["training"])
+    for name, latents in (("class_knn_encoder", found.own), ("class_knn_fitted", found.z)):
+        if np.isfinite(latents).all():
+            told = metrics.knn_labels(near.of(latents.astype(np.float32)), labels)
             right = (told == truth).astype(float)
             measures.append(measure(name, np.mean, right, null=null, ideal=1.0, **opts))
     return measures

@@ -5,7 +5,7 @@ each particle by itself, so that its own ELBO is as large as it gets (stochastic
 inference: Cremer, Li & Duvenaud, arXiv 1801.03558; Hjelm et al., arXiv 1511.06382). The
 difference is the amortization gap.
 
-Whatever has ``squared_errors(batch, z)`` can be a model here.
+Whatever has ``errors(batch, z)`` can be a model here.
 """
 
 from __future__ import annotations
@@ -25,8 +25,17 @@ if TYPE_CHECKING:
     from cryodrgn_amort.particles import Batch
 
 __all__ = [
-    "Decoder", "Fit", "FitOptions", "Posterior", "Yardstick",
-    "anchored", "elbo", "fit", "importance_bound", "infer", "squared_errors_at",
+    "Decoder",
+    "Fit",
+    "FitOptions",
+    "Posterior",
+    "Yardstick",
+    "anchored",
+    "elbo",
+    "errors_at",
+    "fit",
+    "importance_bound",
+    "infer",
 ]  # fmt: skip
 
 _BETAS = (0.9, 0.95)
@@ -40,16 +49,16 @@ Posterior = tuple[Tensor, Tensor]
 
 
 class Decoder(Protocol):
-    """What explains the particles: see ``AmortVAE.squared_errors``."""
+    """What explains the particles: see ``LatentModel.errors``."""
 
-    def squared_errors(self, batch: Batch, z: Tensor, /) -> tuple[Tensor, Tensor]:
+    def errors(self, batch: Batch, z: Tensor, /) -> tuple[Tensor, Tensor]:
         """Return the total error, differentiable by z, and that of each particle `(B,)`."""
         ...
 
 
 @dataclass(frozen=True)
 class Yardstick:
-    """In what the ELBO is measured: -(squared error + beta KL) / (2 variance), in nats.
+    """In what the ELBO is measured: -(error + beta KL) / (2 variance), in nats.
 
     Up to the same constant for all latents. With beta = 2 variance this is the ELBO of a model
     whose noise has that variance in each pixel.
@@ -70,9 +79,9 @@ class Yardstick:
         """Return that of a model with this variance of the noise: its beta is implied."""
         return cls(2 * variance, variance)
 
-    def elbo(self, squared_error: Tensor, kl: Tensor) -> Tensor:
+    def elbo(self, error: Tensor, kl: Tensor) -> Tensor:
         """Return the ELBO of each particle, `(B,)`."""
-        return (squared_error + self.beta * kl) / (-2 * self.variance)
+        return (error + self.beta * kl) / (-2 * self.variance)
 
 
 @dataclass(frozen=True)
@@ -132,9 +141,9 @@ def _noise(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tenso
 
 
 @torch.no_grad()
-def squared_errors_at(model: Decoder, batch: Batch, z: Tensor) -> Tensor:
-    """Return the squared error of each particle at several latents `(K, B, zdim)`: `(K, B)`."""
-    return torch.stack([model.squared_errors(batch, latent)[1] for latent in z])
+def errors_at(model: Decoder, batch: Batch, z: Tensor) -> Tensor:
+    """Return the error of each particle at several latents `(K, B, zdim)`: `(K, B)`."""
+    return torch.stack([model.errors(batch, latent)[1] for latent in z])
 
 
 @torch.no_grad()
@@ -151,7 +160,7 @@ def elbo(
     """
     mean, logvar = posterior
     z = _draw(mean, logvar, torch.cat([draws, -draws]))
-    error = squared_errors_at(model, batch, z).mean(0)
+    error = errors_at(model, batch, z).mean(0)
     return yardstick.elbo(error, kl_divergence(mean, logvar).to(error.dtype))
 
 
@@ -172,7 +181,7 @@ def importance_bound(
     z = _draw(mean, logvar, noise)
     prior, own = (-0.5 * at.square().sum(2) for at in (z, noise))
     log_q = own - 0.5 * logvar.sum(1)
-    error = squared_errors_at(model, batch, z)
+    error = errors_at(model, batch, z)
     weight = yardstick.beta / (2 * yardstick.variance)
     ratios = error / (-2 * yardstick.variance) + weight * (prior - log_q).to(error.dtype)
     return torch.logsumexp(ratios, 0) - math.log(len(noise))
@@ -196,10 +205,10 @@ def anchored(
     mean
         `(B, zdim)`.
     least
-        Smallest squared error of each particle at an anchor, `(B,)`.
+        Smallest error of each particle at an anchor, `(B,)`.
     """
     size = len(batch.index)
-    error = squared_errors_at(model, batch, anchors[:, None].expand(-1, size, -1))
+    error = errors_at(model, batch, anchors[:, None].expand(-1, size, -1))
     weights = torch.softmax(error / (-2 * variance), 0).nan_to_num(1 / len(anchors))
     return weights.to(anchors.dtype).T @ anchors, error.amin(0)
 
@@ -277,7 +286,7 @@ def fit(
         if place == 0:
             noise = _balanced(options.window, start[0], generator)[:, left]
         z = _draw(mean, logvar, noise[place]).requires_grad_()
-        total, each = model.squared_errors(part, z)
+        total, each = model.errors(part, z)
         (grad,) = torch.autograd.grad(total, z)
         cost -= yardstick.elbo(each.to(mean.dtype), kl_divergence(mean, logvar))[:, None]
         slope.addcmul_(noise[place], grad)
@@ -319,7 +328,7 @@ def _best_logvar(curvature: Tensor, beta: float) -> Tensor:
     Parameters
     ----------
     curvature
-        Mean of the squared error's second derivatives by the latents. Over normal noise that is
+        Mean of the error's second derivatives by the latents. Over normal noise that is
         the mean of noise times first derivative, over the standard deviation (Price 1958;
         Opper & Archambeau 2009).
     """

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cryodrgn_amort import host
 from cryodrgn_amort.decoding import PRECISIONS, FastDecoder
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.latent import LatentModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -31,7 +32,7 @@ _ACTIVATION = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
 _OWN = "amort."
 
 
-class AmortVAE(host.HetOnlyVAE):  # type: ignore[misc]
+class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
     """A ``HetOnlyVAE`` whose posterior may come from another encoder than the host's network.
 
     Parameters
@@ -77,23 +78,9 @@ class AmortVAE(host.HetOnlyVAE):  # type: ignore[misc]
         both = self.encoder(image.to(next(self.encoder.parameters()).dtype))
         return both[:, : self.zdim], both[:, self.zdim :]
 
-    def sample(self, mean: Tensor, logvar: Tensor, batch: Batch) -> Tensor:
-        """Draw latents from the posterior `(B, zdim)`; its means when not training.
-
-        Noise is drawn for the whole batch, so that several processes draw what one would.
-        """
-        if not self.training:
-            return mean
-        noise = torch.randn(batch.size, self.zdim, dtype=mean.dtype, device=mean.device)
-        noise = noise if batch.part is None else noise[batch.part.places]
-        return mean + noise * torch.exp(0.5 * logvar)
-
-    def squared_errors(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Compare the images that latents `(B, zdim)` decode to with the particles.
-
-        Returns their total, which can be differentiated, and the squared error of each image,
-        `(B,)`, which cannot.
-        """
+    def errors(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare by squared errors of the masked pixels; see ``LatentModel.errors``."""
+        assert batch.rot is not None
         return self.fast.squared_errors(batch.rot, batch.y, batch.ctf, z)
 
     @torch.no_grad()
@@ -126,10 +113,6 @@ class AmortVAE(host.HetOnlyVAE):  # type: ignore[misc]
     def host_state_dict(self) -> dict[str, Tensor]:
         """Return the state that the host's ``HetOnlyVAE`` has, and no more."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith(_OWN)}
-
-    def own_state_dict(self) -> dict[str, Any]:
-        """Return the state of an encoder that the host does not know; empty for its own."""
-        return {} if self.amort is None else dict(self.amort.state_dict())
 
     def restore(
         self, host_state: Mapping[str, Tensor], own_state: Mapping[str, Any], name: str

@@ -21,7 +21,7 @@ class Losses:
     Attributes
     ----------
     gen_loss
-        Mean squared error of the masked Hartley image, per pixel.
+        Mean error per pixel: of particles, the squared error of the masked Hartley image.
     kld
         KL divergence to the prior N(0, 1), in nats per particle.
     beta
@@ -46,7 +46,7 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
 def losses(
     mean: Tensor,
     logvar: Tensor,
-    squared_error: Tensor,
+    error: Tensor,
     pixels: int,
     size: int,
     beta: float,
@@ -58,15 +58,16 @@ def losses(
     ----------
     mean, logvar
         The posterior, `(B, zdim)`.
-    squared_error
-        Sum over the images and their masked pixels, a scalar.
+    error
+        -2 log p(x | z) up to a constant, summed over the images, a scalar: of particles the squared
+        error of their masked pixels.
     pixels, size
         Masked pixels of an image; particles in the whole batch.
     beta_control
         If given, ``beta`` is the KL that the objective pulls to, with this weight (the host's
         ``--beta-control``).
     """
-    gen_loss = squared_error / (pixels * size)
+    gen_loss = error / (pixels * size)
     kld = kl_divergence(mean, logvar).sum(dim=0) / size
     if beta_control is None:
         total = gen_loss + beta * kld / pixels

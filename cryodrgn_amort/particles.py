@@ -19,7 +19,7 @@ __all__ = ["Batch", "Part", "Particles"]
 
 @dataclass
 class Batch:
-    """Some particles. `P` masked pixels; `S` stored ones, see ``Particles.pixels``.
+    """Some particles or other images. `P` masked pixels; `S` stored ones: ``Particles.pixels``.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class Batch:
     image
         What a network is shown, centred and phase-flipped: `(B, S)`. None for tables.
     rot
-        Rotations `(B, 3, 3)`.
+        Rotations `(B, 3, 3)`. None: these images have no pose.
     ctf
         CTF at the first half of the masked pixels (the other half is its mirror image):
         `(B, P / 2)`; None without CTF.
@@ -41,7 +41,7 @@ class Batch:
     index: Tensor
     y: Tensor
     image: Tensor | None
-    rot: Tensor
+    rot: Tensor | None
     ctf: Tensor | None
     part: Part | None = None
 
@@ -51,7 +51,6 @@ class Batch:
         at = places.to(self.y.device)
         y, image, rot, ctf = (None if part is None else part[at] for part in rest)
         assert y is not None
-        assert rot is not None
         return Batch(self.index[places.cpu()], y, image, rot, ctf)
 
     @property

@@ -29,8 +29,8 @@ from cryodrgn_amort.inference import (
     Posterior,
     Yardstick,
     anchored,
+    errors_at,
     infer,
-    squared_errors_at,
 )
 from cryodrgn_amort.metrics import kl_by_dimension
 from cryodrgn_amort.model import build_model
@@ -247,7 +247,7 @@ class Fitter:
             batch = self.feed.read(index)
             answer = self.answer(batch) if self.own else None
             if answer is not None:
-                errors = squared_errors_at(self.model, batch, answer[0][None])[0]
+                errors = errors_at(self.model, batch, answer[0][None])[0]
             else:
                 errors = anchored(self.model, batch, self.anchors, 1.0)[1]
             sound = errors[errors.isfinite()]

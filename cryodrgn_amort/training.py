@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import logging
 import os
 import re
@@ -26,9 +25,9 @@ from cryodrgn_amort.checkpoints import OWN_KEY, epochs, read_weights, replacing,
 from cryodrgn_amort.decoding import matrix_products
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.feed import Feed
+from cryodrgn_amort.latent import adam, train_step
 from cryodrgn_amort.machine import available_memory
 from cryodrgn_amort.model import build_model
-from cryodrgn_amort.objective import Losses, losses
 from cryodrgn_amort.parallel import Team, join
 from cryodrgn_amort.runs import (
     HOLDOUT,
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cryodrgn_amort.encoders import Encoder
+    from cryodrgn_amort.objective import Losses
     from cryodrgn_amort.particles import Batch, Particles
     from cryodrgn_amort.plugins import Plugins
     from cryodrgn_amort.settings import TrainSettings
@@ -109,8 +109,7 @@ class Trainer:
         args = model_args(settings, self.encoder_spec, self.particles.D)
         precision = settings.matmul_precision(self.device.type)
         self.model = build_model(args, self.particles.lattice, amort, precision)
-        self._trained = self.model.trained_parameters()
-        self.optimizer = _adam(self._trained, settings)
+        self.optimizer = adam(self.model.trained_parameters(), settings.lr, settings.wd)
         self.beta = host.get_beta_schedule(settings.beta_value())
         self.epoch = 0
         self._random: dict[str, Any] = {}
@@ -239,23 +238,8 @@ class Trainer:
         }
 
     def _step(self, batch: Batch, beta: float) -> tuple[Losses, Tensor]:
-        """Take one optimizer step; returns the losses and the posterior means, detached.
-
-        With several processes, the losses and gradients of each are its share of the batch's.
-        """
-        model, settings = self.model, self.settings
-        self.optimizer.zero_grad()
-        mean, logvar = model.posterior(batch)
-        z = model.sample(mean, logvar, batch)
-        error, _ = model.squared_errors(batch, z)
-        pixels = batch.y.shape[1]
-        result = losses(mean, logvar, error, pixels, batch.size, beta, settings.beta_control)
-        result.total.backward()
-        if model.amort is not None:
-            model.amort.after_backward()
-        self.team.add(p.grad for p in self._trained if p.grad is not None)
-        self.optimizer.step()
-        return result.detach(), mean.detach()
+        control = self.settings.beta_control
+        return train_step(self.model, self.optimizer, batch, beta, control, self.team)
 
     @torch.no_grad()
     def encode(self) -> tuple[np.ndarray, np.ndarray]:
@@ -502,14 +486,6 @@ class Trainer:
     def _bar(self, items: Iterator[Any], what: str, total: int) -> Iterator[Any]:
         silent = not (_on_terminal() and self.team.leads)
         return iter(tqdm(items, what, total, leave=False, disable=silent))
-
-
-def _adam(parameters: list[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Adam:
-    adam = functools.partial(torch.optim.Adam, parameters, lr=settings.lr, weight_decay=settings.wd)
-    try:
-        return adam(fused=True)
-    except RuntimeError:  # before PyTorch 2.4 not on CPUs
-        return adam()
 
 
 def _keep_own_rows(encoder: Encoder, team: Team) -> None:

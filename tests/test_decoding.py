@@ -69,7 +69,7 @@ def ours(model, particles, size, beta):
     batch = first_batch(particles, size)
     torch.manual_seed(1)
     mean, logvar = model.posterior(batch)
-    error, _ = model.squared_errors(batch, model.sample(mean, logvar, batch))
+    error, _ = model.errors(batch, model.sample(mean, logvar, batch))
     found = losses(mean, logvar, error, batch.y.shape[1], batch.size, beta)
     found.total.backward()
     terms = (found.total, found.gen_loss, found.kld)
@@ -178,7 +178,7 @@ def test_errors_of_each_image_and_gradients_of_latents_alone(stacks):
     model = model_of(particles).requires_grad_(False)
     batch = first_batch(particles, N)
     z = torch.randn(N, 2, requires_grad=True)
-    total, each = model.squared_errors(batch, z)
+    total, each = model.errors(batch, z)
     total.backward()
     with torch.no_grad():
         decoded = model(particles.lattice.coords[particles.mask] @ particles.rots, z)
@@ -188,7 +188,7 @@ def test_errors_of_each_image_and_gradients_of_latents_alone(stacks):
     torch.testing.assert_close(total, expected.sum(), rtol=1e-5, atol=1e-5)
     alone = z[2:3].detach().requires_grad_()
     third = batch.__class__(batch.index[2:3], batch.y[2:3], None, batch.rot[2:3], batch.ctf[2:3])
-    model.squared_errors(third, alone)[0].backward()
+    model.errors(third, alone)[0].backward()
     torch.testing.assert_close(alone.grad, z.grad[2:3], rtol=1e-5, atol=1e-5)
 
 
@@ -200,7 +200,7 @@ def test_an_empty_share_of_a_batch_has_no_error_and_no_gradient(stacks):
         batch.index[:0], batch.y[:0], batch.image[:0], batch.rot[:0], batch.ctf[:0]
     )
     z = torch.cat(model.posterior(nobody), 1)[:, :2]
-    total, each = model.squared_errors(nobody, z)
+    total, each = model.errors(nobody, z)
     total.backward()
     assert total.item() == 0
     assert len(each) == 0
@@ -211,8 +211,8 @@ def test_other_weights_and_frequencies_are_noticed(stacks):
     particles = opened(stacks(10), torch.float32, False, False)
     a, b = model_of(particles), model_of(particles, feat_sigma=2.0)
     batch, z = first_batch(particles, N), torch.randn(N, 2)
-    before = a.squared_errors(batch, z)[1]
-    expected = b.squared_errors(batch, z)[1]
+    before = a.errors(batch, z)[1]
+    expected = b.errors(batch, z)[1]
     assert not torch.allclose(before, expected)
     a.restore(b.state_dict(), {}, "b")
-    torch.testing.assert_close(a.squared_errors(batch, z)[1], expected)
+    torch.testing.assert_close(a.errors(batch, z)[1], expected)

@@ -1,0 +1,104 @@
+"""What all models of images share: a posterior, a decoder, and one training step."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cryodrgn_amort.objective import Losses, losses
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cryodrgn_amort.encoders import Encoder
+    from cryodrgn_amort.parallel import Team
+    from cryodrgn_amort.particles import Batch
+
+__all__ = ["LatentModel", "adam", "train_step"]
+
+
+class LatentModel(ABC):
+    """A variational autoencoder, whatever its images, its decoder and its encoder are.
+
+    To be a base class beside a ``torch.nn.Module``.
+
+    Attributes
+    ----------
+    amort
+        The encoder, a network or a table; None: a network that the model has itself.
+    training
+        As of every module.
+    """
+
+    amort: Encoder | None
+    training: bool
+
+    @abstractmethod
+    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return mean and log variance of q(z) for the batch, each `(B, zdim)`."""
+
+    @abstractmethod
+    def errors(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare the images that latents `(B, zdim)` decode to with those of the batch.
+
+        By -2 log p(x | z), up to a constant, at noise of variance 1: for Gaussian noise, squared
+        errors. Returns their total, which can be differentiated, and that of each image, `(B,)`,
+        which cannot.
+        """
+
+    def sample(self, mean: Tensor, logvar: Tensor, batch: Batch) -> Tensor:
+        """Draw latents from the posterior `(B, zdim)`; its means when not training.
+
+        Noise is drawn for the whole batch, so that several processes draw what one would.
+        """
+        if not self.training:
+            return mean
+        noise = torch.randn(batch.size, mean.shape[1], dtype=mean.dtype, device=mean.device)
+        noise = noise if batch.part is None else noise[batch.part.places]
+        return mean + noise * torch.exp(0.5 * logvar)
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """Return the state of the encoder ``amort``; empty if there is none."""
+        return {} if self.amort is None else dict(self.amort.state_dict())
+
+
+def adam(
+    parameters: list[nn.Parameter], lr: float, wd: float = 0.0, eps: float = 1e-8
+) -> torch.optim.Adam:
+    """Make the common optimizer; fused where PyTorch can."""
+    make = functools.partial(torch.optim.Adam, parameters, lr=lr, weight_decay=wd, eps=eps)
+    try:
+        return make(fused=True)
+    except RuntimeError:  # before PyTorch 2.4 not on CPUs
+        return make()
+
+
+def train_step(
+    model: LatentModel,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    beta: float,
+    beta_control: float | None = None,
+    team: Team | None = None,
+) -> tuple[Losses, Tensor]:
+    """Take one optimizer step; returns the losses and the posterior means, detached.
+
+    With several processes, the losses and gradients of each are its share of the batch's.
+    """
+    optimizer.zero_grad()
+    mean, logvar = model.posterior(batch)
+    z = model.sample(mean, logvar, batch)
+    error, _ = model.errors(batch, z)
+    result = losses(mean, logvar, error, batch.y.shape[1], batch.size, beta, beta_control)
+    result.total.backward()
+    if model.amort is not None:
+        model.amort.after_backward()
+    if team is not None:
+        trained = (p for group in optimizer.param_groups for p in group["params"])
+        team.add(p.grad for p in trained if p.grad is not None)
+    optimizer.step()
+    return result.detach(), mean.detach()
