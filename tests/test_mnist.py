@@ -177,6 +177,7 @@ def test_a_training_step_is_that_of_a_plain_vae(few):
     stepped = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(start)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    optimizer.zero_grad()
     torch.manual_seed(1)
     hidden = model.amort.hidden(batch.y)
     mean, logvar = model.amort.mean(hidden), model.amort.logvar(hidden)
