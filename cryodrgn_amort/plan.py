@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.plugins import Plugins
     from cryodrgn_amort.recipes import Recipe
 
-__all__ = ["INPUTS", "KNOWN", "PLAN", "Plan", "Step", "parse"]
+__all__ = ["COMMANDS", "INPUTS", "KNOWN", "PLAN", "Plan", "Step", "parse"]
 
 PLAN = "plan.yaml"
 """Its name in a study's folder."""
@@ -45,6 +45,8 @@ _TAKEN = {
     "time_amort": ("o", "output"),
     "mnist_amort": ("o", "outdir", "overwrite", "seeds"),
 }  # fmt: skip
+COMMANDS = (*_TAKEN, "compare_amort")
+"""What the steps of a study are made of."""
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ def main(args: argparse.Namespace) -> None:
     import importlib
 
     from cryodrgn_amort.errors import InputError
+    from cryodrgn_amort.plan import COMMANDS
     from cryodrgn_amort.planfile import changed_plan, load_plan, write_plan
     from cryodrgn_amort.plugins import load_plugins
     from cryodrgn_amort.study import commands_line, default_jobs, locked, run_steps
@@ -85,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     plugins = load_plugins()
     commands = plugins.commands()
     parsers = {}
-    for name in ("simulate_amort", "train_amort", "eval_amort", "compare_amort", "time_amort"):
+    for name in COMMANDS:
         parsers[name] = argparse.ArgumentParser(prog=name)
         importlib.import_module(commands[name].module).add_args(parsers[name])
     data = {name: getattr(args, name) for name in _DATA if getattr(args, name)}
