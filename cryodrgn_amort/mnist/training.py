@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from cryodrgn_amort.mnist.data import Digits, DigitSets
 
-__all__ = ["METHODS", "MnistSettings", "Trained", "check_folder", "train"]
+__all__ = ["METHODS", "MnistSettings", "Trained", "check_folder", "encode", "one_thread", "train"]
 
 logger = logging.getLogger("cryodrgn_amort")
 
@@ -245,10 +245,10 @@ def train(
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Compute in one thread: such small steps gain little by more, which wait for each other.
 
-    Where others use the cores as well, that took sixty times as long.
+    Where others use the cores as well, that took up to sixty times as long.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -258,7 +258,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@_one_thread()
+@one_thread()
 @matrix_products()
 def _train(
     model: DigitVAE,
