@@ -15,7 +15,7 @@ from cryodrgn_amort.inference import FitOptions, Yardstick, infer
 from cryodrgn_amort.measures import MovedLosses, moved_arrays, moved_measures
 from cryodrgn_amort.metrics import Neighbours, measure
 from cryodrgn_amort.mnist.model import BETA, cross_entropies
-from cryodrgn_amort.mnist.training import encode
+from cryodrgn_amort.mnist.training import encode, one_thread
 from cryodrgn_amort.transforms import Roll
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Shown:
     pictures: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
 
+@one_thread()
 @matrix_products()
 def evaluate(trained: Trained, data: DigitSets, settings: MnistSettings) -> Shown:
     """Measure one method and seed, on images it was trained on, held out, and shifted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
@@ -27,6 +28,7 @@ from cryodrgn_amort.mnist.model import BETA, DigitNetwork, DigitVAE
 from cryodrgn_amort.table import LookupTable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     import numpy as np
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from cryodrgn_amort.mnist.data import Digits, DigitSets
 
-__all__ = ["METHODS", "MnistSettings", "Trained", "check_folder", "train"]
+__all__ = ["METHODS", "MnistSettings", "Trained", "check_folder", "encode", "one_thread", "train"]
 
 logger = logging.getLogger("cryodrgn_amort")
 
@@ -242,6 +244,21 @@ def train(
     return found
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: such small steps gain little by more, which wait for each other.
+
+    Where others use the cores as well, that took up to sixty times as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 @matrix_products()
 def _train(
     model: DigitVAE,
