@@ -170,7 +170,7 @@ def test_pickles_that_run_code_do_not(refused, tmp_path):
         (["--lr", "0"], "--lr 0.0: must be positive"),
         (["--enc-mask", "99"], "--enc-mask 99: must be -1 or between 1 and 8"),
         (["--encoder", "vlb"], "--encoder vlb: unknown; known are mlp, noise, particle, resid"),
-        (["--recipe", "base"], "--recipe base: unknown; known are baseline, noise-large"),
+        (["--recipe", "base"], "--recipe base: unknown; known are baseline, mnist, noise-large"),
         (["--recipe", "vlt-frozen-encoder"], "needs --table-init"),
         (["--beta", "x"], "--beta x"),
         (["--beta", "nan"], "--beta nan: must not be negative, nor infinite"),

@@ -94,7 +94,7 @@ def test_of_many_particles_a_sample_is_looked_up_among_all(run, tmp_path, monkey
     labels.write_bytes((np.arange(N) % 3).dumps())
     options = EvalOptions(
         transforms=("roll:1",), labels=str(labels), umap=False, volumes=2, labelled=2, sample=20,
-        bootstrap=20,
+        bootstrap=20, fit=4,
     )  # fmt: skip
     whole = evaluate(run, options)
     monkeypatch.setattr(metrics, "MOST_QUERIES", 30)
@@ -115,7 +115,9 @@ def test_of_many_particles_a_sample_is_looked_up_among_all(run, tmp_path, monkey
 
 
 def test_the_log_says_how_long_the_stages_took(run, caplog):
-    options = EvalOptions(transforms=("roll:1",), umap=False, volumes=2, labelled=2, sample=20)
+    options = EvalOptions(
+        transforms=("roll:1",), umap=False, volumes=2, labelled=2, sample=20, fit=2
+    )
     with caplog.at_level("INFO", "cryodrgn_amort"):
         evaluate(run, options)
     stages = ("measures", "encoding", "reconstruction", "volumes", "embeddings")

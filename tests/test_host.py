@@ -114,7 +114,7 @@ def test_a_stock_run_is_measured_like_ours(stack, tmp_path, train, flags, plugin
         "--dec-layers", "1", "--seed", "3", "--no-analysis",
     )  # fmt: skip
     ours = train(flags, qdim=16).folder
-    options = EvalOptions(bootstrap=0, umap=False, volumes=4, labelled=2)
+    options = EvalOptions(bootstrap=0, umap=False, volumes=4, labelled=2, fit=2)
     a, b = (evaluate(load_run(f, plugins), options) for f in (tmp_path / "stock", ours))
     assert len(a.results) == 4
     for one, two in zip(a.results, b.results, strict=True):

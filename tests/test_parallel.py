@@ -30,7 +30,13 @@ CASES = {
 }
 
 
-EVALUATION = {"transforms": ("roll:1", "rotate:90"), "umap": False, "volumes": 2, "labelled": 2}
+EVALUATION = {
+    "transforms": ("roll:1", "rotate:90"),
+    "umap": False,
+    "volumes": 2,
+    "labelled": 2,
+    "fit": 2,
+}
 
 
 def flags_of(name, flags, folder):

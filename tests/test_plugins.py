@@ -221,6 +221,8 @@ def test_the_example_plugin_installs_trains_and_evaluates(installed, stack, tmp_
     assert done.returncode == 0, done.stderr
     rows = [json.loads(s) for s in (tmp_path / "run/progress.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
-    evaluated = installed("eval_amort", tmp_path / "run", "--no-umap", "--bootstrap", "10")
+    evaluated = installed(
+        "eval_amort", tmp_path / "run", "--no-umap", "--bootstrap", "10", "--fit", "2"
+    )
     assert evaluated.returncode == 0, evaluated.stderr
     assert (tmp_path / "run/amort.2/report.html").is_file()

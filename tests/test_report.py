@@ -65,7 +65,7 @@ def evaluation(stack, known, tmp_path_factory):
     run = run_of("resid", stack, tmp_path_factory.mktemp("network") / "run", qdim=16, qlayers=1)
     return evaluate(
         run,
-        EvalOptions(labels=known.labels, coordinate=known.coordinate, volumes=3, labelled=2,
+        EvalOptions(labels=known.labels, coordinate=known.coordinate, volumes=3, labelled=2, fit=4,
                     bootstrap=5, umap=False),
     )  # fmt: skip
 
@@ -73,7 +73,7 @@ def evaluation(stack, known, tmp_path_factory):
 @pytest.fixture(scope="module")
 def table_evaluation(stack, tmp_path_factory):
     run = run_of("vlt", stack, tmp_path_factory.mktemp("table") / "run")
-    return evaluate(run, EvalOptions(volumes=2, labelled=2, bootstrap=5, umap=False))
+    return evaluate(run, EvalOptions(volumes=2, labelled=2, bootstrap=5, umap=False, fit=4))
 
 
 @pytest.fixture(scope="module")
@@ -462,7 +462,8 @@ def test_latents_of_one_dimension_have_no_map(light, tmp_path):
     assert (tmp_path / "out/ranks.png").is_file()
 
 
-QUICK = ("--no-umap", "--bootstrap", "3", "--volumes", "2", "--labelled", "2", "--sample", "20")
+QUICK = ("--no-umap", "--bootstrap", "3", "--volumes", "2", "--labelled", "2", "--sample", "20",
+         "--fit", "2")  # fmt: skip
 
 
 def test_the_command(evaluation, cli, tmp_path):

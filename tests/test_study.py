@@ -27,6 +27,7 @@ PLAN = {
     "train": {"zdim": 2, "num-epochs": 2, "lr": 0.001, "dec-layers": 1, "dec-dim": 16},
     "evaluate": {
         "transform": ["roll:1"], "bootstrap": 10, "volumes": 4, "labelled": 2, "no-umap": True,
+        "fit": 2,
     },
     "recipes": {
         "baseline": {"enc-dim": 16}, "vlt": {}, "vlt-frozen-zero": {}, "vlt-frozen-encoder": {},
@@ -264,3 +265,32 @@ def test_two_at_a_time_are_refused(finished):
     with locked(finished[0]):
         done = run(finished[0], code=2)
     assert "another study_amort is running it" in done.stderr
+
+
+def test_digits_are_held_against_particles():
+    from types import SimpleNamespace
+
+    from cryodrgn_amort.claims import HOLDS, NOT, OPEN, PART, _digits, _judge_digits
+    from cryodrgn_amort.metrics import Measure
+
+    def verdict(rank, score, with_digits=True):
+        def measures(name, value, null):
+            return {name: Measure(name, value, None, None, null, 0.0, 100)}
+
+        parts = {
+            "shift1": measures("retrieval_rank", rank, 0.5),
+            "held_out": measures("held_out_score", score, 0.0),
+        }
+        study = SimpleNamespace(
+            digits={"vae": [parts]} if with_digits else {},
+            measured=lambda _, name: list(measures(name, 0.1, 0.0).values()),
+            transformed=lambda *of: list(measures(of[-1], 0.4, 0.5).values()),
+        )
+        rows = _digits(study)
+        return _judge_digits(rows) if rows else OPEN
+
+    assert verdict(0.1, 0.9) == HOLDS
+    assert verdict(0.3, 0.9) == PART
+    assert verdict(0.39, 0.9) == NOT
+    assert verdict(0.1, 0.05) == NOT  # held-out digits fare no better
+    assert verdict(0.1, 0.9, with_digits=False) == OPEN

@@ -27,7 +27,9 @@ from cryodrgn_amort.truth import load_truth, volume_errors, volume_fve
 
 BOX, N = 16, 90
 IDEAL = 0.5 - 1 / BOX
-QUICK = {"bootstrap": 3, "volumes": 2, "labelled": 2, "sample": 40, "truth_volumes": 25}
+QUICK = {
+    "bootstrap": 3, "volumes": 2, "labelled": 2, "sample": 40, "truth_volumes": 25, "fit": 2,
+}  # fmt: skip
 TRUTH = {"neighbourhood", "per_image_fsc", "volume_fve"}
 LEAKS = {f"nuisance_leak_{name}" for name in ("view", "inplane", "defocus", "shift")}
 LATENTS = {"active_units", "kl", "aggregate_kl", "reconstruction", *LEAKS}
