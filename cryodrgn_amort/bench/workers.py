@@ -102,7 +102,7 @@ def fit_steps(
             if alone:
                 z = torch.randn(batch_size, zdim).requires_grad_()
                 for _ in range(steps):
-                    torch.autograd.grad(model.squared_errors(batch, z)[0], z)
+                    torch.autograd.grad(model.errors(batch, z)[0], z)
                     yield batch_size
                 continue
             ones = torch.ones(zdim)
