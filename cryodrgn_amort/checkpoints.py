@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cryodrgn_amort import __version__
 from cryodrgn_amort.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "to_array",
     "write_json",
     "write_pickle",
+    "write_weights",
     "write_z",
 ]
 
@@ -192,6 +194,33 @@ def write_pickle(path: str | os.PathLike[str], *values: Any) -> None:
     with replacing(path) as temporary, open(temporary, "wb") as handle:
         for value in values:
             pickle.dump(value, handle)
+
+
+def write_weights(
+    path: str | os.PathLike[str],
+    epoch: int,
+    model: Mapping[str, Any],
+    optimizer: Mapping[str, Any] | None = None,
+    **own: Any,
+) -> None:
+    """Write a weights.pkl, which the host can read.
+
+    Parameters
+    ----------
+    model, optimizer
+        Their states.
+    own
+        Of ``OWN_PARTS``: ``encoder`` and ``encoder_state_dict``; what else is not given is empty.
+    """
+    rest: dict[str, Any] = {"input_state": {}, "norm": None, "random": {}}
+    checkpoint = {
+        "epoch": epoch,
+        "model_state_dict": dict(model),
+        "optimizer_state_dict": dict(optimizer or {}),
+        OWN_KEY: {"version": __version__, **rest, **own},
+    }
+    with replacing(path) as temporary:
+        torch.save(checkpoint, temporary)
 
 
 def write_z(path: str | os.PathLike[str], mean: np.ndarray, logvar: np.ndarray) -> None:

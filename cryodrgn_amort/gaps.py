@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cryodrgn_amort.inference import Decoder, Fit, Posterior
+    from cryodrgn_amort.inference import Decoder, Fitted
     from cryodrgn_amort.metrics import Measure
-    from cryodrgn_amort.particles import Batch
     from cryodrgn_amort.posteriors import Fitter
     from cryodrgn_amort.results import EvalOptions
     from cryodrgn_amort.runs import Run
@@ -47,7 +46,7 @@ class FitValues:
     gap
         ELBO of the fit minus that of the encoder; NaN where there is no encoder's answer.
     tighter
-        Importance-weighted bound minus ELBO of the fit.
+        Importance-weighted bound minus ELBO of the fit; NaN if it was not wanted.
     constant, encoder, fitted
         Reconstruction losses in nats: at the mean of all latents, the encoder's, the fitted ones.
     own, z
@@ -67,27 +66,34 @@ class FitValues:
 def fit_values(
     model: Decoder,
     centre: Tensor,
-    fits: Iterable[tuple[Batch, Fit, Tensor | None, Posterior | None]],
+    fits: Iterable[Fitted],
     yardstick: Yardstick,
     seed: int,
+    *,
+    tighten: bool,
 ) -> FitValues:
     """Compare fits with one latent for all, ``centre`` `(zdim,)`, and with the encoder.
 
     Parameters
     ----------
     fits
-        Of some particles each: their batch, the fits, ELBO and posterior of the encoder's answer.
+        Of some particles each.
+    tighten
+        Whether the importance-weighted bound is wanted.
     """
     parts: dict[str, list[torch.Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
     for batch, fit, own, answer in fits:
+        unknown = torch.full_like(fit.elbo, torch.nan)
         mean = torch.full_like(fit.mean, torch.nan) if answer is None else answer[0]
         z = torch.stack([centre.expand_as(fit.mean), mean, fit.mean])
         losses = errors_at(model, batch, z) / 2
-        noise = torch.randn(_SAMPLES, *fit.mean.shape, generator=generator).to(fit.mean)
-        bound = importance_bound(model, batch, (fit.mean, fit.logvar), yardstick, noise)
+        bound = unknown
+        if tighten:
+            noise = torch.randn(_SAMPLES, *fit.mean.shape, generator=generator).to(fit.mean)
+            bound = importance_bound(model, batch, (fit.mean, fit.logvar), yardstick, noise)
         found = {
-            "gap": torch.full_like(fit.elbo, torch.nan) if own is None else fit.elbo - own,
+            "gap": unknown if own is None else fit.elbo - own,
             "tighter": bound - fit.elbo, "converged": fit.converged, "constant": losses[0],
             "encoder": losses[1], "fitted": losses[2], "own": mean, "z": fit.mean,
         }  # fmt: skip
@@ -96,17 +102,14 @@ def fit_values(
     return FitValues(**{name: torch.cat(part).double().numpy() for name, part in parts.items()})
 
 
-def _fit(fitter: Fitter, chunks: Iterable[Tensor], yardstick: Yardstick) -> FitValues:
+def _fit(
+    fitter: Fitter, chunks: Iterable[Tensor], yardstick: Yardstick, *, tighten: bool
+) -> FitValues:
     """Fit some particles: from the encoder's answers if it knows them, else from the anchors."""
     starts = ("encoder",) if fitter.own and fitter.has_answers else ("anchors",)
     centre = torch.from_numpy(fitter.saved[0].mean(0)).to(fitter.particles.device)
-
-    def fits() -> Iterator[tuple[Batch, Fit, Tensor | None, Posterior | None]]:
-        for rows in chunks:
-            batch, fit, own = fitter.fit(rows, starts, yardstick, FitOptions())
-            yield batch, fit, own, fitter.answer(batch)
-
-    return fit_values(fitter.model, centre, fits(), yardstick, fitter.seed)
+    fits = (fitter.fit(rows, starts, yardstick, FitOptions()) for rows in chunks)
+    return fit_values(fitter.model, centre, fits, yardstick, fitter.seed, tighten=tighten)
 
 
 def fit_results(
@@ -140,8 +143,8 @@ def fit_results(
             mixed = np.random.default_rng(options.seed).permutation(fitter.particles.n)
             index = np.sort(mixed[:count])
             chunks = progress(torch.from_numpy(index).split(_CHUNK), f"fits, {which}")
-            values = _fit(fitter, chunks, yardstick)
-            measures = fit_measures(values, seen, weight == "implied", opts)
+            values = _fit(fitter, chunks, yardstick, tighten=weight == "implied")
+            measures = fit_measures(values, seen, opts)
             if which == "held-out" and "training" in labels and which in labels:
                 truth = labels["held-out"][index]
                 measures += class_measures(run.z()[0], labels["training"], values, truth, opts)
@@ -155,15 +158,12 @@ def fit_results(
                     index,
                     {m.name: m for m in measures},
                     values.gap,
-                    values.z.astype(np.float32),
                 )
             )
     return found
 
 
-def fit_measures(
-    found: FitValues, seen: FitValues | None, implied: bool, opts: dict[str, Any]
-) -> list[Measure]:
+def fit_measures(found: FitValues, seen: FitValues | None, opts: dict[str, Any]) -> list[Measure]:
     """Measure one set of particles; ``seen`` are those of the training if these are not."""
     measures = []
     if np.isfinite(found.gap).all():
@@ -180,7 +180,7 @@ def fit_measures(
                 measure("held_out_score", metrics.gained_share, found.constant - found.encoder,
                         found.constant - found.fitted, null=0.0, ideal=1.0, **opts)
             )  # fmt: skip
-    if implied:
+    if np.isfinite(found.tighter).all():
         measures.append(
             measure("approximation_gap", np.mean, found.tighter, null=None, ideal=0.0, **opts)
         )

@@ -28,6 +28,7 @@ __all__ = [
     "Decoder",
     "Fit",
     "FitOptions",
+    "Fitted",
     "Posterior",
     "Yardstick",
     "anchored",
@@ -130,6 +131,10 @@ class Fit:
     elbo: Tensor
     converged: Tensor
     start: Tensor
+
+
+Fitted = tuple["Batch", Fit, "Tensor | None", "Posterior | None"]
+"""A batch, its fit, and of the encoder's answers to it the ELBO and the posterior."""
 
 
 def _draw(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:

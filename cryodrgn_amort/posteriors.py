@@ -19,13 +19,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cryodrgn_amort import __version__
-from cryodrgn_amort.checkpoints import OWN_KEY, replacing, write_json, write_pickle, write_z
+from cryodrgn_amort.checkpoints import (
+    replacing,
+    write_json,
+    write_pickle,
+    write_weights,
+    write_z,
+)
 from cryodrgn_amort.decoding import matrix_products
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.feed import Feed
 from cryodrgn_amort.inference import (
-    Fit,
     FitOptions,
+    Fitted,
     Posterior,
     Yardstick,
     anchored,
@@ -194,15 +200,22 @@ class Fitter:
 
     @torch.no_grad()
     def answer(self, batch: Batch) -> Posterior | None:
-        """Return the encoder's posterior, or that in the table."""
+        """Return the encoder's posterior, or that in the table.
+
+        What is not finite - a posterior of ``train_dec``, an answer to a damaged image - is the
+        mean of all, or their usual variance.
+        """
         if self._rows:
             parts = (torch.from_numpy(part[batch.index.numpy()]) for part in self.saved)
             mean, logvar = (part.to(self.particles.device) for part in parts)
-            return mean, torch.where(logvar.isfinite(), logvar, self._logvar)
-        if self.feed.shown is None:
+        elif self.feed.shown is None:
             return None
-        mean, logvar = self.model.posterior(batch)
-        return mean.float(), logvar.float()
+        else:
+            mean, logvar = (part.float() for part in self.model.posterior(batch))
+        return (
+            torch.where(mean.isfinite(), mean, self._centre),
+            torch.where(logvar.isfinite(), logvar, self._logvar),
+        )
 
     def yardstick(self, beta: str) -> Yardstick:
         """Return that of a ``--beta``.
@@ -280,14 +293,14 @@ class Fitter:
 
     def fit(
         self, index: Tensor, names: Sequence[str], yardstick: Yardstick, options: FitOptions
-    ) -> tuple[Batch, Fit, Tensor | None]:
-        """Fit the particles at positions ``index``; also returns the encoder's ELBO."""
+    ) -> Fitted:
+        """Fit the particles at positions ``index``."""
         batch = self.feed.read(index)
         answer = self.answer(batch)
         starts = self.starts(batch, names, answer)
         seed = int(np.random.SeedSequence([self.seed, int(index[0])]).generate_state(1)[0])
         fit, own = infer(self.model, batch, answer, starts, yardstick, options, self.spread, seed)
-        return batch, fit, own
+        return batch, fit, own, answer
 
 
 class _Inference:
@@ -327,10 +340,10 @@ class _Inference:
             raise InputError(f"-o {out}: is not a folder")
         if out.resolve() == self.run.folder.resolve():
             raise InputError(f"-o {out}: is the RUN itself")
-        ours = (out / "inference.json").is_file()
-        if (out / "config.yaml").exists() and not ours:
+        done, begun = (out / "inference.json").is_file(), self.parts.is_dir()
+        if (out / "config.yaml").exists() and not done and not begun:
             raise InputError(f"-o {out}: holds a run that is not of infer_amort")
-        if ours and not overwrite:
+        if done and not overwrite:
             raise InputError(f"-o {out}: holds latents already; --overwrite replaces them")
 
     def prepare_folder(self) -> None:
@@ -353,7 +366,7 @@ class _Inference:
         if done and self.team.leads:
             logger.info(f"Going on after {done} of {done + len(todo)} parts")
         for number, index in _progress(todo, silent=not self.team.leads):
-            _, fit, own = self.fitter.fit(index, self.names, yardstick, self.fit_options)
+            _, fit, own, _ = self.fitter.fit(index, self.names, yardstick, self.fit_options)
             values = [fit.mean, fit.logvar, fit.elbo, fit.converged, fit.start,
                       torch.full_like(fit.elbo, torch.nan) if own is None else own]  # fmt: skip
             arrays = (value.cpu().numpy() for value in values)
@@ -418,10 +431,9 @@ def _particles(run: Run, options: InferOptions) -> Particles:
     names = ("particles", "poses", "ctf", "ind", "datadir")
     given = {name: getattr(options, name) for name in names}
     if options.particles is None:
-        moved = {name: path for name, path in given.items() if path is not None}
         if not options.held_out:
-            return run.open(**moved)
-        held = run.held_out(**moved)
+            return run.particles(**given)
+        held = run.held_out(**given)
         if held is None:
             raise InputError(f"--held-out: RUN {run.folder} was trained without --holdout")
         return held
@@ -473,24 +485,13 @@ def _write(run: Run, options: InferOptions, out: Path, work: _Inference, found: 
     args = model_args(settings, VLT, particles.D)
     model: AmortVAE = build_model(args, particles.lattice, table)
     model.decoder.load_state_dict(work.fitter.model.decoder.state_dict())
-    checkpoint = {
-        "epoch": epoch,
-        "model_state_dict": model.host_state_dict(),
-        "optimizer_state_dict": {},
-        OWN_KEY: {
-            "version": __version__,
-            "encoder": "vlt",
-            "encoder_state_dict": model.own_state_dict(),
-            "input_state": {},
-            "norm": list(particles.norm),
-            "random": {},
-        },
-    }
     for name in (f"z.{epoch}.pkl", "z.pkl"):
         write_z(out / name, found.mean, found.logvar)
     for name in (f"weights.{epoch}.pkl", "weights.pkl"):
-        with replacing(out / name) as temporary:
-            torch.save(checkpoint, temporary)
+        write_weights(
+            out / name, epoch, model.host_state_dict(), encoder="vlt",
+            encoder_state_dict=model.own_state_dict(), norm=list(particles.norm),
+        )  # fmt: skip
     _write_log(out, work, found)
     write_pickle(out / "elbo.pkl", found.elbo)
     write_pickle(out / "converged.pkl", found.converged)

@@ -153,8 +153,8 @@ class FitResult:
         Which particles of that set: positions `(M,)`.
     measures
         By name.
-    gap, z
-        In nats per particle, and the fitted means: `(M,)`, `(M, zdim)`.
+    gap
+        In nats per particle, `(M,)`.
     """
 
     which: str
@@ -164,17 +164,11 @@ class FitResult:
     index: np.ndarray
     measures: dict[str, Measure]
     gap: np.ndarray
-    z: np.ndarray
 
     @property
     def key(self) -> str:
         """Name in files: ``held-out.implied``."""
         return f"{self.which}.{self.weight}"
-
-    @property
-    def title(self) -> str:
-        """For humans."""
-        return f"{self.which}, beta {self.beta:.3g}"
 
 
 @dataclass

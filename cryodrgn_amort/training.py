@@ -21,7 +21,14 @@ from tqdm import tqdm  # tqdm.auto would start an iterator of its own: one more 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cryodrgn_amort import __version__, host
-from cryodrgn_amort.checkpoints import OWN_KEY, epochs, read_weights, replacing, write_z
+from cryodrgn_amort.checkpoints import (
+    OWN_KEY,
+    epochs,
+    read_weights,
+    replacing,
+    write_weights,
+    write_z,
+)
 from cryodrgn_amort.decoding import matrix_products
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.feed import Feed
@@ -268,23 +275,14 @@ class Trainer:
         own_state = self._own_state()
         if not self.team.leads:
             return
-        checkpoint = {
-            "epoch": self.epoch,
-            "model_state_dict": self.model.host_state_dict(),
-            "optimizer_state_dict": self.optimizer.state_dict(),
-            OWN_KEY: {
-                "version": __version__,
-                "encoder": self.settings.encoder,
-                "encoder_state_dict": own_state,
-                "input_state": {} if self.shown is None else self.shown.state_dict(),
-                "norm": list(self.particles.norm),
-                "random": random,
-            },
-        }
         path = self.folder / f"weights.{self.epoch}.pkl"
         write_z(self.folder / f"z.{self.epoch}.pkl", *z)
-        with replacing(path) as temporary:
-            torch.save(checkpoint, temporary)
+        write_weights(
+            path, self.epoch, self.model.host_state_dict(), self.optimizer.state_dict(),
+            encoder=self.settings.encoder, encoder_state_dict=own_state, random=random,
+            input_state={} if self.shown is None else self.shown.state_dict(),
+            norm=list(self.particles.norm),
+        )  # fmt: skip
         shutil.rmtree(self._replaced, ignore_errors=True)
         self._tell("checkpoint_written", path=path)
 

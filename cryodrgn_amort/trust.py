@@ -34,8 +34,9 @@ def trust_table(evaluation: Evaluation) -> dict[str, np.ndarray]:
     table: dict[str, np.ndarray] = {}
     worst = np.full(n, np.nan)
     for result in evaluation.results:
-        # of large sets, all particles among a sample of the others
-        rank = metrics.retrieval_rank(z, result.z, others=others)
+        rank = result.arrays["retrieval_rank"]
+        if np.isnan(rank).any():  # of large sets, all particles among a sample of the others
+            rank = metrics.retrieval_rank(z, result.z, others=others)
         table[f"rank.{result.key}"] = rank
         table[f"displacement.{result.key}"] = result.arrays["displacement"]
         if not is_control(result):

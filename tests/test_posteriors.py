@@ -187,6 +187,18 @@ def test_a_stock_run_of_train_dec(stack, plugins, tmp_path):
     assert np.isfinite(read_z(tmp_path / "out/z.pkl", "")[1]).all()
 
 
+def test_a_stock_run_of_train_vae(stack, plugins, tmp_path):
+    run_host(
+        "train_vae", stack.particles, "--poses", stack.poses, "--ctf", stack.ctf, "--zdim", 2,
+        "-o", tmp_path / "vae", "-n", 1, "--dec-dim", 16, "--dec-layers", 1, "--enc-dim", 16,
+        "--enc-layers", 1, "--no-analysis", "--no-amp",
+    )  # fmt: skip
+    found = infer_run(load_run(tmp_path / "vae", plugins), InferOptions(steps=20), tmp_path / "out")
+    assert found.starts == ("encoder", "anchors")
+    assert (found.gap >= 0).all()
+    assert len(read_z(tmp_path / "out/z.pkl", "")[0]) == stack.n
+
+
 def test_what_is_done_is_not_done_again(runs, tmp_path, monkeypatch):
     from cryodrgn_amort import posteriors
 
@@ -228,6 +240,41 @@ def test_a_particle_without_a_loss_is_marked_and_the_rest_spared(runs, stack, tm
     sound = infer_run(runs["table"], InferOptions(**given, steps=20), tmp_path / "sound")
     others = np.arange(stack.n) != 5
     np.testing.assert_allclose(found.mean[others], sound.mean[others], atol=1e-5)
+
+
+def test_an_encoder_shown_a_damaged_image_spoils_nothing(runs, stack, plugins, tmp_path):
+    from cryodrgn.mrcfile import write_mrc
+
+    images = stack.images.copy()
+    images[5] = np.nan
+    write_mrc(str(tmp_path / "nan.mrcs"), images)
+    given = {"particles": str(tmp_path / "nan.mrcs"), "poses": stack.poses, "ctf": stack.ctf}
+    found = infer_run(runs["network"], InferOptions(**given, steps=20), tmp_path / "out")
+    assert found.failed.tolist() == [5]
+    z, logvar = load_run(tmp_path / "out", plugins).z()  # refuses what is not finite
+    np.testing.assert_allclose(z[5], runs["network"].z()[0].mean(0), atol=1e-6)
+    assert np.isfinite(logvar).all()
+    assert (found.gap[np.arange(stack.n) != 5] >= 0).all()
+
+
+def test_killed_while_it_is_written_it_goes_on(runs, tmp_path, monkeypatch):
+    from cryodrgn_amort import posteriors
+
+    options = InferOptions(steps=10)
+    write, fits = posteriors.write_weights, []
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(posteriors, "write_weights", killed)
+    with pytest.raises(KeyboardInterrupt):
+        infer_run(runs["table"], options, tmp_path / "out")
+    assert (tmp_path / "out/config.yaml").exists()
+    monkeypatch.setattr(posteriors, "write_weights", write)
+    monkeypatch.setattr(posteriors.Fitter, "fit", lambda *_: fits.append(1))
+    found = infer_run(runs["table"], options, tmp_path / "out")
+    assert fits == []
+    np.testing.assert_array_equal(read_z(tmp_path / "out/z.pkl", "")[0], found.mean)
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cryodrgn_amort.gaps import FitValues
-    from cryodrgn_amort.inference import Fit, Posterior
+    from cryodrgn_amort.inference import Fitted
     from cryodrgn_amort.metrics import Measure
     from cryodrgn_amort.mnist.data import Digits, DigitSets
     from cryodrgn_amort.mnist.training import MnistSettings, Trained
-    from cryodrgn_amort.particles import Batch
     from cryodrgn_amort.transforms import Transform
 
 __all__ = ["SHIFTS", "Shown", "evaluate"]
@@ -90,7 +89,7 @@ class _Evaluator:
         found.pictures[0] = self.pictures(self.z, None)
         count = min(self.settings.fit, self.digits.n, self.data.held_out.n)
         seen = self.fits(self.digits, (self.z, self.logvar), count)
-        gaps = fit_measures(seen, None, True, self.opts)
+        gaps = fit_measures(seen, None, self.opts)
         found.measures["train"] |= {m.name: m for m in gaps}
         if trained.shown is None:
             return found
@@ -116,18 +115,24 @@ class _Evaluator:
 
     def training(self, own: np.ndarray, mean: np.ndarray) -> dict[str, Measure]:
         """Measure reconstruction, divergence and classes of the training images."""
-        kl = metrics.kl_by_dimension(self.z, self.logvar).sum(1)
         labels = self.digits.labels
         shares = np.bincount(labels) / len(labels)
         right = metrics.class_knn(self.near.own, labels, self.near.rows)
-        null = float((shares**2).sum())
-        found = [
+        found = self._common(own, mean, (self.z, self.logvar), right, float((shares**2).sum()))
+        return {m.name: m for m in found}
+
+    def _common(
+        self, own: np.ndarray, mean: np.ndarray, posterior: tuple[np.ndarray, np.ndarray],
+        right: np.ndarray, chance: float,
+    ) -> list[Measure]:  # fmt: skip
+        """Measure what is known of any images; ``right`` `(M,)`: whether the class is."""
+        kl = metrics.kl_by_dimension(*posterior).sum(1)
+        return [
             measure("reconstruction", np.mean, own, null=float(mean.mean()), ideal=None,
                     **self.opts),
             measure("kl", np.mean, kl, null=0.0, ideal=None, **self.opts),
-            measure("class_knn", np.mean, right, null=null, ideal=1.0, **self.opts),
+            measure("class_knn", np.mean, right, null=chance, ideal=1.0, **self.opts),
         ]  # fmt: skip
-        return {m.name: m for m in found}
 
     def held_out(self, seen: FitValues, count: int) -> dict[str, Measure]:
         """Measure the same of images that were held out, and what the encoder loses there."""
@@ -136,19 +141,13 @@ class _Evaluator:
         rows = metrics.looked_up(digits.n, _SEED)
         own = self.reconstruction(digits, rows, z)
         null = self.reconstruction(digits, rows, np.tile(self.mean, (len(z), 1)))
-        kl = metrics.kl_by_dimension(z, logvar).sum(1)
         told = metrics.knn_labels(self.near.of(z[rows]), labels)
         right = (told == digits.labels[rows]).astype(float)
         shares = np.bincount(labels, minlength=10) / len(labels)
         chance = float(shares[digits.labels[rows]].mean())
-        found = [
-            measure("reconstruction", np.mean, own, null=float(null.mean()), ideal=None,
-                    **self.opts),
-            measure("kl", np.mean, kl, null=0.0, ideal=None, **self.opts),
-            measure("class_knn", np.mean, right, null=chance, ideal=1.0, **self.opts),
-        ]  # fmt: skip
+        found = self._common(own, null, (z, logvar), right, chance)
         values = self.fits(digits, (z, logvar), count)
-        found += fit_measures(values, seen, True, self.opts)
+        found += fit_measures(values, seen, self.opts)
         truth = digits.labels[_sample(digits.n, count).numpy()]
         found += class_measures(self.z, labels, values, truth, self.opts)
         return {m.name: m for m in found}
@@ -159,7 +158,7 @@ class _Evaluator:
         spread = torch.from_numpy(self.z.std(0))
         index = _sample(digits.n, count)
 
-        def each() -> Iterator[tuple[Batch, Fit, Tensor | None, Posterior | None]]:
+        def each() -> Iterator[Fitted]:
             for rows in index.split(_BATCH):
                 batch = digits.batch(rows, None)
                 mean, logvar = (torch.from_numpy(a[rows.numpy()]) for a in answers)
@@ -171,7 +170,8 @@ class _Evaluator:
                 )  # fmt: skip
                 yield batch, fit, own, (mean, logvar)
 
-        return fit_values(self.model, torch.from_numpy(self.mean), each(), yardstick, _SEED)
+        centre = torch.from_numpy(self.mean)
+        return fit_values(self.model, centre, each(), yardstick, _SEED, tighten=True)
 
     @torch.no_grad()
     def reconstruction(

@@ -17,8 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from cryodrgn_amort import __version__
-from cryodrgn_amort.checkpoints import OWN_KEY, read_weights, replacing, write_json, write_z
+from cryodrgn_amort.checkpoints import (
+    OWN_KEY,
+    read_weights,
+    replacing,
+    write_json,
+    write_weights,
+    write_z,
+)
 from cryodrgn_amort.decoding import matrix_products
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.inputs import EncoderInput, Noise, Twin
@@ -338,20 +344,11 @@ def _write(found: Trained, settings: MnistSettings, folder: Path) -> None:
         writer.writeheader()
         writer.writerows(found.history)
     model = found.model
-    checkpoint = {
-        "epoch": settings.epochs,
-        "model_state_dict": dict(model.decoder.state_dict()),
-        OWN_KEY: {
-            "version": __version__,
-            "encoder": found.method,
-            "encoder_state_dict": model.own_state_dict(),
-            "input_state": {} if found.shown is None else found.shown.state_dict(),
-            "norm": None,
-            "random": {},
-        },
-    }
-    with replacing(folder / "weights.pkl") as temporary:
-        torch.save(checkpoint, temporary)
+    write_weights(
+        folder / "weights.pkl", settings.epochs, model.decoder.state_dict(), encoder=found.method,
+        encoder_state_dict=model.own_state_dict(),
+        input_state={} if found.shown is None else found.shown.state_dict(),
+    )  # fmt: skip
     write_z(folder / "z.pkl", found.z, found.logvar)
 
 
