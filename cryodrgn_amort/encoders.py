@@ -42,8 +42,8 @@ class Encoder(nn.Module, ABC):
     def after_backward(self) -> None:
         """Take the step of an own optimizer."""
 
-    def epoch_start(self) -> None:
-        """Be told that an epoch begins."""
+    def epoch_start(self, done: float) -> None:
+        """Be told that an epoch begins, and what share of the training is done: 0 to below 1."""
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return further columns for metrics.csv, always the same ones."""

@@ -81,13 +81,14 @@ class LazyAdam(nn.Module):
         self.register_buffer("last", torch.zeros(n, dtype=torch.int32))
         self._settled = True
 
-    def get_extra_state(self) -> dict[str, int]:
-        """Return the number of steps taken, and that the table holds places of rest."""
-        return {"t": self.t, "at_rest": True}
+    def get_extra_state(self) -> dict[str, float]:
+        """Return the number of steps taken, the rate, and that the table holds places of rest."""
+        return {"t": self.t, "lr": self.lr, "at_rest": True}
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Restore the number of steps taken."""
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        """Restore the number of steps taken, and the rate at which they were."""
         self.t = int(state["t"])
+        self.lr = float(state.get("lr", self.lr))
         self._settled = "at_rest" in state
 
     def read(self, weight: Tensor, rows: Tensor) -> Tensor:
@@ -98,10 +99,18 @@ class LazyAdam(nn.Module):
     def read_all(self, weight: Tensor) -> Tensor:
         """Return a copy of ``weight`` with every row where it is at the present step."""
         present = weight.clone()
-        resting = max(0, self.t - _horizon(*self.betas))
-        for rows in (self.last > resting).nonzero()[:, 0].split(_CHUNK_ROWS):
+        for rows in self._moving():
             present.index_copy_(0, rows, self.read(weight, rows))
         return present
+
+    def change_rate(self, weight: Tensor, lr: float) -> None:
+        """Go on at another learning rate: what momentum has not moved yet, it moves at that."""
+        before, self.lr = self.lr, lr
+        if before == lr:
+            return
+        for rows in self._moving():
+            further = self._way(*self._moments(rows, self.t + 1), self.t + 1) * (1 - before / lr)
+            weight[rows] -= further.to(weight.dtype)
 
     def step(self, weight: Tensor, rows: Tensor, present: Tensor, grad: Tensor) -> None:
         """Take one step: ``grad`` `(B, width)` on ``rows``, momentum alone on all others.
@@ -128,6 +137,11 @@ class LazyAdam(nn.Module):
             for rows in (self.last == t).nonzero()[:, 0].split(_CHUNK_ROWS):
                 weight[rows] -= self._way(*self._moments(rows, t + 1), t + 1).to(weight.dtype)
         self._settled = True
+
+    def _moving(self) -> tuple[Tensor, ...]:
+        """Return the rows that are not at rest yet, in pieces."""
+        resting = max(0, self.t - _horizon(*self.betas))
+        return (self.last > resting).nonzero()[:, 0].split(_CHUNK_ROWS)
 
     def _moments(self, rows: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Decay the moments of ``rows`` to step ``t``: `(B, width)` each, in double precision."""
@@ -196,6 +210,9 @@ class LookupTable(Encoder):
         Start values, each `(N, zdim)` or expanded to it.
     lr
         Learning rate of the table's own optimizer. None: the table stays as it is.
+    lr_end
+        What it falls to by the end of the training, along half a cosine (Loshchilov & Hutter,
+        arXiv 1608.03983, equation 5). None: it stays the same.
 
     Attributes
     ----------
@@ -206,11 +223,14 @@ class LookupTable(Encoder):
     per_particle = frozenset({"weight", "adam.m", "adam.v", "adam.last"})
     weight: Tensor
 
-    def __init__(self, mean: Tensor, logvar: Tensor, lr: float | None) -> None:
+    def __init__(
+        self, mean: Tensor, logvar: Tensor, lr: float | None, lr_end: float | None = None
+    ) -> None:
         super().__init__()
         self.zdim = mean.shape[1]
         self.register_buffer("weight", torch.cat([mean, logvar], 1).float())
         self.adam = None if lr is None else LazyAdam(len(mean), 2 * self.zdim, lr)
+        self._rates = (lr, lr if lr_end is None else lr_end)
         self.register_load_state_dict_post_hook(_settle)  # type: ignore[no-untyped-call] # torch's
         self._rows: Tensor | None = None
         self._index: Tensor | None = None
@@ -242,9 +262,14 @@ class LookupTable(Encoder):
         rows = self.weight if self.adam is None else self.adam.read_all(self.weight)
         return rows[:, : self.zdim], rows[:, self.zdim :]
 
-    def epoch_start(self) -> None:
-        """Remember where the means are."""
+    def epoch_start(self, done: float) -> None:
+        """Set the learning rate, and remember where the means are."""
         if self.adam is not None:
+            start, end = self._rates
+            assert start is not None
+            assert end is not None
+            rate = end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+            self.adam.change_rate(self.weight, rate)
             self._epoch_start = self.latents()[0].clone()  # not a view: the log variances can go
 
     def epoch_metrics(self) -> dict[str, float]:
@@ -286,9 +311,13 @@ def build_table(settings: TrainSettings, particles: Particles) -> LookupTable:
     lr = float(given.get("table_lr", DEFAULT_LR))
     if not 0 < lr < math.inf:
         raise InputError(f"--table-lr {lr}: must be positive; --table-freeze keeps the table fixed")
-    if given.get("table_freeze") and "table_lr" in given:
-        raise InputError("--table-lr and --table-freeze exclude each other")
-    return LookupTable(mean, logvar, None if given.get("table_freeze") else lr)
+    end = float(given.get("table_lr_end", lr))
+    if not 0 < end < math.inf:
+        raise InputError(f"--table-lr-end {end}: must be positive")
+    for flag in ("table_lr", "table_lr_end"):
+        if given.get("table_freeze") and flag in given:
+            raise InputError(f"--{flag.replace('_', '-')} and --table-freeze exclude each other")
+    return LookupTable(mean, logvar, None if given.get("table_freeze") else lr, end)
 
 
 def add_table_args(parser: argparse.ArgumentParser) -> None:
@@ -318,6 +347,13 @@ def add_table_args(parser: argparse.ArgumentParser) -> None:
         f"decoder's rate it would hardly move (default: {DEFAULT_LR:g})",
     )
     group.add_argument(
+        "--table-lr-end",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="What that rate falls to by the last epoch, along half a cosine, so that rows end where\n"
+        "their posteriors are (default: it stays the same)",
+    )
+    group.add_argument(
         "--table-freeze",
         action="store_true",
         default=argparse.SUPPRESS,
@@ -330,5 +366,5 @@ VLT = EncoderSpec(
     "lookup table: a trained mean and log variance per particle",
     build=build_table,
     shown_images=False,
-    flags=frozenset({"table_init", "table_logvar", "table_lr", "table_freeze"}),
+    flags=frozenset({"table_init", "table_logvar", "table_lr", "table_lr_end", "table_freeze"}),
 )

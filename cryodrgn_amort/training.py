@@ -146,7 +146,7 @@ class Trainer:
         self.model.train()
         while True:
             if self.model.amort is not None:
-                self.model.amort.epoch_start()
+                self.model.amort.epoch_start(0.0)
             for batch in self.batches:
                 with matrix_products():
                     self._step(batch, self.beta(0))
@@ -207,7 +207,7 @@ class Trainer:
         seen = 0
         self.model.train()
         if self.model.amort is not None:
-            self.model.amort.epoch_start()
+            self.model.amort.epoch_start((self.epoch - 1) / settings.num_epochs)
         what = f"epoch {self.epoch}/{settings.num_epochs}"
         for batch in self._bar(iter(self.batches), what, len(self.batches)):
             seen += batch.size

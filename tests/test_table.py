@@ -156,6 +156,30 @@ def test_training_goes_on_from_an_older_state():
     assert table.state_dict()["adam._extra_state"]["at_rest"]
 
 
+def test_a_rate_that_falls_moves_rows_as_dense_adams_does():
+    """Rows still move by momentum when the rate changes; in between, the table is written, read."""
+    torch.manual_seed(1)
+    dense = torch.nn.Parameter(torch.zeros(40, 4, dtype=torch.float64))
+    optimizer = torch.optim.Adam([dense], lr=0.1)
+    rates = 0.1, 0.001
+    table = LookupTable(torch.zeros(40, 2), torch.zeros(40, 2), *rates).double()
+    for epoch in range(6):
+        rate = 0.001 + 0.099 * (1 + np.cos(np.pi * epoch / 6)) / 2
+        optimizer.param_groups[0]["lr"] = rate
+        table.epoch_start(epoch / 6)
+        for _ in range(7):
+            rows, grad = torch.randperm(40)[:4], torch.randn(4, 4, dtype=torch.float64)
+            dense.grad = torch.zeros_like(dense).index_copy_(0, rows, grad)
+            optimizer.step()
+            visit(table, rows, grad)
+        state = copy.deepcopy(table.state_dict())
+        table = LookupTable(torch.zeros(40, 2), torch.zeros(40, 2), *rates).double()
+        table.load_state_dict(state)
+        latents = torch.cat(table.latents(), 1)
+        torch.testing.assert_close(latents, dense.data, rtol=0, atol=1e-9)
+    assert table.adam.lr == pytest.approx(rate)
+
+
 def test_a_step_never_waits_for_the_device():
     """Tensors of the meta device have no values: whatever asks for one fails."""
     with torch.device("meta"):
@@ -218,6 +242,9 @@ def test_wrong_starts_are_refused(train, flags, tmp_path):
         train(flags, encoder="vlt", table_init=str(tmp_path / "one.pkl"))
     with pytest.raises(InputError, match="--table-lr 0"):
         train(flags, encoder="vlt", table_lr=0.0)
-    with pytest.raises(InputError, match="exclude each other"):
-        train(flags, encoder="vlt", table_lr=0.1, table_freeze=True)
+    with pytest.raises(InputError, match="--table-lr-end -1"):
+        train(flags, encoder="vlt", table_lr_end=-1.0)
+    for rate in ("table_lr", "table_lr_end"):
+        with pytest.raises(InputError, match="exclude each other"):
+            train(flags, encoder="vlt", table_freeze=True, **{rate: 0.1})
     assert not (tmp_path / "run").exists()

@@ -40,7 +40,9 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=float, help="Learning rate of the networks (default: 0.001)")
     add("--zdim", type=int, metavar="N", help="Latent dimensions (default: 2)")
     add("--table-lr", type=float, help="Learning rate of the table's own Adam (default: 0.03)")
-    add("--table-logvar", type=float, help="Start of the table's log variances (default: 0)")
+    add("--table-lr-end", type=float, help="What that rate falls to by the last epoch (default: "
+        "0.0001)")  # fmt: skip
+    add("--table-logvar", type=float, help="Start of the table's log variances (default: -4)")
     add("--fit", type=int, metavar="N", help="Images whose posteriors are fitted one by one, to "
         "see what the encoder\nloses; as many held-out ones (default: 500)")  # fmt: skip
     add("--bootstrap", type=int, metavar="N", help="Rounds for the 95 %% intervals (default: 500)")

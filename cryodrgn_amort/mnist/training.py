@@ -54,7 +54,7 @@ METHODS = {
 }
 DEFAULT_EPOCHS = {"digits": 250}
 PAPER_EPOCHS = 100
-TABLE_LR, TABLE_LOGVAR = 3e-2, 0.0
+TABLE_LR, TABLE_LR_END, TABLE_LOGVAR = 3e-2, 1e-4, -4.0
 _ENCODE_BATCH = 1000
 _EPS = 1e-12  # Adam's: the loss is a mean over pixels, its gradients by many weights are below 1e-8
 _WRITTEN = {"report.html", "mnist.json", "figures", "runs"}
@@ -69,8 +69,9 @@ class MnistSettings:
     ----------
     num_epochs
         None: 250 of the 1,500 embedded digits, which makes as many steps as 6 of MNIST, else 100.
-    table_lr, table_logvar
-        Of the lookup table: learning rate and start of the log variances.
+    table_lr, table_lr_end, table_logvar
+        Of the lookup table: its learning rate, what that falls to, and the start of the log
+        variances.
     fit
         Number of images whose posteriors are fitted, of those trained on and of those held out.
     """
@@ -83,6 +84,7 @@ class MnistSettings:
     lr: float = 1e-3
     zdim: int = 2
     table_lr: float = TABLE_LR
+    table_lr_end: float = TABLE_LR_END
     table_logvar: float = TABLE_LOGVAR
     fit: int = 500
     bootstrap: int = 500
@@ -95,7 +97,7 @@ class MnistSettings:
             if getattr(self, name) < least:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {getattr(self, name)}: must be at least {least}")
-        for name in ("lr", "table_lr"):
+        for name in ("lr", "table_lr", "table_lr_end"):
             if not 0 < getattr(self, name) < math.inf:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {getattr(self, name)}: must be positive")
@@ -119,7 +121,8 @@ class MnistSettings:
 
     def of_run(self, method: str, seed: int, data: DigitSets) -> dict[str, Any]:
         """Return all that the result of one training depends on."""
-        table = {"table_lr": self.table_lr, "table_logvar": self.table_logvar}
+        names = ("table_lr", "table_lr_end", "table_logvar")
+        table = {name: getattr(self, name) for name in names}
         return {
             "method": method,
             "seed": seed,
@@ -172,7 +175,8 @@ def build(
     shown: EncoderInput | None = None
     if method == "vlt":
         start = torch.zeros(digits.n, settings.zdim)
-        table = LookupTable(start, start + settings.table_logvar, settings.table_lr)
+        rates = settings.table_lr, settings.table_lr_end
+        table = LookupTable(start, start + settings.table_logvar, *rates)
         return DigitVAE(table, settings.zdim), shown
     if method == "twin":
         shown = Twin(digits.n, seed)
@@ -284,7 +288,7 @@ def _train(
     for epoch in bar:
         begun = time.monotonic()
         sums = torch.zeros(2, dtype=torch.float64)
-        model.amort.epoch_start()
+        model.amort.epoch_start((epoch - 1) / settings.epochs)
         for index in torch.randperm(digits.n, generator=generator).split(settings.batch_size):
             batch = digits.batch(index, None)
             batch.image = None if feed is None else feed(index)
