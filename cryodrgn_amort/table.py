@@ -20,6 +20,7 @@ from cryodrgn_amort.errors import InputError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
     from cryodrgn_amort.particles import Batch, Particles
     from cryodrgn_amort.settings import TrainSettings
@@ -138,10 +139,10 @@ class LazyAdam(nn.Module):
                 weight[rows] -= self._way(*self._moments(rows, t + 1), t + 1).to(weight.dtype)
         self._settled = True
 
-    def _moving(self) -> tuple[Tensor, ...]:
-        """Return the rows that are not at rest yet, in pieces."""
+    def _moving(self) -> Iterator[Tensor]:
+        """Yield the rows that are not at rest yet, in pieces."""
         resting = max(0, self.t - _horizon(*self.betas))
-        return (self.last > resting).nonzero()[:, 0].split(_CHUNK_ROWS)
+        yield from (self.last > resting).nonzero()[:, 0].split(_CHUNK_ROWS)
 
     def _moments(self, rows: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Decay the moments of ``rows`` to step ``t``: `(B, width)` each, in double precision."""
@@ -350,8 +351,8 @@ def add_table_args(parser: argparse.ArgumentParser) -> None:
         "--table-lr-end",
         type=float,
         default=argparse.SUPPRESS,
-        help="What that rate falls to by the last epoch, along half a cosine, so that rows end where\n"
-        "their posteriors are (default: it stays the same)",
+        help="What that rate falls to by the last epoch, along half a cosine, so that rows end\n"
+        "where their posteriors are (default: it stays the same)",
     )
     group.add_argument(
         "--table-freeze",
