@@ -13,7 +13,6 @@ Same parameters and same numbers as the host's decoder, but
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from cryodrgn_amort import host
-from cryodrgn_amort.machine import read_fact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["PRECISIONS", "FastDecoder", "matrix_products", "onednn_error", "use_onednn"]
+__all__ = ["PRECISIONS", "FastDecoder"]
 
 PRECISIONS = {
     "fp64": torch.float64,
@@ -44,7 +42,6 @@ _ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}  # pixels at a time: a cache's worth, 
 _FEWEST_ROWS = 256  # below, products are slow
 _WORTH = 5e7  # multiplications in a product
 _HALF_SCALE = 2.0**-9  # of gradients in half precision, whose range is small
-_EXACT = 1e-5  # relative error of a float32 product
 _aten = torch.ops.aten
 _T = TypeVar("_T")
 
@@ -151,10 +148,54 @@ class FastDecoder:
         phases = coords.to(bias.dtype) @ self._frequencies().to(bias.dtype)
         start = torch.mm(self._features(phases), weights.first.T)
         for row in bias:
-            hidden = self._activate(start + row.to(start.dtype))
-            for weight, layer_bias in zip(weights.hidden, weights.biases, strict=False):
-                hidden = self._activate(torch.addmm(layer_bias, hidden, weight.T))
-            yield torch.addmm(weights.biases[-1], hidden, weights.last.T).to(bias.dtype)
+            yield self._outputs(weights, start + row.to(start.dtype)).to(bias.dtype)
+
+    def _outputs(self, weights: _Weights, first: Tensor) -> Tensor:
+        """Return what follows from the first layer's values `(rows, width)`, which are changed."""
+        hidden = self._activate(first)
+        for weight, layer_bias in zip(weights.hidden, weights.biases, strict=False):
+            hidden = self._activate(torch.addmm(layer_bias, hidden, weight.T))
+        return torch.addmm(weights.biases[-1], hidden, weights.last.T)
+
+    @torch.no_grad()
+    def images(self, rot: Tensor, z: Tensor) -> Tensor:
+        """Decode several latents at each of several poses, without CTF.
+
+        What does not depend on the latent is computed once per pose. Not differentiable.
+
+        Parameters
+        ----------
+        rot
+            `(B, 3, 3)`.
+        z
+            `(B, K, zdim)`.
+
+        Returns
+        -------
+        Tensor
+            Masked pixels, `(B, K, P)`.
+        """
+        weights = self._weights()
+        bias = self._latent_bias(weights, z.flatten(0, 1)).view(*z.shape[:2], -1)
+        wide = bias.dtype
+        rot, coords = rot.to(wide), self._coords.to(wide)
+        sign = coords.new_ones(len(rot), self.pixels)
+        if self.fourier:
+            sign = torch.where((coords @ rot)[..., 2] > 0, -1.0, 1.0).to(wide)
+        whole = self.pixels * (2 if self.fourier else 1)
+        found = torch.empty(*z.shape[:2], whole, dtype=wide, device=z.device)
+        for image, (one_rot, one_sign) in enumerate(zip(rot, sign, strict=True)):
+            phases = (one_sign[:, None] * (coords @ one_rot)) @ self._frequencies().to(wide)
+            start = torch.mm(self._features(phases), weights.first.T)
+            for k, row in enumerate(bias[image]):
+                outputs = self._outputs(weights, start + row.to(start.dtype)).to(wide)
+                real, imag = outputs[:, 0], outputs[:, -1] * one_sign
+                if self.fourier:
+                    found[image, k, : self.pixels] = real - imag
+                    found[image, k, self.pixels :] = (real + imag).flip(0)
+                else:
+                    found[image, k] = real
+        return found
 
     def run(
         self,
@@ -490,51 +531,3 @@ class _SquaredErrors(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:  # type: ignore[override]
         found = [None if g is None else g * grad for g in ctx.gradients]
         return None, None, None, None, *found
-
-
-def use_onednn(precision: str = "bf16") -> str | None:
-    """Let oneDNN multiply float32 matrices instead of MKL.
-
-    The only switch that reaches it also allows it to round to bfloat16, which it does where the
-    processor has instructions for that alone (AMX): see ``onednn_error``. Returns what undoes it;
-    None where PyTorch has no such switch.
-    """
-    switch: Any = getattr(torch.backends.mkldnn, "matmul", None)  # from PyTorch 2.9
-    if not hasattr(switch, "fp32_precision") or not torch.backends.mkldnn.is_available():
-        return None
-    before: str = switch.fp32_precision
-    switch.fp32_precision = precision
-    return before
-
-
-@functools.cache
-def onednn_error() -> float | None:
-    """Return the largest error of oneDNN's product, relative to the largest entry; None: no switch.
-
-    About 1e-6 in true float32, 1e-3 in bfloat16.
-    """
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(512, 256, generator=generator)
-    b = torch.randn(256, 256, generator=generator)
-    before = use_onednn()
-    if before is None:
-        return None
-    found = torch.mm(a, b)
-    use_onednn(before)
-    exact = a.double() @ b.double()
-    return float((found - exact).abs().max() / exact.abs().max())
-
-
-@contextlib.contextmanager
-def matrix_products() -> Iterator[None]:
-    """Multiply float32 matrices by the faster of PyTorch's libraries, as exactly as before.
-
-    On AMD's processors that is oneDNN, where PyTorch by itself takes MKL.
-    """
-    amd = read_fact("/proc/cpuinfo", "vendor_id") == "AuthenticAMD"
-    before = use_onednn() if amd and (onednn_error() or 1.0) < _EXACT else None
-    try:
-        yield
-    finally:
-        if before is not None:
-            use_onednn(before)

@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from cryodrgn_amort import metrics
-from cryodrgn_amort.decoding import matrix_products
 from cryodrgn_amort.embeddings import embed
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.gaps import fit_results
@@ -22,6 +21,7 @@ from cryodrgn_amort.metrics import Measure, Neighbours, measure
 from cryodrgn_amort.parallel import Team
 from cryodrgn_amort.particles import Batch
 from cryodrgn_amort.posteriors import Fitter
+from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.results import MODES, EvalOptions, Evaluation, TransformResult
 from cryodrgn_amort.truth import load_known, volume_errors, volume_fve
 

@@ -26,7 +26,6 @@ from cryodrgn_amort.checkpoints import (
     write_weights,
     write_z,
 )
-from cryodrgn_amort.decoding import matrix_products
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.feed import Feed
 from cryodrgn_amort.inference import (
@@ -41,6 +40,7 @@ from cryodrgn_amort.inference import (
 from cryodrgn_amort.metrics import kl_by_dimension
 from cryodrgn_amort.model import build_model
 from cryodrgn_amort.parallel import Team
+from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.runs import model_args, write_config
 from cryodrgn_amort.table import VLT, LookupTable
 

@@ -29,13 +29,13 @@ from cryodrgn_amort.checkpoints import (
     write_weights,
     write_z,
 )
-from cryodrgn_amort.decoding import matrix_products
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.feed import Feed
 from cryodrgn_amort.latent import adam, train_step
 from cryodrgn_amort.machine import available_memory
 from cryodrgn_amort.model import build_model
 from cryodrgn_amort.parallel import Team, join
+from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.runs import (
     HOLDOUT,
     TRAINED,

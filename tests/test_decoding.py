@@ -14,6 +14,7 @@ from cryodrgn_amort.feed import Feed
 from cryodrgn_amort.inputs import EncoderInput
 from cryodrgn_amort.model import build_model
 from cryodrgn_amort.objective import losses
+from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.sources import ParticleSource, load_particles
 
 N = 5
@@ -155,7 +156,7 @@ def test_a_step_is_the_hosts(data, stacks, double, monkeypatch):
 def test_a_step_in_single_precision(domain, stacks):
     particles = opened(stacks(16), torch.float32, True, True)
     model = model_of(particles, domain=domain, pdim=32)
-    with decoding.matrix_products():
+    with matrix_products():
         mine = ours(model, particles, N, 0.5)
     assert_same_step(mine, hosts(model, particles, N, 0.5), rtol=3e-6)
 
@@ -190,6 +191,19 @@ def test_errors_of_each_image_and_gradients_of_latents_alone(stacks):
     third = batch.__class__(batch.index[2:3], batch.y[2:3], None, batch.rot[2:3], batch.ctf[2:3])
     model.errors(third, alone)[0].backward()
     torch.testing.assert_close(alone.grad, z.grad[2:3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("domain", ["fourier", "hartley"])
+def test_images_are_the_hosts_at_every_latent(domain, stacks, double):
+    particles = opened(stacks(10), torch.float64, False, False)
+    model = model_of(particles, domain=domain, precision="fp64")
+    z = torch.randn(N, 3, 2, dtype=torch.float64)
+    found = model.fast.images(particles.rots, z)
+    for k in range(3):
+        with torch.no_grad():
+            coords = particles.lattice.coords[particles.mask] @ particles.rots
+            expected = model.double()(coords, z[:, k])
+        torch.testing.assert_close(found[:, k], expected.view(N, -1), rtol=1e-9, atol=1e-9)
 
 
 def test_an_empty_share_of_a_batch_has_no_error_and_no_gradient(stacks):

@@ -36,7 +36,7 @@ LAYERS = [  # each may import from those below it
     {"table", "inputs", "transforms", "latent"},
     {"encoders"},
     {"sources", "feed"},
-    {"particles", "metrics", "objective", "parallel", "decoding"},
+    {"particles", "metrics", "objective", "parallel", "decoding", "products"},
     {"checkpoints", "host"},
     {"errors", "machine"},
 ]

@@ -30,7 +30,7 @@ _MISSED = 200
 
 
 def _use_onednn() -> None:
-    from cryodrgn_amort.decoding import use_onednn
+    from cryodrgn_amort.products import use_onednn
 
     if use_onednn() is None:
         raise InputError(f"torch {torch.__version__} has no switch to oneDNN; 2.9 has")
@@ -77,10 +77,10 @@ def fit_steps(
     """
     import math
 
-    from cryodrgn_amort.decoding import matrix_products
     from cryodrgn_amort.feed import Feed
     from cryodrgn_amort.inference import FitOptions, Yardstick, infer
     from cryodrgn_amort.plugins import load_plugins
+    from cryodrgn_amort.products import matrix_products
     from cryodrgn_amort.settings import settings_from_flags
     from cryodrgn_amort.training import Trainer
 
@@ -240,7 +240,7 @@ STACK_FILES = {"particles": "particles.mrcs", "poses": "poses.pkl", "ctf": "ctf.
 
 def gemm_error() -> dict[str, float | None]:
     """Return ``onednn_error``."""
-    from cryodrgn_amort.decoding import onednn_error
+    from cryodrgn_amort.products import onednn_error
 
     return {"error": onednn_error()}
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from cryodrgn_amort import metrics
-from cryodrgn_amort.decoding import matrix_products
 from cryodrgn_amort.gaps import class_measures, fit_measures, fit_values
 from cryodrgn_amort.inference import FitOptions, Yardstick, infer
 from cryodrgn_amort.measures import MovedLosses, moved_arrays, moved_measures
 from cryodrgn_amort.metrics import Neighbours, measure
 from cryodrgn_amort.mnist.model import BETA, cross_entropies
 from cryodrgn_amort.mnist.training import encode, one_thread
+from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.transforms import Roll
 
 if TYPE_CHECKING:

@@ -25,12 +25,12 @@ from cryodrgn_amort.checkpoints import (
     write_weights,
     write_z,
 )
-from cryodrgn_amort.decoding import matrix_products
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.inputs import EncoderInput, Noise, Twin
 from cryodrgn_amort.latent import adam, train_step
 from cryodrgn_amort.mnist.data import BOX, LEAST_TRAINING
 from cryodrgn_amort.mnist.model import BETA, DigitNetwork, DigitVAE
+from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.table import LookupTable
 
 if TYPE_CHECKING:
