@@ -34,11 +34,12 @@ def load_run(folder: str | os.PathLike[str], epoch: int | None = None) -> Run:
 def train(**flags: Any) -> Run:
     """Train as ``cryodrgn train_amort`` does; flags by argument name (``outdir=``, ``zdim=``)."""
     from cryodrgn_amort.plugins import load_plugins
+    from cryodrgn_amort.runs import with_run
     from cryodrgn_amort.settings import settings_from_flags
     from cryodrgn_amort.training import Trainer
 
     plugins = load_plugins()
-    Trainer(settings_from_flags(flags, plugins), plugins).fit()
+    Trainer(settings_from_flags(with_run(flags, plugins), plugins), plugins).fit()
     return load_run(flags["outdir"])
 
 

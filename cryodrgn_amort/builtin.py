@@ -41,11 +41,12 @@ def commands() -> list[CommandSpec]:
 
 @hookimpl
 def encoders() -> list[EncoderSpec]:
-    """Return the host's networks and the lookup table."""
+    """Return the host's networks, the lookup table, and encoders of a second stage."""
     from cryodrgn_amort.encoders import NETWORKS
+    from cryodrgn_amort.repair import ANCHORED, SEMI, SLEEP
     from cryodrgn_amort.table import VLT
 
-    return [*NETWORKS, VLT]
+    return [*NETWORKS, VLT, SLEEP, ANCHORED, SEMI]
 
 
 @hookimpl
@@ -74,7 +75,9 @@ def transforms() -> list[TransformSpec]:
 
 @hookimpl
 def train_args(parser: argparse.ArgumentParser) -> None:
-    """Add the lookup table's flags."""
+    """Add the flags of the lookup table and of the second stage."""
+    from cryodrgn_amort.repair import add_repair_args
     from cryodrgn_amort.table import add_table_args
 
     add_table_args(parser)
+    add_repair_args(parser)

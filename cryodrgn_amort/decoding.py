@@ -153,8 +153,10 @@ class FastDecoder:
     def _outputs(self, weights: _Weights, first: Tensor) -> Tensor:
         """Return what follows from the first layer's values `(rows, width)`, which are changed."""
         hidden = self._activate(first)
-        for weight, layer_bias in zip(weights.hidden, weights.biases, strict=False):
-            hidden = self._activate(torch.addmm(layer_bias, hidden, weight.T))
+        layers = zip(weights.hidden, weights.biases, strict=False)
+        for i, (weight, layer_bias) in enumerate(layers):
+            out = self._buffer(f"hidden{i + 1}", len(hidden), hidden.shape[1], hidden.dtype)
+            hidden = self._activate(torch.addmm(layer_bias, hidden, weight.T, out=out))
         return torch.addmm(weights.biases[-1], hidden, weights.last.T)
 
     @torch.no_grad()
@@ -183,18 +185,25 @@ class FastDecoder:
         if self.fourier:
             sign = torch.where((coords @ rot)[..., 2] > 0, -1.0, 1.0).to(wide)
         whole = self.pixels * (2 if self.fourier else 1)
+        most = _ROWS.get(coords.device.type, _ROWS["cuda"])
+        together = max(1, most // self.pixels)
         found = torch.empty(*z.shape[:2], whole, dtype=wide, device=z.device)
         for image, (one_rot, one_sign) in enumerate(zip(rot, sign, strict=True)):
             phases = (one_sign[:, None] * (coords @ one_rot)) @ self._frequencies().to(wide)
             start = torch.mm(self._features(phases), weights.first.T)
-            for k, row in enumerate(bias[image]):
-                outputs = self._outputs(weights, start + row.to(start.dtype)).to(wide)
-                real, imag = outputs[:, 0], outputs[:, -1] * one_sign
+            for latents in torch.arange(len(bias[image])).split(together):
+                rows = bias[image, latents].to(start.dtype)
+                size = len(rows) * self.pixels, start.shape[1]
+                first = self._buffer("hidden0", *size, start.dtype)
+                torch.add(start, rows[:, None], out=first.view(len(rows), *start.shape))
+                outputs = self._outputs(weights, first).to(wide).view(len(rows), self.pixels, -1)
+                real, imag = outputs[..., 0], outputs[..., -1] * one_sign
+                here = found[image, latents[0] : latents[-1] + 1]
                 if self.fourier:
-                    found[image, k, : self.pixels] = real - imag
-                    found[image, k, self.pixels :] = (real + imag).flip(0)
+                    torch.sub(real, imag, out=here[:, : self.pixels])
+                    here[:, self.pixels :] = (real + imag).flip(1)
                 else:
-                    found[image, k] = real
+                    here.copy_(real)
         return found
 
     def run(

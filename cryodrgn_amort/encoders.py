@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import torch
 
+    from cryodrgn_amort.decoding import FastDecoder
     from cryodrgn_amort.particles import Batch, Particles
     from cryodrgn_amort.settings import TrainSettings
 
-__all__ = ["NETWORKS", "Encoder", "EncoderSpec"]
+__all__ = ["NETWORKS", "SLEEP_DEFAULTS", "Encoder", "EncoderSpec"]
 
 
 class Encoder(nn.Module, ABC):
@@ -31,9 +32,13 @@ class Encoder(nn.Module, ABC):
     per_particle
         Names of buffers with one row per particle. When several processes train, each holds the
         rows of its own particles: those of a batch are at ``batch.rows``.
+    decoder
+        The decoder of the model that it is part of, for encoders that compare images; the model
+        puts it here.
     """
 
     per_particle: ClassVar[frozenset[str]] = frozenset()
+    decoder: FastDecoder | None = None
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,6 +78,13 @@ class EncoderSpec:
     flags
         Argument names (``TrainSettings``, ``settings.extra``) that apply to some encoders only,
         this one among them. A flag that only other encoders claim is refused by name.
+    second_stage
+        Whether it is for the decoder of a finished run: ``--from`` is needed.
+    sleeps
+        Whether, with ``--from``, it learns from images that the decoder makes up (``sleep``),
+        the decoder staying as it is. Else both are trained on the particles.
+    defaults
+        With ``--from``: argument name -> value, where it is not that of ``train_vae``.
     """
 
     name: str
@@ -81,16 +93,26 @@ class EncoderSpec:
     host_mode: str | None = None
     shown_images: bool = True
     flags: frozenset[str] = frozenset()
+    second_stage: bool = False
+    sleeps: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.build is None) == (self.host_mode is None):
             raise ValueError(f"encoder {self.name!r}: give either build or host_mode")
 
 
-_NETWORK_FLAGS = frozenset({"encode_mode", "qlayers", "qdim", "enc_mask"})
+SLEEP_DEFAULTS: Mapping[str, Any] = {"qdim": 256, "lr": 1e-3, "lr_end": 2e-5, "batch_size": 128}
+_NETWORK_FLAGS = frozenset({"encode_mode", "qlayers", "qdim", "enc_mask", "from_run"})
+
+
+def _network(name: str, summary: str) -> EncoderSpec:
+    return EncoderSpec(
+        name, summary, host_mode=name, flags=_NETWORK_FLAGS, sleeps=True, defaults=SLEEP_DEFAULTS
+    )
+
+
 NETWORKS = (
-    EncoderSpec(
-        "resid", "the host's residual network (default)", host_mode="resid", flags=_NETWORK_FLAGS
-    ),
-    EncoderSpec("mlp", "the host's plain network", host_mode="mlp", flags=_NETWORK_FLAGS),
+    _network("resid", "the host's residual network (default)"),
+    _network("mlp", "the host's plain network"),
 )

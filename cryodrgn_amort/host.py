@@ -18,7 +18,7 @@ with warnings.catch_warnings():  # the host's imports warn of their own dependen
     from cryodrgn.dataset import ImageDataset, make_dataloader
     from cryodrgn.fft import fftn_center, iht2_center, ihtn_center
     from cryodrgn.lattice import Lattice
-    from cryodrgn.models import FTPositionalDecoder, HetOnlyVAE
+    from cryodrgn.models import FTPositionalDecoder, HetOnlyVAE, ResidLinearMLP
     from cryodrgn.mrcfile import MRCHeader, parse_mrc, write_mrc
     from cryodrgn.source import ImageSource
 
@@ -36,6 +36,7 @@ __all__ = [
     "ImageSource",
     "Lattice",
     "MRCHeader",
+    "ResidLinearMLP",
     "add_train_vae_args",
     "analyze",
     "compute_ctf",

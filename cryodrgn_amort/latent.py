@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.parallel import Team
     from cryodrgn_amort.particles import Batch
 
-__all__ = ["LatentModel", "adam", "train_step"]
+__all__ = ["LatentModel", "Lesson", "adam", "train_step"]
 
 
 class LatentModel(ABC):
@@ -61,6 +61,17 @@ class LatentModel(ABC):
         noise = noise if batch.part is None else noise[batch.part.places]
         return mean + noise * torch.exp(0.5 * logvar)
 
+    def loss(
+        self, batch: Batch, beta: float, beta_control: float | None = None
+    ) -> tuple[Losses, Tensor]:
+        """Return the ELBO's losses, and the posterior means, detached."""
+        mean, logvar = self.posterior(batch)
+        z = self.sample(mean, logvar, batch)
+        error, _ = self.errors(batch, z)
+        pixels = batch.y.shape[1]
+        result = losses(mean, logvar, error, pixels, batch.size, beta, beta_control)
+        return result, mean.detach()
+
     def own_state_dict(self) -> dict[str, Any]:
         """Return the state of the encoder ``amort``; empty if there is none."""
         return {} if self.amort is None else dict(self.amort.state_dict())
@@ -77,6 +88,14 @@ def adam(
         return make()
 
 
+class Lesson(Protocol):
+    """What else than the ELBO of particles a model can learn from."""
+
+    def loss(self, model: LatentModel, batch: Batch) -> tuple[Losses, Tensor]:
+        """Return losses in place of the batch's, and posterior means, detached."""
+        ...
+
+
 def train_step(
     model: LatentModel,
     optimizer: torch.optim.Optimizer,
@@ -84,16 +103,17 @@ def train_step(
     beta: float,
     beta_control: float | None = None,
     team: Team | None = None,
+    lesson: Lesson | None = None,
 ) -> tuple[Losses, Tensor]:
     """Take one optimizer step; returns the losses and the posterior means, detached.
 
     With several processes, the losses and gradients of each are its share of the batch's.
     """
     optimizer.zero_grad()
-    mean, logvar = model.posterior(batch)
-    z = model.sample(mean, logvar, batch)
-    error, _ = model.errors(batch, z)
-    result = losses(mean, logvar, error, batch.y.shape[1], batch.size, beta, beta_control)
+    if lesson is None:
+        result, mean = model.loss(batch, beta, beta_control)
+    else:
+        result, mean = lesson.loss(model, batch)
     result.total.backward()
     if model.amort is not None:
         model.amort.after_backward()
@@ -101,4 +121,4 @@ def train_step(
         trained = (p for group in optimizer.param_groups for p in group["params"])
         team.add(p.grad for p in trained if p.grad is not None)
     optimizer.step()
-    return result.detach(), mean.detach()
+    return result.detach(), mean

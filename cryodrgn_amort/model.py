@@ -59,9 +59,12 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
                 parameter.requires_grad_(False)
                 nn.init.constant_(parameter, float("nan"))
         self.amort = amort
+        self._fixed: set[int] = set()
         mask = lattice.get_circular_mask(lattice.D // 2)
         coords = lattice.coords[mask] / lattice.extent / 2
         self.fast = FastDecoder(self.decoder, coords, PRECISIONS[precision])
+        if amort is not None:
+            amort.decoder = self.fast
         # where the encoder's pixels stand among the stored ones; None: they are the same
         inner = None if self.enc_mask is None else self.enc_mask[mask]
         self._shown = None if inner is None or inner.all() else inner.nonzero()[:, 0]
@@ -132,10 +135,15 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
             reason = str(err).split("\n", 2)[1:2] or [str(err)]
             raise InputError(f"{name}: weights of another model ({reason[0].strip()})") from None
 
+    def fix_decoder(self) -> None:
+        """Keep the decoder as it is: its parameters are not trained."""
+        self.decoder.requires_grad_(False)
+        self._fixed = {id(p) for p in self.decoder.parameters()}
+
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the common optimizer, in the host's order."""
         token = set() if self.amort is None else {id(p) for p in self.encoder.parameters()}
-        return [p for p in self.parameters() if id(p) not in token]
+        return [p for p in self.parameters() if id(p) not in token | self._fixed]
 
 
 def build_model(

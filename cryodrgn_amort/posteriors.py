@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,6 +40,7 @@ from cryodrgn_amort.metrics import kl_by_dimension
 from cryodrgn_amort.model import build_model
 from cryodrgn_amort.parallel import Team
 from cryodrgn_amort.products import matrix_products
+from cryodrgn_amort.repair import DEFAULT_ANCHORS, cluster_centres
 from cryodrgn_amort.runs import model_args, write_config
 from cryodrgn_amort.table import VLT, LookupTable
 
@@ -62,8 +62,6 @@ STARTS = {
     "mean": "the mean of all latents",
     "prior": "zero",
 }
-_ANCHORS = 32
-_ANCHOR_SAMPLE = 20_000
 _VARIANCE_SAMPLE = 512
 _PARTS = ".posteriors"
 _RESULTS = ("mean", "logvar", "elbo", "converged", "start", "encoder_elbo")
@@ -99,10 +97,10 @@ class InferOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} {getattr(self, name)}: must be at least 1")
+        if self.steps < 0:
+            raise InputError(f"--steps {self.steps}: must not be negative")
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size {self.batch_size}: must be at least 1")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"--seed {self.seed}: must not be negative, nor huge")
         for name in self.starts or ():
@@ -241,12 +239,8 @@ class Fitter:
     @cached_property
     def anchors(self) -> Tensor:
         """Centres of clusters of the run's latents, `(K, zdim)`."""
-        mean = self.saved[0]
-        rng = np.random.default_rng(self.seed)
-        sample = mean[np.sort(rng.permutation(len(mean))[:_ANCHOR_SAMPLE])]
-        count = min(_ANCHORS, len(np.unique(sample, axis=0)))
-        centres = KMeans(count, n_init=1, random_state=self.seed).fit(sample).cluster_centers_
-        return torch.from_numpy(centres.astype(np.float32)).to(self.particles.device)
+        centres = cluster_centres(self.saved[0], DEFAULT_ANCHORS, self.seed)
+        return torch.from_numpy(centres).to(self.particles.device)
 
     @cached_property
     def variance(self) -> float:
@@ -543,7 +537,7 @@ def summary(found: Inferred) -> str:
     )
     lines = [
         f"{f['particles']} particles, beta {f['beta']:.4g}, noise variance {f['variance']:.4g}: "
-        f"{100 * f['converged']:.1f} % converged",
+        + (f"{100 * f['converged']:.1f} % converged" if f["converged"] else "not fitted"),
         f"ELBO {_nats(f['elbo'])}; best from: {shares}",
     ]
     if f["amortization_gap"] is not None:

@@ -21,15 +21,17 @@ from cryodrgn_amort.checkpoints import (
     to_array,
     write_pickle,
 )
+from cryodrgn_amort.encoders import EncoderSpec
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.model import TOKEN_ENCODER, AmortVAE, build_model
-from cryodrgn_amort.settings import TrainSettings
+from cryodrgn_amort.settings import TrainSettings, flag_name
 from cryodrgn_amort.sources import ParticleSource, load_particles
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
-    from cryodrgn_amort.encoders import Encoder, EncoderSpec
+    from cryodrgn_amort.encoders import Encoder
     from cryodrgn_amort.inputs import EncoderInput
     from cryodrgn_amort.particles import Particles
     from cryodrgn_amort.plugins import Plugins
@@ -42,6 +44,7 @@ __all__ = [
     "load_run",
     "model_args",
     "source_of",
+    "with_run",
     "write_config",
 ]
 
@@ -65,6 +68,43 @@ _MODEL_ARGS = frozenset({
 
 HOLDOUT, TRAINED = "ind_heldout.pkl", "ind_train.pkl"
 """Files in a run folder: positions in the stack of the particles held out, and of the others."""
+
+
+_OF_DECODER = (
+    "zdim", "players", "pdim", "pe_type", "pe_dim", "feat_sigma", "domain", "activation",
+    "invert_data", "window", "window_r",
+)  # fmt: skip
+_DREAMS = 500_000  # synthetic images that an encoder learns from unless told otherwise
+_OF_PARTICLES = ("particles", "poses", "ctf", "ind", "datadir", "holdout", "norm", "beta")
+
+
+def with_run(given: Mapping[str, Any], plugins: Plugins) -> dict[str, Any]:
+    """Complete the flags of ``train_amort --from RUN`` by what it was trained with.
+
+    Raises
+    ------
+    InputError
+        If a flag contradicts the run's decoder.
+    """
+    values = dict(given)
+    if not values.get("from_run"):
+        return values
+    folder = values["from_run"]
+    run = load_run(folder, plugins, flag="--from")
+    if Path(values["outdir"]).resolve() == run.folder.resolve():
+        raise InputError(f"--from {folder}: is the output folder as well")
+    for name in _OF_DECODER:
+        had = getattr(run.settings, name)
+        if values.setdefault(name, had) != had:
+            raise InputError(f"{flag_name(name)} {values[name]}: --from {folder} has {had}")
+    for name in _OF_PARTICLES:
+        if (had := getattr(run.settings, name)) is not None:
+            values.setdefault(name, had)
+    spec = plugins.encoder(values.get("encoder", "resid"))
+    if isinstance(spec, EncoderSpec) and spec.sleeps:
+        values.setdefault("num_epochs", -(-_DREAMS // len(run.z()[0])))
+        values.setdefault("checkpoint", -(-values["num_epochs"] // 10))
+    return values
 
 
 def model_args(settings: TrainSettings, encoder: EncoderSpec, D: int) -> dict[str, Any]:
@@ -251,13 +291,17 @@ class Run:
         return model, own
 
 
-def load_run(folder: str | os.PathLike[str], plugins: Plugins, epoch: int | None = None) -> Run:
+def load_run(
+    folder: str | os.PathLike[str], plugins: Plugins, epoch: int | None = None, flag: str = "RUN"
+) -> Run:
     """Open a run folder of ``train_amort``, ``train_vae`` or ``train_dec``.
 
     Parameters
     ----------
     epoch
         Which epoch; the latest one that is complete unless given.
+    flag
+        What named the folder.
 
     Raises
     ------
@@ -267,17 +311,17 @@ def load_run(folder: str | os.PathLike[str], plugins: Plugins, epoch: int | None
     path = Path(folder)
     config_path = path / "config.yaml"
     if not config_path.is_file():
-        raise InputError(f"RUN {folder}: not a run folder (it has no config.yaml)")
+        raise InputError(f"{flag} {folder}: not a run folder (it has no config.yaml)")
     try:
         config = yaml.safe_load(config_path.read_text())
         settings = _settings_of(config, path)
     except InputError:
         raise
     except Exception as err:
-        raise InputError(f"RUN {config_path}: damaged ({type(err).__name__}: {err})") from None
+        raise InputError(f"{flag} {config_path}: damaged ({type(err).__name__}: {err})") from None
     known = epochs(path)
     if not known:
-        raise InputError(f"RUN {folder}: no epoch has both weights and z yet")
+        raise InputError(f"{flag} {folder}: no epoch has both weights and z yet")
     if epoch is not None and epoch not in known:
         listed = ", ".join(map(str, known))
         raise InputError(f"--epoch {epoch}: {folder} does not have it; it has {listed}")

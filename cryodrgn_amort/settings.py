@@ -51,11 +51,12 @@ _FLAG = {  # argument name -> flag, where the host's parser names them different
     "do_analysis": "--no-analysis",
     "outdir": "-o",
     "particles": "PARTICLES",
+    "from_run": "--from",
 }
 
 
 _WINDOW_EDGE = 0.99  # outer radius of the host's window
-_PATHS = ("particles", "outdir", "poses", "ctf", "ind", "datadir")
+_PATHS = ("particles", "outdir", "poses", "ctf", "ind", "datadir", "from_run")
 _REFUSED_MODES = {"tilt": _TILT, "conv": REFUSED["use_real"]}
 
 
@@ -79,6 +80,10 @@ class TrainSettings:
         Name of an encoder, or of an encoder input for the network ``encode_mode``.
     precision
         Of the decoder's matrix products: see ``matmul_precision``.
+    lr_end
+        What ``lr`` falls to by the last epoch, along half a cosine; None: it stays the same.
+    from_run
+        Run whose decoder is taken over.
     holdout
         Particles that are not trained on: a fraction, or a file of their indices in the stack.
     memory
@@ -115,10 +120,12 @@ class TrainSettings:
     batch_size: int = 16
     wd: float = 0.0
     lr: float = 1e-4
+    lr_end: float | None = None
     beta: float | str | None = None
     beta_control: float | None = None
     norm: tuple[float, float] | None = None
     holdout: str | None = None
+    from_run: str | None = None
     amp: bool = True
     precision: str | None = None
     memory: float | None = None
@@ -147,6 +154,8 @@ class TrainSettings:
         for name in ("lr", "feat_sigma", "window_r"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{flag_name(name)} {getattr(self, name)}: must be positive")
+        if self.lr_end is not None and not 0 < self.lr_end < math.inf:
+            raise InputError(f"--lr-end {self.lr_end}: must be positive")
         for name in ("qlayers", "wd", "seed", "shuffle_seed", "num_workers"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63:
@@ -257,9 +266,17 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Plugins) -> TrainSett
         values = {**recipe.flags, **values}
     if "encode_mode" in given and "encoder" not in values:
         values["encoder"] = given["encode_mode"]
-    if "zdim" not in values:
-        raise InputError("--zdim: required")
+    for name in ("particles", "poses", "zdim"):
+        if name not in values:
+            raise InputError(f"{flag_name(name)}: required")
     named = plugins.encoder(values.get("encoder", "resid"))
+    if isinstance(named, EncoderSpec):
+        if named.second_stage and not values.get("from_run"):
+            raise InputError(f"--encoder {named.name}: needs a finished run, --from RUN")
+        if values.get("from_run"):
+            values = {**named.defaults, **values}
+    elif values.get("from_run"):
+        raise InputError(f"--from: does not apply to --encoder {named.name}")
     if isinstance(named, EncoderSpec) and named.host_mode is not None:
         mode = values.setdefault("encode_mode", named.host_mode)
         if mode != named.host_mode:

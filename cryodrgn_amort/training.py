@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import os
 import re
 import shutil
@@ -36,14 +37,17 @@ from cryodrgn_amort.machine import available_memory
 from cryodrgn_amort.model import build_model
 from cryodrgn_amort.parallel import Team, join
 from cryodrgn_amort.products import matrix_products
+from cryodrgn_amort.repair import AnchoredEncoder, SecondStage
 from cryodrgn_amort.runs import (
     HOLDOUT,
     TRAINED,
     default_device,
+    load_run,
     model_args,
     source_of,
     write_config,
 )
+from cryodrgn_amort.sleep import Sleep
 from cryodrgn_amort.sources import load_particles
 
 if TYPE_CHECKING:
@@ -82,6 +86,10 @@ class Trainer:
         This process among those that train the run.
     shown
         What a network encoder is shown; None for tables.
+    stage
+        Latents of the run whose decoder this one has: mean and log variance; None: there is none.
+    lesson
+        What the encoder learns from in place of the particles; None: from these.
     optimizer
         The common optimizer: decoder and network. A table has its own.
     epoch
@@ -116,6 +124,8 @@ class Trainer:
         args = model_args(settings, self.encoder_spec, self.particles.D)
         precision = settings.matmul_precision(self.device.type)
         self.model = build_model(args, self.particles.lattice, amort, precision)
+        self.stage = self._second_stage() if settings.from_run else None
+        self.lesson: Sleep | None = None
         self.optimizer = adam(self.model.trained_parameters(), settings.lr, settings.wd)
         self.beta = host.get_beta_schedule(settings.beta_value())
         self.epoch = 0
@@ -140,6 +150,39 @@ class Trainer:
         if self.settings.do_analysis and self.team.leads:
             host.analyze(str(self.folder), self.epoch)
 
+    def _second_stage(self) -> tuple[Tensor, Tensor]:
+        """Take over the decoder of ``--from``; returns the latents of its run."""
+        name = f"--from {self.settings.from_run}"
+        run = load_run(str(self.settings.from_run), self.plugins, flag="--from")
+        if self.particles.whole and self.encoder_spec.sleeps:
+            raise InputError(f"--enc-mask -1: {name} makes up no corners of images")
+        try:
+            self.model.decoder.load_state_dict(run.load_decoder()[0].decoder.state_dict())
+        except RuntimeError:
+            raise InputError(f"{name}: its decoder is another one than was asked for") from None
+        self.model.fast.forget()
+        mean, logvar = (torch.from_numpy(part).to(self.device) for part in run.z())
+        if not logvar.isfinite().all():  # of train_dec: it has no posteriors
+            logvar = torch.full_like(mean, -np.inf)
+        if self.encoder_spec.sleeps:
+            self.model.fix_decoder()
+            if isinstance(self.model.amort, SecondStage):
+                self.model.amort.learn_from(mean)
+        return mean, logvar
+
+    def _prepare_lesson(self) -> None:
+        """Measure the noise, and make up images."""
+        if self.stage is None or not self.encoder_spec.sleeps:
+            return
+        amort = self.model.amort
+        anchored = amort if isinstance(amort, AnchoredEncoder) else None
+        templates = None if anchored is None else anchored.templates
+        self.lesson = Sleep(
+            self.model.fast, self.particles, *self.stage, templates, self.settings.seed
+        )
+        if anchored is not None and not self.epoch:
+            anchored.precision.copy_(self.lesson.noise.precision())
+
     def endless_steps(self) -> Iterator[None]:
         """Take optimizer steps, epoch after epoch, and keep nothing: for whoever times them."""
         self._prepare_particles(None)
@@ -147,6 +190,8 @@ class Trainer:
         while True:
             if self.model.amort is not None:
                 self.model.amort.epoch_start(0.0)
+            if self.lesson is not None:
+                self.lesson.epoch_start(1)
             for batch in self.batches:
                 with matrix_products():
                     self._step(batch, self.beta(0))
@@ -171,6 +216,7 @@ class Trainer:
             shuffle_seed=settings.shuffle_seed,
             num_workers=min(workers, os.cpu_count() or 1),
         )
+        self._prepare_lesson()
 
     def _train(self) -> None:
         settings = self.settings
@@ -208,6 +254,9 @@ class Trainer:
         self.model.train()
         if self.model.amort is not None:
             self.model.amort.epoch_start((self.epoch - 1) / settings.num_epochs)
+        if self.lesson is not None:
+            self.lesson.epoch_start(self.epoch)
+        self._set_rate((self.epoch - 1) / settings.num_epochs)
         what = f"epoch {self.epoch}/{settings.num_epochs}"
         for batch in self._bar(iter(self.batches), what, len(self.batches)):
             seen += batch.size
@@ -233,6 +282,7 @@ class Trainer:
             f"total loss = {total:.6f}; Finished in {timedelta(seconds=took)}"
         )
         own = {} if self.model.amort is None else self.model.amort.epoch_metrics()
+        own |= {} if self.lesson is None else self.lesson.epoch_metrics()
         return {
             "epoch": self.epoch,
             "gen_loss": gen_loss,
@@ -246,7 +296,14 @@ class Trainer:
 
     def _step(self, batch: Batch, beta: float) -> tuple[Losses, Tensor]:
         control = self.settings.beta_control
-        return train_step(self.model, self.optimizer, batch, beta, control, self.team)
+        return train_step(self.model, self.optimizer, batch, beta, control, self.team, self.lesson)
+
+    def _set_rate(self, done: float) -> None:
+        """Let the learning rate fall, when it is asked for."""
+        start, end = self.settings.lr, self.settings.lr_end
+        if end is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = end + (start - end) * (1 + math.cos(math.pi * done)) / 2
 
     @torch.no_grad()
     def encode(self) -> tuple[np.ndarray, np.ndarray]:

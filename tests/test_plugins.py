@@ -39,7 +39,9 @@ def test_what_ships_in_the_box(plugins):
         "simulate_amort", "train_amort", "eval_amort", "infer_amort", "compare_amort",
         "time_amort", "study_amort", "mnist_amort", "amort_plugins",
     }  # fmt: skip
-    assert names["encoders"] == {"resid", "mlp", "vlt"}
+    assert names["encoders"] == {
+        "resid", "mlp", "vlt", "sleep", "anchored", "semi",
+    }  # fmt: skip
     assert names["encoder_inputs"] == {"particle", "twin", "noise"}
     assert names["transforms"] == {"roll", "rotate"}
     assert {"baseline", "vlt", "vlt-frozen-encoder", "twin-large"} <= names["recipes"]

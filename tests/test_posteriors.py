@@ -187,6 +187,16 @@ def test_a_stock_run_of_train_dec(stack, plugins, tmp_path):
     assert np.isfinite(read_z(tmp_path / "out/z.pkl", "")[1]).all()
 
 
+def test_without_steps_the_encoder_alone_answers(runs, tmp_path):
+    run = runs["network"]
+    options = InferOptions(starts=("encoder",), steps=0)
+    found = infer_run(run, options, tmp_path / "out")
+    for mine, theirs in zip((found.mean, found.logvar), run.z(), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.gap, 0, atol=1e-4)
+    assert "not fitted" in (tmp_path / "out/run.log").read_text()
+
+
 def test_a_stock_run_of_train_vae(stack, plugins, tmp_path):
     run_host(
         "train_vae", stack.particles, "--poses", stack.poses, "--ctf", stack.ctf, "--zdim", 2,
@@ -287,7 +297,7 @@ def test_killed_while_it_is_written_it_goes_on(runs, tmp_path, monkeypatch):
         ("network", ["--held-out", "{new}"], "--held-out: .* PARTICLES are new"),
         ("table", ["--beta", "much"], "--beta much"),
         ("table", ["--beta", "-1"], "--beta -1"),
-        ("table", ["--steps", "0"], "--steps 0: must be at least 1"),
+        ("table", ["--steps", "-1"], "--steps -1: must not be negative"),
         ("table", ["{stack}"], "PARTICLES .*: need their --poses"),
         ("table", ["{stack}", "--poses", "{poses}"], "--ctf: .* was trained with CTFs"),
         ("table", ["{big}"], "have 20 px, .* trained on 16 px"),

@@ -15,6 +15,10 @@ $ cryodrgn analyze outs/new 50
 $ cryodrgn infer_amort outs/baseline -o outs/baseline.fitted
 $ cryodrgn infer_amort outs/baseline --held-out -o outs/baseline.held-out
 
+# Nothing fitted: the encoder alone, or `--start anchors`, others' latents weighted by likelihood
+$ cryodrgn infer_amort outs/anchored new.mrcs --poses new_pose.pkl --ctf new_ctf.pkl -o new \
+                       --start encoder --steps 0
+
 # From a start of your choice, by the KL weight that the noise in the images implies
 $ cryodrgn infer_amort outs/baseline --start prior mean --beta implied -o outs/fitted
 
@@ -61,7 +65,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         help="Weight of the KL divergence: that of the training, the one that the noise in the\n"
         "images implies, or a number (default: train)")  # fmt: skip
     for flag, default, text in (
-        ("--steps", 400, "At most so many steps per particle and start"),
+        ("--steps", 400, "At most so many steps per particle and start; 0: the starts as they are"),
         ("--batch-size", 256, "Particles that are fitted at once"),
         ("--seed", 0, "Seed of the noise"),
     ):

@@ -14,6 +14,9 @@ $ cryodrgn train_amort particles.128.mrcs --poses pose.pkl --ctf ctf.pkl --zdim 
 $ cryodrgn train_amort particles.128.mrcs --poses pose.pkl --ctf ctf.pkl --zdim 8 \
                        -n 50 -o outs/twin --encoder twin --enc-layers 5
 
+# For the decoder of a finished run, an encoder that works on new particles
+$ cryodrgn train_amort --from outs/vlt --encoder anchored -n 50 -o outs/anchored
+
 # Go on after an interruption
 $ cryodrgn train_amort particles.128.mrcs --poses pose.pkl --ctf ctf.pkl --zdim 8 \
                        -n 50 -o outs/vlt --encoder vlt --load latest
@@ -45,8 +48,10 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         if action.dest in REFUSED:
             action.help = f"Refused: {REFUSED[action.dest]}"
         action.default = argparse.SUPPRESS
-        if action.dest == "zdim":
-            action.required = False  # a recipe may set it
+        if action.dest in ("particles", "poses", "zdim"):
+            action.required = False  # a recipe or --from may set it
+        if action.dest == "particles":
+            action.nargs, action.type = "?", None  # the type would change the default
     group = parser.add_argument_group("Encoder (cryodrgn_amort)")
     group.add_argument(
         "--encoder",
@@ -61,6 +66,22 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         default=argparse.SUPPRESS,
         help="Start from a named set of flags; flags that are given override it",
+    )
+    group.add_argument(
+        "--from",
+        dest="from_run",
+        metavar="RUN",
+        default=argparse.SUPPRESS,
+        help="Second stage: keep the decoder of a finished run, and train an encoder (resid, mlp,\n"
+        "sleep, anchored) on images made up by it; semi trains on with a table. Particles and\n"
+        "all else are that run's unless given",
+    )
+    group.add_argument(
+        "--lr-end",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="What --lr falls to by the last epoch, along half a cosine (default: it stays the\n"
+        "same; with --from 2e-5)",
     )
     group.add_argument(
         "--overwrite",
@@ -100,11 +121,12 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Train."""
+    from cryodrgn_amort.runs import with_run
     from cryodrgn_amort.settings import settings_from_flags
     from cryodrgn_amort.training import Trainer
 
     plugins = load_plugins()
     given = {dest: value for dest, value in vars(args).items() if dest != "func"}
-    trainer = Trainer(settings_from_flags(given, plugins), plugins)
+    trainer = Trainer(settings_from_flags(with_run(given, plugins), plugins), plugins)
     trainer.fit()
     trainer.team.leave()

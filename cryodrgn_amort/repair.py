@@ -1,0 +1,216 @@
+"""Encoders for the decoder of a finished run (``--from``), which see no particle while they learn.
+
+Plain networks of the host can be trained so as well; what they learn from is in ``sleep``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from cryodrgn_amort import host
+from cryodrgn_amort.encoders import SLEEP_DEFAULTS, Encoder, EncoderSpec
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.sleep import Dream, with_ctf
+from cryodrgn_amort.table import VLT, build_table
+
+if TYPE_CHECKING:
+    import argparse
+
+    from cryodrgn_amort.particles import Batch, Particles
+    from cryodrgn_amort.settings import TrainSettings
+
+__all__ = ["ANCHORED", "DEFAULT_ANCHORS", "SEMI", "SLEEP", "add_repair_args", "cluster_centres"]
+
+DEFAULT_ANCHORS = 32
+_SAMPLE = 20_000
+_VALUES = 1 << 24  # of templates at a time
+_DEFOCUS_SCALE = 5000.0  # angstroms
+
+
+def cluster_centres(mean: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Return centres of clusters of latents `(N, zdim)`, at most ``count``: `(K, zdim)`."""
+    rng = np.random.default_rng(seed)
+    sample = mean[np.sort(rng.permutation(len(mean))[:_SAMPLE])]
+    count = min(count, len(np.unique(sample, axis=0)))
+    centres = KMeans(count, n_init=1, random_state=seed).fit(sample).cluster_centers_
+    found: np.ndarray = centres.astype(np.float32)
+    return found
+
+
+class SecondStage(Encoder):
+    """A network that is told pose and defocus besides what it sees of a particle.
+
+    Parameters
+    ----------
+    seen
+        Number of values that it sees.
+    """
+
+    centre: Tensor
+    spread: Tensor
+    usual_defocus: Tensor
+
+    def __init__(self, seen: int, settings: TrainSettings, particles: Particles) -> None:
+        super().__init__()
+        self.zdim = settings.zdim
+        defocus = torch.zeros(particles.n)
+        if particles.ctf_params is not None:
+            defocus = particles.ctf_params[:, 1:3].mean(1).cpu()
+        self._defocus = defocus
+        self.register_buffer("usual_defocus", defocus.mean())
+        self.register_buffer("centre", torch.zeros(self.zdim))
+        self.register_buffer("spread", torch.ones(self.zdim))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.network = host.ResidLinearMLP(
+                seen + 10, settings.qlayers, settings.qdim, 2 * self.zdim, torch.nn.ReLU
+            )
+
+    def learn_from(self, mean: Tensor) -> None:
+        """Scale the answers by the latents `(N, zdim)` of the run whose decoder this is for."""
+        self.centre.copy_(mean.mean(0))
+        self.spread.copy_(mean.std(0).clamp(min=1e-3))
+
+    def answer(self, seen: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the posterior by what is seen `(B, ...)`, and by pose and defocus."""
+        assert batch.rot is not None
+        defocus = self._defocus[batch.index].to(self.centre) - self.usual_defocus
+        parts = (seen, 3 * batch.rot.flatten(1), defocus[:, None] / _DEFOCUS_SCALE)
+        both = self.network(torch.cat([part.to(self.centre) for part in parts], 1))
+        mean, logvar = both[:, : self.zdim], both[:, self.zdim :]
+        return self.centre + self.spread * mean, logvar + 2 * self.spread.log()
+
+
+class SleepEncoder(SecondStage):
+    """The network sees the image itself."""
+
+    def __init__(self, settings: TrainSettings, particles: Particles) -> None:
+        super().__init__(len(particles.mask), settings, particles)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Encode what the batch shows."""
+        assert batch.image is not None
+        return self.answer(batch.image, batch)
+
+
+class AnchoredEncoder(SecondStage):
+    """The network sees how well the images of K anchors explain the particle.
+
+    An anchor is a latent: the centre of a cluster of those of the run. Its image is decoded at the
+    particle's own pose and CTF. Seen are, in units of the noise, how much better each anchor
+    explains the particle than the mean latent does, and how different from its image it is.
+    """
+
+    anchors: Tensor
+    precision: Tensor
+
+    def __init__(self, settings: TrainSettings, particles: Particles) -> None:
+        count = int(settings.extra.get("anchors", DEFAULT_ANCHORS))
+        if count < 2:
+            raise InputError(f"--anchors {count}: at least 2 are needed")
+        super().__init__(3 * count, settings, particles)
+        self.register_buffer("anchors", torch.zeros(count, self.zdim))
+        self.register_buffer("precision", torch.ones(len(particles.mask)))
+        self._seed = settings.seed
+
+    def learn_from(self, mean: Tensor) -> None:
+        """Choose anchors among the latents `(N, zdim)` of the run."""
+        super().learn_from(mean)
+        found = cluster_centres(mean.cpu().numpy(), len(self.anchors), self._seed)
+        if len(found) < len(self.anchors):
+            raise InputError(f"--anchors {len(self.anchors)}: the run has {len(found)} latents")
+        self.anchors.copy_(torch.from_numpy(found))
+
+    @property
+    def templates(self) -> Tensor:
+        """Latents whose images are compared: the mean one, and the anchors, `(1 + K, zdim)`."""
+        return torch.cat([self.centre[None], self.anchors])
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Compare the batch with the anchors, and encode that."""
+        with torch.no_grad():
+            if isinstance(batch, Dream) and batch.templates is not None:
+                seen = self._seen(batch, batch.templates)
+            else:
+                seen = self._compared(batch)
+        return self.answer(seen, batch)
+
+    def _compared(self, batch: Batch) -> Tensor:
+        """Decode the anchors for each particle, some at a time, and compare."""
+        assert self.decoder is not None
+        assert batch.rot is not None
+        together = max(1, _VALUES // (len(self.templates) * batch.y.shape[1]))
+        parts = []
+        for places in torch.arange(len(batch.index)).split(together):
+            part = batch.of(places)
+            assert part.rot is not None
+            latents = self.templates.expand(len(places), -1, -1)
+            images = self.decoder.images(part.rot, latents)
+            images[:, 1:] -= images[:, :1]
+            parts.append(self._seen(part, images))
+        return torch.cat(parts) if parts else self.centre.new_zeros(0, 3 * len(self.anchors))
+
+    def _seen(self, batch: Batch, images: Tensor) -> Tensor:
+        """Compare images, as ``Dream.templates`` has them, with particles: `(B, 3 K)`."""
+        ctf = None if batch.ctf is None else batch.ctf.to(self.precision)
+        images = images.to(self.precision)
+        usual, others = images[:, 0], images[:, 1:]
+        left = with_ctf((batch.y.to(self.precision) - with_ctf(usual, ctf)) * self.precision, ctf)
+        weight = with_ctf(with_ctf(self.precision.expand_as(left), ctf), ctf)
+        fit = torch.bmm(others, left[:, :, None])[:, :, 0]
+        size = torch.bmm(others.square(), weight[:, :, None])[:, :, 0]
+        likelihood = torch.softmax(fit - 0.5 * size, 1)
+        return torch.cat([fit / (size + 4).sqrt() / 3, size.sqrt() / 5, 3 * likelihood], 1)
+
+
+def _build_semi(settings: TrainSettings, particles: Particles) -> Encoder:
+    start = {"table_init": settings.from_run, **settings.extra}
+    return build_table(replace(settings, extra=start), particles)
+
+
+def add_repair_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the second stage to ``train_amort``."""
+    import argparse
+
+    group = parser.add_argument_group("Second stage (--from)")
+    group.add_argument(
+        "--anchors",
+        type=int,
+        metavar="K",
+        default=argparse.SUPPRESS,
+        help=f"Latents that --encoder anchored compares with (default: {DEFAULT_ANCHORS})",
+    )
+
+
+SLEEP = EncoderSpec(
+    "sleep",
+    "second stage: a network that is told the pose, trained on images made up by a decoder",
+    build=SleepEncoder,
+    second_stage=True,
+    sleeps=True,
+    defaults=SLEEP_DEFAULTS,
+    flags=frozenset({"from_run", "qlayers", "qdim"}),
+)
+ANCHORED = EncoderSpec(
+    "anchored",
+    "second stage: compares the particle with images of some latents at its pose",
+    build=AnchoredEncoder,
+    second_stage=True,
+    sleeps=True,
+    defaults=SLEEP_DEFAULTS,
+    flags=frozenset({"from_run", "qlayers", "qdim", "anchors"}),
+)
+SEMI = EncoderSpec(
+    "semi",
+    "second stage: a lookup table that starts from a run's answers, trained with its decoder",
+    build=_build_semi,
+    shown_images=False,
+    second_stage=True,
+    flags=VLT.flags | {"from_run"},
+)
