@@ -115,6 +115,15 @@ DEFINITIONS = {
         "correlations. A lower estimate.",
         "nats per particle",
     ),
+    **{
+        f"coverage_{level}": Definition(
+            f"Coverage at {level} %",
+            f"How often the central {level} % interval of a posterior holds the true latent, by "
+            "dimension, of images that the run's decoder makes up. Less: the encoder is too sure; "
+            "more: not sure enough.",
+        )
+        for level in (50, 80, 95)
+    },
     "converged": Definition(
         "Converged", "Share of the fitted particles whose ELBO had stopped improving."
     ),

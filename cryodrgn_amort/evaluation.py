@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from cryodrgn_amort import metrics
+from cryodrgn_amort.calibration import calibration_ranks, coverage_measures
 from cryodrgn_amort.embeddings import embed
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.gaps import fit_results
@@ -106,6 +107,9 @@ def evaluate(run: Run, options: EvalOptions, team: Team | None = None) -> Evalua
     if options.fit and not run.autodecoder:  # that has no posteriors
         with clock.stage("fits"):
             result.fits = evaluator.fits()
+    if options.fit and run.shows_particles and shown is not None:
+        with clock.stage("calibration"):
+            evaluator.calibrate(result)
     with clock.stage("embeddings"):
         result.embeddings = embed(result)
     logger.info(f"Evaluated in {clock}")
@@ -357,6 +361,16 @@ class _Evaluator:
                     null=0.0, ideal=ideal, **opts)
             for name, at, ideal in (("signal", rows, 1.0), ("noise", noisy, 0.0))
         ]  # fmt: skip
+
+    def calibrate(self, result: Evaluation) -> None:
+        """Measure how far the encoder's intervals can be believed."""
+        if self.particles.whole:  # the decoder makes up no corners
+            return
+        seed = self.run.settings.seed + 1  # not what an encoder may have been trained on
+        ranks = calibration_ranks(self.model, self.particles, result.z, result.logvar, seed)
+        opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": self.options.seed}
+        result.calibration = ranks
+        result.measures |= {m.name: m for m in coverage_measures(ranks, opts)}
 
     def decode(self, z: np.ndarray) -> np.ndarray:
         """Decode volumes `(M, box, box, box)` as ``cryodrgn eval_vol`` does."""

@@ -60,6 +60,7 @@ STYLE = {
 }
 
 MOST_VOLUMES = 10
+RANK_BINS = 20
 """Volumes of more labelled particles than these are not drawn."""
 _GAP = 0.05  # between pictures, of their edge
 
@@ -278,6 +279,27 @@ def ranks(results: Sequence[TransformResult]) -> Figure:
                 axes.legend(loc="lower right")
         for axes in grid[:, 0]:
             axes.set_ylabel("fraction of particles at or below")
+    return figure
+
+
+def calibration(ranks: np.ndarray) -> Figure:
+    """Draw the distribution of the places `(M, zdim)` of true latents in their posteriors."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.subplots()
+        edges = np.linspace(0, 1, RANK_BINS + 1)
+        usual = len(ranks) / RANK_BINS
+        spread = 1.96 * np.sqrt(usual * (1 - 1 / RANK_BINS)) / usual
+        axes.axhspan(max(0, 1 - spread), 1 + spread, color="0.88", label="right posteriors, 95 %")
+        axes.axhline(1, linestyle=":", color="black")
+        for dimension, column in enumerate(ranks.T):
+            counts, _ = np.histogram(column, edges)
+            axes.stairs(counts / usual, edges, color=HELD, alpha=0.6, linewidth=1.2,
+                        label="latent dimensions" if not dimension else None)  # fmt: skip
+        axes.set(xlim=(0, 1), xlabel="cumulative probability of the true latent",
+                 ylabel="images, next to uniform")  # fmt: skip
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="upper center")
     return figure
 
 

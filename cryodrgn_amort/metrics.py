@@ -248,8 +248,11 @@ def _pairs(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def displacement(z: np.ndarray, moved: np.ndarray, scale: float) -> np.ndarray:
-    """Distance that each latent moved, in units of ``pair_scale``: `(N,)`. Ideal 0."""
-    moved_by: np.ndarray = np.linalg.norm(moved - z, axis=1) / scale
+    """Distance that each latent moved, in units of ``pair_scale``: `(N,)`. Ideal 0.
+
+    NaN if all latents are the same.
+    """
+    moved_by: np.ndarray = np.linalg.norm(moved - z, axis=1) / (scale or np.nan)
     return moved_by
 
 
@@ -376,9 +379,9 @@ def loss_fraction(moved: np.ndarray, original: np.ndarray, constant: np.ndarray)
     """Return the share of what the latent explains that is lost after the transform.
 
     (rec(Tx; T pose, z') - rec(x; z)) / (rec(x; mean z) - rec(x; z)), of sums over particles.
-    Null 1 or more, ideal 0.
+    Null 1 or more, ideal 0; NaN if a constant explains as much.
     """
-    return float((moved - original).mean() / (constant - original).mean())
+    return float((moved - original).mean() / ((constant - original).mean() or np.nan))
 
 
 def gained_share(gained: np.ndarray, possible: np.ndarray) -> float:

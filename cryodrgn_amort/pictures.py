@@ -18,7 +18,7 @@ __all__ = ["pictures_of"]
 
 
 def pictures_of(evaluation: Evaluation) -> dict[str, list[Picture]]:
-    """Draw all figures: by key of a transform result, "latents" and, with results, "ranks"."""
+    """Draw all figures: by key of a result, "latents", and where known "ranks", "calibration"."""
     shown = sorted(evaluation.embeddings.items(), key=lambda item: item[0] != "UMAP")
     labelled = _labelled(evaluation)
     found = {"latents": [_overview(evaluation), *_maps(shown, labelled)]}
@@ -30,6 +30,17 @@ def pictures_of(evaluation: Evaluation) -> dict[str, list[Picture]]:
             "transform would give that destroys everything; the ideal rises to 1 at once, at 0."
         )
         found["ranks"] = [picture("ranks", alt, caption, figures.ranks(evaluation.results))]
+    if evaluation.calibration is not None:
+        alt = "Where true latents lie in their posteriors, against a uniform distribution."
+        caption = (
+            f"Where the true latents of {len(evaluation.calibration)} images, made up by the "
+            "decoder, lie in the encoder's posteriors: a line per latent dimension. Right "
+            "posteriors make it flat; a U means that the encoder is too sure, a hill that it is "
+            "not sure enough, a slope that it is off to one side. The band holds 95 % of what "
+            "chance makes of right ones."
+        )
+        figure = figures.calibration(evaluation.calibration)
+        found["calibration"] = [picture("calibration", alt, caption, figure)]
     return found
 
 

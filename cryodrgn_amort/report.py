@@ -251,6 +251,14 @@ def _plugin_part(section: Section, plugin: str) -> _PluginPart:
     return _PluginPart(section, plugin, drawn)
 
 
+def _histograms(ranks: np.ndarray | None) -> list[list[int]] | None:
+    """Count the ranks of each latent dimension in equal bins from 0 to 1."""
+    if ranks is None:
+        return None
+    edges = np.linspace(0, 1, figures.RANK_BINS + 1)
+    return [np.histogram(column, edges)[0].tolist() for column in ranks.T]
+
+
 def _facts(evaluation: Evaluation) -> dict[str, Any]:
     """Return what amortization.json holds, but for the list of files."""
     run = evaluation.run
@@ -289,6 +297,7 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
         },
         "measures": measure_facts(evaluation.measures),
         "kl_per_dimension": evaluation.kl_per_dimension,
+        "calibration_ranks": _histograms(evaluation.calibration),
         "volume_fve_radius_voxels": fve_radius(evaluation.volumes.shape[-1]),
         "transforms": {
             r.key: {

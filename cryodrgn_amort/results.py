@@ -190,6 +190,8 @@ class Evaluation:
     kl_per_dimension
         Mean divergence of the posteriors from the prior, in nats, `(zdim,)`; None for runs of
         ``train_dec``, which have no posteriors.
+    calibration
+        Where true latents lie in the encoder's posteriors, `(M, zdim)`; see ``calibration``.
     results
         One per transform and mode; empty where not applicable.
     fits
@@ -216,6 +218,7 @@ class Evaluation:
     volumes: np.ndarray
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     kl_per_dimension: np.ndarray | None = None
+    calibration: np.ndarray | None = None
     results: list[TransformResult] = field(default_factory=list)
     fits: list[FitResult] = field(default_factory=list)
     embeddings: dict[str, Embedding] = field(default_factory=dict)

@@ -104,6 +104,8 @@ class Sleep:
         Posteriors from which latents are drawn, `(N, zdim)`.
     templates
         Latents that the encoder compares with, `(K, zdim)`; None: it does not.
+    poses
+        At most so many are in the pool at a time.
     """
 
     def __init__(
@@ -114,13 +116,14 @@ class Sleep:
         logvar: Tensor,
         templates: Tensor | None,
         seed: int,
+        poses: int = _POSES,
     ) -> None:
         self.decoder, self.particles, self.seed = decoder, particles, seed
         self._mean, self._spread = mean, torch.exp(0.5 * logvar)
         self.templates = mean[:0] if templates is None else templates
         self.noise = measure_noise(decoder, particles, mean, seed)
         each = 4 * len(particles.mask) * (len(self.templates) + _SIGNALS)
-        size = int(min(_POSES, max(16, _POOL_BYTES // each)))
+        size = int(min(poses, max(16, _POOL_BYTES // each)))
         shape = size, len(self.templates) + _SIGNALS, len(particles.mask)
         self._images = torch.empty(shape, device=mean.device)
         self._rots = torch.empty(size, 3, 3, device=mean.device)

@@ -282,3 +282,9 @@ def test_neighbourhood_does_not_choose_among_equals():
     assert null == pytest.approx((counts * (counts - 1)).sum() / (400 * 399))
     collapsed = metrics.neighbourhood(np.zeros((400, 2)), truth, rows)[0]
     np.testing.assert_allclose(collapsed, (counts[labels] - 1) / 399)
+
+
+def test_of_collapsed_latents_displacement_and_loss_are_unknown():
+    z = np.zeros((5, 2))
+    assert np.isnan(metrics.displacement(z, z, metrics.pair_scale(z, 0))).all()
+    assert np.isnan(metrics.loss_fraction(np.ones(5), np.ones(5), np.ones(5)))

@@ -31,9 +31,10 @@ AMORTIZATION = {
     "label_agreement", "volume_change", "volume_fsc_loss", "amortization_loss_fraction", "control",
 }  # fmt: skip
 LEAKS = {f"nuisance_leak_{name}" for name in ("view", "inplane", "defocus", "shift")}
+COVERAGE = {f"coverage_{level}" for level in (50, 80, 95)}
 LATENTS = {"active_units", "kl", "aggregate_kl", "reconstruction", *LEAKS}
 FITTED = {"amortization_gap", "approximation_gap", "converged"}
-RUN = LATENTS | {"class_knn", "coordinate_r2"}
+RUN = LATENTS | COVERAGE | {"class_knn", "coordinate_r2"}
 KEYS = ["roll-1.held", "roll-1.follow", "rotate-90.held", "rotate-90.follow"]
 HOSTILE = "<script>alert(1)</script>"
 
@@ -202,7 +203,7 @@ def test_arrays_latents_and_volumes(written, evaluation):
 
 
 def test_every_figure_as_png_and_pdf(written):
-    names = ["latents", "ranks", "map.pca", *(f"map.{key}.pca" for key in KEYS)]
+    names = ["latents", "ranks", "calibration", "map.pca", *(f"map.{key}.pca" for key in KEYS)]
     for name in names:
         assert (written / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (written / f"{name}.pdf").read_bytes().startswith(b"%PDF")

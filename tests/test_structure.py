@@ -24,7 +24,7 @@ LAYERS = [  # each may import from those below it
     {"pages"},
     {"figures", "surfaces", "definitions"},
     {"evaluation", "simulate"},
-    {"gaps"},
+    {"gaps", "calibration"},
     {"posteriors"},
     {"truth", "embeddings", "measures"},
     {"results"},

@@ -32,6 +32,7 @@ QUICK = {
 }  # fmt: skip
 TRUTH = {"neighbourhood", "per_image_fsc", "volume_fve"}
 LEAKS = {f"nuisance_leak_{name}" for name in ("view", "inplane", "defocus", "shift")}
+COVERAGE = {f"coverage_{level}" for level in (50, 80, 95)}
 LATENTS = {"active_units", "kl", "aggregate_kl", "reconstruction", *LEAKS}
 
 
@@ -253,8 +254,8 @@ def test_every_run_is_measured_on_the_same_particles(data, runs):
     for kind in ("network", "table", "dec"):
         found = measured(getattr(runs, kind), truth=str(data))
         posterior = LATENTS if kind != "dec" else LATENTS - {"kl", "aggregate_kl"}
-        swap = {"noise_swap_signal", "noise_swap_noise"} if kind == "network" else set()
-        assert set(found.measures) == posterior | TRUTH | swap | {"class_knn", "coordinate_r2"}
+        more = {"noise_swap_signal", "noise_swap_noise", *COVERAGE} if kind == "network" else set()
+        assert set(found.measures) == posterior | TRUTH | more | {"class_knn", "coordinate_r2"}
         assert set(found.arrays) == {"reconstruction", "neighbourhood", "per_image_fsc"}
         for name, values in found.arrays.items():
             assert values.shape == (N,)
