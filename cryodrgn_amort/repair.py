@@ -44,7 +44,7 @@ def cluster_centres(mean: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 class SecondStage(Encoder):
-    """A network that is told pose and defocus besides what it sees of a particle.
+    """A network that is told view and defocus besides what it sees of a particle.
 
     Parameters
     ----------
@@ -77,26 +77,61 @@ class SecondStage(Encoder):
         self.centre.copy_(mean.mean(0))
         self.spread.copy_(mean.std(0).clamp(min=1e-3))
 
-    def answer(self, seen: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the posterior by what is seen `(B, ...)`, and by pose and defocus."""
-        assert batch.rot is not None
-        defocus = self._defocus[batch.index].to(self.centre) - self.usual_defocus
-        parts = (seen, 3 * batch.rot.flatten(1), defocus[:, None] / _DEFOCUS_SCALE)
+    def answer(self, seen: Tensor, view: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the posterior by what is seen `(B, ...)`, the view `(B, 3, 3)`, and defocus."""
+        defocus = self._defocus[index].to(self.centre) - self.usual_defocus
+        parts = (seen, 3 * view.flatten(1), defocus[:, None] / _DEFOCUS_SCALE)
         both = self.network(torch.cat([part.to(self.centre) for part in parts], 1))
         mean, logvar = both[:, : self.zdim], both[:, self.zdim :]
         return self.centre + self.spread * mean, logvar + 2 * self.spread.log()
 
 
 class SleepEncoder(SecondStage):
-    """The network sees the image itself."""
+    """The network sees the image itself, turned so that its in-plane angle is always the same."""
 
     def __init__(self, settings: TrainSettings, particles: Particles) -> None:
         super().__init__(len(particles.mask), settings, particles)
+        self._mask, self._size = particles.mask, particles.D
+        plane = particles.lattice.coords[particles.mask, :2]
+        self._plane = plane / particles.lattice.extent  # of the whole lattice: -1 to 1
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Encode what the batch shows."""
         assert batch.image is not None
-        return self.answer(batch.image, batch)
+        assert batch.rot is not None
+        turn, view = split_pose(batch.rot.float())
+        return self.answer(self._turned(batch.image.float(), turn), view, batch.index)
+
+    def _turned(self, image: Tensor, turn: Tensor) -> Tensor:
+        """Turn Hartley images `(B, P)` back by in-plane rotations `(B, 2, 2)`."""
+        whole = image.new_zeros(len(image), self._size**2)
+        whole[:, self._mask] = image
+        grid = self._plane.to(image) @ turn.transpose(1, 2)
+        found = torch.nn.functional.grid_sample(
+            whole.view(-1, 1, self._size, self._size), grid[:, None], align_corners=True
+        )
+        return found[:, 0, 0]
+
+
+def split_pose(rot: Tensor) -> tuple[Tensor, Tensor]:
+    """Split rotations `(B, 3, 3)` into one in the image plane, and one by the view alone.
+
+    Returns
+    -------
+    turn
+        `(B, 2, 2)`.
+    view
+        `(B, 3, 3)`: ``rot`` is ``turn``, with the third axis left as it is, times this.
+    """
+    third = rot[:, 2]
+    aside = torch.zeros_like(third)
+    aside[:, 2] = 1.0
+    pole = third[:, 2].abs() > 1 - 1e-6
+    aside[pole] = aside.new_tensor([0.0, 1.0, 0.0])
+    first = torch.nn.functional.normalize(torch.linalg.cross(aside, third), dim=1)
+    view = torch.stack([first, torch.linalg.cross(third, first), third], 1)
+    turn = rot @ view.transpose(1, 2)
+    return turn[:, :2, :2], view
 
 
 class AnchoredEncoder(SecondStage):
@@ -134,12 +169,13 @@ class AnchoredEncoder(SecondStage):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compare the batch with the anchors, and encode that."""
+        assert batch.rot is not None
         with torch.no_grad():
             if isinstance(batch, Dream) and batch.templates is not None:
                 seen = self._seen(batch, batch.templates)
             else:
                 seen = self._compared(batch)
-        return self.answer(seen, batch)
+        return self.answer(seen, split_pose(batch.rot.float())[1], batch.index)
 
     def _compared(self, batch: Batch) -> Tensor:
         """Decode the anchors for each particle, some at a time, and compare."""

@@ -13,7 +13,7 @@ from cryodrgn_amort.checkpoints import read_weights
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.inference import anchored as weighted_anchors
 from cryodrgn_amort.noise import Agreement, NoiseModel, Shells, optics_groups
-from cryodrgn_amort.repair import AnchoredEncoder
+from cryodrgn_amort.repair import AnchoredEncoder, split_pose
 from cryodrgn_amort.runs import load_run, with_run
 from cryodrgn_amort.settings import settings_from_flags
 from cryodrgn_amort.sleep import Sleep
@@ -225,6 +225,60 @@ def test_a_second_stage_is_a_run_like_any_other(encoder, first, second, plugins,
         ):
             torch.testing.assert_close(mine, theirs)
             np.testing.assert_allclose(mine, z[:9], rtol=1e-4, atol=1e-4)
+
+
+def turned(angle):
+    turn = torch.eye(3)
+    turn[:2, :2] = torch.tensor(
+        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    )
+    return turn
+
+
+def test_a_pose_is_a_turn_in_the_plane_of_its_view(stack):
+    rot = torch.cat([opened(stack).rots, torch.eye(3)[None], -turned(1.0)[None]])
+    rot[-1] = torch.tensor([1.0, -1.0, -1.0]).diag()  # from below: the other pole
+    turn, view = split_pose(rot)
+    torch.testing.assert_close(view.det(), torch.ones(len(rot)))
+    torch.testing.assert_close(turn @ view[:, :2], rot[:, :2])
+    torch.testing.assert_close(view[:, 2], rot[:, 2])
+    torch.testing.assert_close(split_pose(turned(0.7) @ rot)[1], view, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", ["anchored", "sleep"])
+def test_a_particle_that_is_turned_with_its_pose_has_the_same_latent(encoder, second):
+    """By a right angle, which moves pixels of the Hartley image onto others: exactly."""
+    trainer = second(encoder)
+    trainer._prepare_particles(None)
+    batch = trainer.feed.read(torch.arange(7))
+    batch.ctf, side = None, trainer.particles.D
+    batch.image = batch.y
+    whole = torch.zeros(7, side**2)
+    whole[:, trainer.particles.mask] = batch.y
+    other = torch.rot90(whole.view(7, side, side), -1, (1, 2)).flatten(1)
+    y = other[:, trainer.particles.mask]
+    rot = torch.stack([turned(math.pi / 2) @ r for r in batch.rot])
+    with torch.no_grad():
+        before = trainer.model.posterior(batch)
+        after = trainer.model.posterior(replace(batch, y=y, image=y, rot=rot))
+        wrong = trainer.model.posterior(replace(batch, y=y, image=y))
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert (before[0] - wrong[0]).abs().mean() > 10 * (before[0] - after[0]).abs().mean()
+
+
+def test_any_turn_of_the_decoders_images_is_undone(second):
+    trainer = second("sleep")
+    rot, z = trainer.particles.rots[:9], trainer.stage[0][:9, None]
+    turn, view = split_pose(rot)
+    images, expected = (trainer.model.fast.images(r, z)[:, 0] for r in (rot, view))
+    low = trainer.particles.lattice.freqs2d[trainer.particles.mask].norm(dim=1) < 0.3
+    found = trainer.model.amort._turned(images, turn)
+    left, before = (
+        (image - expected)[:, low].square().sum() / expected[:, low].square().sum()
+        for image in (found, images)
+    )
+    assert left < 0.15 * before
 
 
 @pytest.mark.parametrize("encoder", ["anchored", "sleep", "resid"])
