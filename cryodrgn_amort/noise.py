@@ -121,6 +121,13 @@ class NoiseModel:
         raw = self._coloured(self._gains[self.groups[index]], white)
         return self._processed(raw, None if trans is None else trans[index])
 
+    def facts(self) -> dict[str, Any]:
+        """Return the variance in each shell, by optics group, and how many particles these have."""
+        return {
+            "groups": torch.bincount(self.groups).tolist(),
+            "noise_variance": self.spectra.cpu().tolist(),
+        }
+
     def precision(self) -> Tensor:
         """Return 1 / variance at each masked pixel, of all groups together: `(P,)`."""
         share = torch.bincount(self.groups).to(self.spectra)

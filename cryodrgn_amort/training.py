@@ -27,6 +27,7 @@ from cryodrgn_amort.checkpoints import (
     epochs,
     read_weights,
     replacing,
+    write_json,
     write_weights,
     write_z,
 )
@@ -67,7 +68,10 @@ logger = logging.getLogger("cryodrgn_amort")
 
 _ACTIVE_VARIANCE = 0.01  # Burda et al., arXiv 1509.00519: an active unit
 _ENCODE_BATCH = 256
-_RUN_FILES = ("z.pkl", "weights.pkl", "metrics.csv", "run.log", HOLDOUT, TRAINED, "config.yaml")
+NOISE = "noise.json"
+_RUN_FILES = (
+    "z.pkl", "weights.pkl", "metrics.csv", NOISE, "run.log", HOLDOUT, TRAINED, "config.yaml",
+)  # fmt: skip
 
 
 class Trainer:
@@ -183,6 +187,20 @@ class Trainer:
         if anchored is not None and not self.epoch:
             anchored.precision.copy_(self.lesson.noise.precision())
 
+    def _compare_images(self) -> None:
+        """Write how alike the images made up and the particles are, and warn if they are not."""
+        if self.lesson is None or not self.team.leads:
+            return
+        self.lesson.epoch_start(self.epoch + 1)
+        found = self.lesson.agreement()
+        write_json(self.folder / NOISE, {**self.lesson.noise.facts(), **found.facts()})
+        ratio = found.power_ratio
+        logger.info(
+            f"Images made up have {ratio.min():.2f} to {ratio.max():.2f} times the particles' power"
+        )
+        if warning := found.warning():
+            logger.warning(warning)
+
     def endless_steps(self) -> Iterator[None]:
         """Take optimizer steps, epoch after epoch, and keep nothing: for whoever times them."""
         self._prepare_particles(None)
@@ -221,6 +239,7 @@ class Trainer:
     def _train(self) -> None:
         settings = self.settings
         self._log_start()
+        self._compare_images()
         self._restore_random(self._random)
         self._tell("training_start")
         started, first = time.monotonic(), self.epoch + 1

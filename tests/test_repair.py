@@ -1,6 +1,7 @@
 """The second stage: noise like the particles', images made up, encoders that learn from them."""
 
 import csv
+import json
 import math
 from dataclasses import replace
 
@@ -216,6 +217,10 @@ def test_a_second_stage_is_a_run_like_any_other(encoder, first, second, plugins,
         return
     with open(run.folder / "metrics.csv", newline="") as handle:
         assert all(np.isfinite(float(row["latent_r2"])) for row in csv.DictReader(handle))
+    noise = json.loads((run.folder / "noise.json").read_text())
+    assert noise["groups"] == [run.particles().n]
+    assert len(noise["noise_variance"][0]) == len(noise["power_ratio"]) == 8
+    assert "times the particles' power" in (run.folder / "run.log").read_text()
     model, _ = run.load(run.particles())  # --from is not needed any more
     trainer.model.eval()
     batch = trainer.feed.read(torch.arange(9))
