@@ -59,7 +59,7 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
                 parameter.requires_grad_(False)
                 nn.init.constant_(parameter, float("nan"))
         self.amort = amort
-        self._fixed: set[int] = set()
+        self._decoder_fixed = False
         mask = lattice.get_circular_mask(lattice.D // 2)
         coords = lattice.coords[mask] / lattice.extent / 2
         self.fast = FastDecoder(self.decoder, coords, PRECISIONS[precision])
@@ -138,12 +138,14 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
     def fix_decoder(self) -> None:
         """Keep the decoder as it is: its parameters are not trained."""
         self.decoder.requires_grad_(False)
-        self._fixed = {id(p) for p in self.decoder.parameters()}
+        self._decoder_fixed = True
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the common optimizer, in the host's order."""
-        token = set() if self.amort is None else {id(p) for p in self.encoder.parameters()}
-        return [p for p in self.parameters() if id(p) not in token | self._fixed]
+        left_out = [] if self.amort is None else [self.encoder]
+        left_out += [self.decoder] if self._decoder_fixed else []
+        fixed = {id(p) for part in left_out for p in part.parameters()}
+        return [p for p in self.parameters() if id(p) not in fixed]
 
 
 def build_model(

@@ -6,12 +6,13 @@ scales it: mean squared error over the masked pixels plus ``beta`` KL / number o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Losses", "kl_divergence", "losses"]
+__all__ = ["Losses", "falling_rate", "kl_divergence", "losses"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class Losses:
     def detach(self) -> Losses:
         """Return the values without their graph."""
         return Losses(self.total.detach(), self.gen_loss.detach(), self.kld.detach(), self.beta)
+
+
+def falling_rate(start: float, end: float, done: float) -> float:
+    """Return the learning rate after a share of the training, from ``start`` to ``end``.
+
+    Along half a cosine (Loshchilov & Hutter, arXiv 1608.03983, equation 5).
+    """
+    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:

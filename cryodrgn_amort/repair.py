@@ -16,7 +16,7 @@ from torch import Tensor
 from cryodrgn_amort import host
 from cryodrgn_amort.encoders import SLEEP_DEFAULTS, Encoder, EncoderSpec
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.sleep import Dream, with_ctf
+from cryodrgn_amort.sleep import Dream, whole_ctf
 from cryodrgn_amort.table import VLT, build_table
 
 if TYPE_CHECKING:
@@ -194,11 +194,11 @@ class AnchoredEncoder(SecondStage):
 
     def _seen(self, batch: Batch, images: Tensor) -> Tensor:
         """Compare images, as ``Dream.templates`` has them, with particles: `(B, 3 K)`."""
-        ctf = None if batch.ctf is None else batch.ctf.to(self.precision)
-        images = images.to(self.precision)
+        images, y = images.to(self.precision), batch.y.to(self.precision)
         usual, others = images[:, 0], images[:, 1:]
-        left = with_ctf((batch.y.to(self.precision) - with_ctf(usual, ctf)) * self.precision, ctf)
-        weight = with_ctf(with_ctf(self.precision.expand_as(left), ctf), ctf)
+        ctf = torch.ones_like(y) if batch.ctf is None else whole_ctf(batch.ctf.to(y))
+        left = (y - usual * ctf) * self.precision * ctf
+        weight = self.precision * ctf.square()
         fit = torch.bmm(others, left[:, :, None])[:, :, 0]
         size = torch.bmm(others.square(), weight[:, :, None])[:, :, 0]
         likelihood = torch.softmax(fit - 0.5 * size, 1)

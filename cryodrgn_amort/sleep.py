@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from cryodrgn_amort.latent import LatentModel
     from cryodrgn_amort.particles import Particles
 
-__all__ = ["LOGVAR_RANGE", "Dream", "Sleep", "measure_noise"]
+__all__ = ["Dream", "Sleep", "measure_noise", "whole_ctf"]
 
-LOGVAR_RANGE = (-12.0, 4.0)
+_LOGVAR_RANGE = (-12.0, 4.0)
 _SIGNALS = 16  # latents at one pose
 _POSES = 1000
 _POOL_BYTES = 1 << 29
@@ -185,7 +185,7 @@ class Sleep:
         mine = self.dream(batch)
         mean, logvar = model.posterior(mine)
         assert mine.z is not None
-        logvar = logvar.clamp(*LOGVAR_RANGE)
+        logvar = logvar.clamp(*_LOGVAR_RANGE)
         error = (mine.z.to(mean) - mean).square()
         each = 0.5 * (math.log(2 * math.pi) + logvar + error * torch.exp(-logvar)).sum(1)
         total = each.sum() / batch.size

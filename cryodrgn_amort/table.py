@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cryodrgn_amort.checkpoints import latest_z, read_z
 from cryodrgn_amort.encoders import Encoder, EncoderSpec
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.objective import falling_rate
 
 if TYPE_CHECKING:
     import argparse
@@ -212,8 +213,7 @@ class LookupTable(Encoder):
     lr
         Learning rate of the table's own optimizer. None: the table stays as it is.
     lr_end
-        What it falls to by the end of the training, along half a cosine (Loshchilov & Hutter,
-        arXiv 1608.03983, equation 5). None: it stays the same.
+        What it falls to by the end of the training (``falling_rate``). None: it stays the same.
 
     Attributes
     ----------
@@ -269,8 +269,7 @@ class LookupTable(Encoder):
             start, end = self._rates
             assert start is not None
             assert end is not None
-            rate = end + (start - end) * (1 + math.cos(math.pi * done)) / 2
-            self.adam.change_rate(self.weight, rate)
+            self.adam.change_rate(self.weight, falling_rate(start, end, done))
             self._epoch_start = self.latents()[0].clone()  # not a view: the log variances can go
 
     def epoch_metrics(self) -> dict[str, float]:

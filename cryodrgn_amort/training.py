@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import math
 import os
 import re
 import shutil
@@ -36,6 +35,7 @@ from cryodrgn_amort.feed import Feed
 from cryodrgn_amort.latent import adam, train_step
 from cryodrgn_amort.machine import available_memory
 from cryodrgn_amort.model import build_model
+from cryodrgn_amort.objective import falling_rate
 from cryodrgn_amort.parallel import Team, join
 from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.repair import AnchoredEncoder, SecondStage
@@ -322,7 +322,7 @@ class Trainer:
         start, end = self.settings.lr, self.settings.lr_end
         if end is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+                group["lr"] = falling_rate(start, end, done)
 
     @torch.no_grad()
     def encode(self) -> tuple[np.ndarray, np.ndarray]:
