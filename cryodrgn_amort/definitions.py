@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cryodrgn_amort.calibration import LEVELS
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -124,7 +122,7 @@ DEFINITIONS = {
             "dimension, of images that the run's decoder makes up. Less: the encoder is too sure; "
             "more: not sure enough.",
         )
-        for level in LEVELS
+        for level in (50, 80, 95)
     },
     "converged": Definition(
         "Converged", "Share of the fitted particles whose ELBO had stopped improving."
