@@ -6,7 +6,7 @@ are report.html, mnist.json, figures/ and runs/. What has been trained already i
 
 Example usage
 -------------
-# With the digits that scikit-learn brings: two minutes
+# With the digits that scikit-learn brings: under two minutes
 $ cryodrgn mnist_amort -o mnist
 
 # With MNIST itself: a folder with its four files, gzipped or not
@@ -35,7 +35,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     add("--methods", nargs="+", metavar="NAME", help="Of vae, vlt, twin, noise (default: all)")
     add("--seeds", type=int, nargs="+", metavar="N", help="Seeds of every method (default: 0)")
     add("-n", "--num-epochs", type=int, metavar="N", help="Epochs (default: 100, the paper's; of "
-        "the few digits of scikit-learn 250)")  # fmt: skip
+        "the few digits of scikit-learn 200)")  # fmt: skip
     add("-b", "--batch-size", type=int, metavar="N", help="Images in a batch (default: 100)")
     add("--lr", type=float, help="Learning rate of the networks (default: 0.001)")
     add("--zdim", type=int, metavar="N", help="Latent dimensions (default: 2)")

@@ -52,7 +52,7 @@ METHODS = {
     "twin": "the network, shown another image, always the same one",
     "noise": "the network, shown one fixed noise image per image",
 }
-DEFAULT_EPOCHS = {"digits": 250}
+DEFAULT_EPOCHS = {"digits": 200}
 PAPER_EPOCHS = 100
 TABLE_LR, TABLE_LR_END, TABLE_LOGVAR = 3e-2, 1e-4, -4.0
 _ENCODE_BATCH = 1000
@@ -68,7 +68,7 @@ class MnistSettings:
     Attributes
     ----------
     num_epochs
-        None: 250 of the 1,500 embedded digits, which makes as many steps as 6 of MNIST, else 100.
+        None: 200 of the 1,500 embedded digits, which makes as many steps as 5 of MNIST, else 100.
     table_lr, table_lr_end, table_logvar
         Of the lookup table: its learning rate, what that falls to, and the start of the log
         variances.
