@@ -59,10 +59,10 @@ def encoder_inputs() -> list[InputSpec]:
 
 @hookimpl
 def recipes() -> list[Recipe]:
-    """Return the paper's training recipes."""
-    from cryodrgn_amort.recipes import RECIPES
+    """Return the paper's experiments, and those of encoders that are to generalise."""
+    from cryodrgn_amort.recipes import RECIPES, REPAIR
 
-    return list(RECIPES)
+    return [*RECIPES, *REPAIR]
 
 
 @hookimpl

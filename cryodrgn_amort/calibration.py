@@ -1,66 +1,118 @@
-"""Is an encoder as sure as it may be? Its posteriors of images whose latents are known.
+"""Whether an encoder is as sure as it may be, and whether particles have what the decoder shows.
 
-The images are made up by the run's own decoder (``sleep``), so that their latents are true by
-construction: simulation-based calibration (Talts et al., arXiv 1804.06788). Of a Gaussian posterior
-the rank of the true latent among infinitely many draws is known without drawing any.
+Both are asked with images that the run's own decoder makes up (``sleep``), so that their latents
+are true by construction: simulation-based calibration (Talts et al., arXiv 1804.06788). Of a
+Gaussian posterior the rank of the true latent among infinitely many draws is known without drawing
+any. And where the decoder is right, latents gain as much of particles as of images made up.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from cryodrgn_amort import metrics
 from cryodrgn_amort.feed import Feed
+from cryodrgn_amort.inference import errors_at
 from cryodrgn_amort.metrics import Measure, measure
 from cryodrgn_amort.repair import AnchoredEncoder
 from cryodrgn_amort.sleep import Sleep
 
 if TYPE_CHECKING:
-    from cryodrgn_amort.model import AmortVAE
-    from cryodrgn_amort.particles import Particles
+    from torch import Tensor
 
-__all__ = ["LEVELS", "calibration_ranks", "coverage", "coverage_measures"]
+    from cryodrgn_amort.model import AmortVAE
+    from cryodrgn_amort.particles import Batch, Particles
+    from cryodrgn_amort.posteriors import Fitter
+
+__all__ = ["LEVELS", "Calibration", "calibrate", "calibration_measures", "coverage"]
 
 LEVELS = (50, 80, 95)
 _POSES = 32
-_IMAGES = 1024
+_SURE = 5.0  # standard errors
+IMAGES = 1024
+"""That are made up."""
 _BATCH = 128
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What an encoder makes of images made up, and of particles.
+
+    Attributes
+    ----------
+    ranks
+        Where the true latents of images made up are in their posteriors: cumulative probabilities
+        `(M, zdim)`, uniform from 0 to 1 if the posteriors are right.
+    sample, means
+        Positions of the particles to compare with, `(M,)`, and the encoder's means `(M, zdim)`.
+    gains, particle_gains
+        By how much the encoder's latents explain images made up, and particles, better than the
+        mean of all latents does: in nats, `(M,)` each.
+    """
+
+    ranks: np.ndarray
+    sample: np.ndarray
+    means: np.ndarray
+    gains: np.ndarray
+    particle_gains: np.ndarray
+
+
 @torch.no_grad()
-def calibration_ranks(
-    model: AmortVAE, particles: Particles, z: np.ndarray, logvar: np.ndarray, seed: int
-) -> np.ndarray:
-    """Return where the true latents of made-up images are in their posteriors.
+def calibrate(
+    model: AmortVAE,
+    particles: Particles,
+    z: np.ndarray,
+    logvar: np.ndarray,
+    others: Fitter,
+    seed: int,
+) -> Calibration:
+    """Compare an encoder's answers to images made up with the truth, and with those to particles.
 
     Parameters
     ----------
-    z, logvar
-        The run's posteriors `(N, zdim)`, from which the true latents are drawn.
+    particles, z, logvar
+        Of the run: posteriors `(N, zdim)`, from which the true latents are drawn.
+    others
+        Holds the particles to compare with: held-out ones, if there are any.
     seed
         Of the images. With the same one, an encoder that was trained on such has seen them.
-
-    Returns
-    -------
-    numpy.ndarray
-        Cumulative probabilities `(M, zdim)`: uniform from 0 to 1 if the posteriors are right.
     """
     amort, device = model.amort, particles.device
     templates = amort.templates if isinstance(amort, AnchoredEncoder) else None
     means, logvars = (torch.from_numpy(part).to(device) for part in (z, logvar))
     lesson = Sleep(model.fast, particles, means, logvars, templates, seed, poses=_POSES)
     lesson.epoch_start(1)
-    feed, found = Feed(particles, None, memory=0), []
-    index = np.random.default_rng(seed).integers(particles.n, size=_IMAGES)
+    feed = Feed(particles, None, memory=0)
+    index = np.random.default_rng(seed).integers(particles.n, size=IMAGES)
+    ranks, gains, centre = [], [], means.mean(0)
     for part in torch.from_numpy(index).split(_BATCH):
         dream = lesson.dream(feed.read(part))
         mean, log_variance = (part.double() for part in model.posterior(dream))
         assert dream.z is not None
-        found.append(torch.special.ndtr((dream.z - mean) * torch.exp(-0.5 * log_variance)))
-    ranks: np.ndarray = torch.cat(found).cpu().numpy()
-    return ranks
+        ranks.append(torch.special.ndtr((dream.z - mean) * torch.exp(-0.5 * log_variance)))
+        gains.append(_gain(model, dream, mean.to(centre), centre))
+    sample = np.sort(np.random.default_rng(seed).permutation(others.particles.n)[:IMAGES])
+    answers, theirs = [], []
+    for part in torch.from_numpy(sample).split(_BATCH):
+        batch = others.feed.read(part)
+        mean = others.model.posterior(batch)[0].to(centre)
+        answers.append(mean)
+        theirs.append(_gain(others.model, batch, mean, centre))
+
+    def joined(parts: list[Tensor]) -> np.ndarray:
+        values: np.ndarray = torch.cat(parts).cpu().numpy()
+        return values
+
+    return Calibration(joined(ranks), sample, joined(answers), joined(gains), joined(theirs))
+
+
+def _gain(model: AmortVAE, batch: Batch, mean: Tensor, centre: Tensor) -> Tensor:
+    errors = errors_at(model, batch, torch.stack([centre.expand_as(mean), mean]))
+    return -0.5 * errors.diff(dim=0)[0]
 
 
 def coverage(ranks: np.ndarray, level: float) -> np.ndarray:
@@ -69,10 +121,19 @@ def coverage(ranks: np.ndarray, level: float) -> np.ndarray:
     return inside
 
 
-def coverage_measures(ranks: np.ndarray, opts: dict[str, Any]) -> list[Measure]:
-    """Measure how often the central intervals of posteriors hold the truth."""
-    return [
-        measure(f"coverage_{level}", np.mean, coverage(ranks, level),
+def calibration_measures(found: Calibration, opts: dict[str, Any]) -> list[Measure]:
+    """Measure how often central intervals hold the truth, and what particles lack."""
+    measures = [
+        measure(f"coverage_{level}", np.mean, coverage(found.ranks, level),
                 null=None, ideal=level / 100, **opts)
         for level in LEVELS
     ]  # fmt: skip
+    theirs = found.particle_gains[np.isfinite(found.particle_gains)]
+    count = min(len(theirs), len(found.gains))
+    error = found.gains.std() / np.sqrt(len(found.gains))
+    if count and found.gains.mean() > _SURE * error:  # else it reads no images made up
+        measures.append(
+            measure("gain_ratio", metrics.ratio_of_means, theirs[:count], found.gains[:count],
+                    null=0.0, ideal=1.0, **opts)
+        )  # fmt: skip
+    return measures

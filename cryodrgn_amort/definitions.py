@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFINITIONS",
+    "GAIN_BOUNDS",
     "MODE_NOTES",
+    "TIMED",
     "VERDICT_RULE",
     "Definition",
     "Verdict",
@@ -124,13 +126,35 @@ DEFINITIONS = {
         )
         for level in (50, 80, 95)
     },
+    "class_knn_held_out": Definition(
+        "Class kNN, held out",
+        "Share of held-out particles whose class is that of most of the 15 training particles "
+        "nearest to the encoder's latent. Null: guessing by class size.",
+    ),
+    "coordinate_r2_held_out": Definition(
+        "Coordinate R², held out",
+        "Share of the variance of held-out particles' coordinate that the mean of the 15 training "
+        "particles nearest to the encoder's latents explains.",
+    ),
+    "encoding_cost": Definition(
+        "Encoding cost",
+        "Time in which the encoder answers, next to 50 steps of a fit of the same particles; "
+        "median, least and greatest of 5 rounds.",
+        "50 fitting steps",
+    ),
+    "gain_ratio": Definition(
+        "Gain ratio",
+        "What the encoder's latents gain in fit over one latent for all, of particles (held-out "
+        "ones, if there are any), next to what they gain of images that the decoder makes up. "
+        "Below 1: the decoder shows differences that particles do not have, or the encoder fails "
+        "on these. Above: particles differ more than the decoder shows, as when it was trained for "
+        "too short a time.",
+    ),
     "converged": Definition(
         "Converged", "Share of the fitted particles whose ELBO had stopped improving."
     ),
     "class_knn_encoder": Definition(
-        "Class kNN, encoder",
-        "Share of held-out particles whose class is that of most of the 15 training particles "
-        "nearest to the encoder's latent. Null: guessing by class size.",
+        "Class kNN, encoder", "Class kNN, held out, of the particles that were fitted."
     ),
     "class_knn_fitted": Definition(
         "Class kNN, fitted", "The same with the fitted latents: what the decoder makes possible."
@@ -249,6 +273,9 @@ DEFINITIONS = {
 }
 """Measure name -> what it is. Numbers and null values: see ``metrics``."""
 
+TIMED = frozenset({"encoding_cost"})
+"""Measures that no second evaluation gives again."""
+
 MODE_NOTES = {
     "held": "only the image is transformed; the pose and CTF tables stay as they are (as in the "
     "paper)",
@@ -256,6 +283,9 @@ MODE_NOTES = {
     "has changed. The network never sees the rotation: the modes differ only in how its image is "
     "centred and phase-flipped",
 }
+
+GAIN_BOUNDS = (0.8, 1.1)
+"""A gain ratio that is surely outside is said in the headline of a report."""
 
 # Upper end of the retrieval rank, and what is said of it.
 _WORDS = (
@@ -369,6 +399,20 @@ def _cautions(evaluation: Evaluation) -> tuple[str, ...]:
             "No latent dimension is active: all particles lie nearly at one place, and ranks and "
             "distances say little."
         )
+    gain = evaluation.measures.get("gain_ratio")
+    if gain is not None:
+        low, high = (gain.value if end is None else end for end in (gain.low, gain.high))
+        least, most = GAIN_BOUNDS
+        if high < least or low > most:
+            what, why = (
+                ("less", "it shows differences that they do not have, or the encoder fails on them")
+                if high < least
+                else ("more", "it does not show all that they differ by")
+            )
+            found.append(
+                f"Latents of their own gain {what} for particles than for images that the decoder "
+                f"makes up (gain ratio {number(gain.value)}): {why}."
+            )
     if len(evaluation.z) < 100:
         found.append(f"Only {len(evaluation.z)} particles: small ranks are coarse.")
     return tuple(found)

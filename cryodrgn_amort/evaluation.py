@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 from cryodrgn_amort import metrics
-from cryodrgn_amort.calibration import calibration_ranks, coverage_measures
+from cryodrgn_amort.calibration import calibrate, calibration_measures
 from cryodrgn_amort.embeddings import embed
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.gaps import fit_results
+from cryodrgn_amort.gaps import encoding_cost, fit_results, told_classes
 from cryodrgn_amort.measures import MovedLosses, moved_arrays, moved_measures, spread
 from cryodrgn_amort.metrics import Measure, Neighbours, measure
 from cryodrgn_amort.parallel import Team
@@ -24,20 +25,21 @@ from cryodrgn_amort.particles import Batch
 from cryodrgn_amort.posteriors import Fitter
 from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.results import MODES, EvalOptions, Evaluation, TransformResult
-from cryodrgn_amort.truth import load_known, volume_errors, volume_fve
+from cryodrgn_amort.truth import Known, load_known, volume_errors, volume_fve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
+    from cryodrgn_amort.calibration import Calibration
     from cryodrgn_amort.inputs import EncoderInput
     from cryodrgn_amort.model import AmortVAE
     from cryodrgn_amort.particles import Particles
     from cryodrgn_amort.results import FitResult
     from cryodrgn_amort.runs import Run
     from cryodrgn_amort.transforms import Transform
-    from cryodrgn_amort.truth import Known, Truth
+    from cryodrgn_amort.truth import Truth
 
 __all__ = ["EvalOptions", "assist", "evaluate"]
 
@@ -129,17 +131,17 @@ def _moved(options: EvalOptions) -> dict[str, str | None]:
     return {n: getattr(options, n) for n in ("particles", "poses", "ctf", "ind", "datadir")}
 
 
-def _labels_like(known: Known, options: EvalOptions, held: Particles) -> dict[str, np.ndarray]:
-    """Return the classes of held-out particles, numbered as those of the others."""
+def _known_like(known: Known, options: EvalOptions, held: Particles) -> Known:
+    """Return what is known of held-out particles, classes numbered as those of the others."""
     try:
         theirs = load_known(options, held)
-    except InputError:  # labels of the training particles alone
-        return {}
+    except InputError:  # of the training particles alone
+        return Known()
     names = {name: number for number, name in enumerate(known.label_names)}
     if theirs.labels is None or not names.keys() >= set(theirs.label_names):
-        return {}
+        return Known(coordinate=theirs.coordinate)
     numbers = np.array([names[name] for name in theirs.label_names])
-    return {"held-out": numbers[theirs.labels]}
+    return Known(numbers[theirs.labels], known.label_names, theirs.coordinate)
 
 
 def _prepare(
@@ -308,15 +310,26 @@ class _Evaluator:
 
     def fits(self) -> list[FitResult]:
         """Fit posteriors to some particles, and to some that were held out."""
-        run, options, seed = self.run, self.options, self.options.seed
-        fitters = {"training": Fitter(run, self.particles, own=True, seed=seed)}
-        labels = {} if self.known.labels is None else {"training": self.known.labels}
-        held = run.held_out(**_moved(options))
+        both = {"training": self.known.labels, "held-out": self.held_known.labels}
+        labels = {which: found for which, found in both.items() if found is not None}
+        return fit_results(self.run, self.options, self.fitters, labels, _bar)
+
+    @cached_property
+    def held_known(self) -> Known:
+        """What is known of the held-out particles."""
+        if "held-out" not in self.fitters:
+            return Known()
+        return _known_like(self.known, self.options, self.fitters["held-out"].particles)
+
+    @cached_property
+    def fitters(self) -> dict[str, Fitter]:
+        """Of the "training" particles, and of the "held-out" ones, if there are any."""
+        run, seed = self.run, self.options.seed
+        found = {"training": Fitter(run, self.particles, own=True, seed=seed)}
+        held = run.held_out(**_moved(self.options))
         if held is not None:
-            fitters["held-out"] = Fitter(run, held, own=False, seed=seed)
-            if labels:
-                labels |= _labels_like(self.known, options, held)
-        return fit_results(run, options, fitters, labels, _bar)
+            found["held-out"] = Fitter(run, held, own=False, seed=seed)
+        return found
 
     def nuisance_leaks(self, near: Neighbours) -> list[Measure]:
         """Measure what neighbours in latent space tell of pose, defocus and shift."""
@@ -363,14 +376,37 @@ class _Evaluator:
         ]  # fmt: skip
 
     def calibrate(self, result: Evaluation) -> None:
-        """Measure how far the encoder's intervals can be believed."""
+        """Measure how far the encoder's intervals, and the decoder's images, can be believed."""
         if self.particles.whole:  # the decoder makes up no corners
             return
         seed = self.run.settings.seed + 1  # not what an encoder may have been trained on
-        ranks = calibration_ranks(self.model, self.particles, result.z, result.logvar, seed)
+        others = self.fitters.get("held-out", self.fitters["training"])
+        found = calibrate(self.model, self.particles, result.z, result.logvar, others, seed)
         opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": self.options.seed}
-        result.calibration = ranks
-        result.measures |= {m.name: m for m in coverage_measures(ranks, opts)}
+        result.calibration = found.ranks
+        measures = calibration_measures(found, opts) + self.held_out_measures(found, result.z)
+        measures.append(encoding_cost(others, self.options.fit))
+        result.measures |= {m.name: m for m in measures}
+
+    def held_out_measures(self, found: Calibration, z: np.ndarray) -> list[Measure]:
+        """Measure what neighbours among the training particles ``z`` tell of held-out ones."""
+        labels, coordinate = self.held_known.labels, self.held_known.coordinate
+        opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": self.options.seed}
+        measures, sample = [], found.sample
+        if labels is None and coordinate is None:
+            return []
+        near = Neighbours(z, np.arange(0)).of(found.means.astype(z.dtype))
+        if labels is not None and self.known.labels is not None:
+            measures.append(
+                told_classes("class_knn_held_out", near, self.known.labels, labels[sample], opts)
+            )
+        if coordinate is not None and self.known.coordinate is not None:
+            told = metrics.knn_coordinate(near, self.known.coordinate)
+            measures.append(
+                measure("coordinate_r2_held_out", metrics.coordinate_r2, told, coordinate[sample],
+                        null=0.0, ideal=1.0, **opts)
+            )  # fmt: skip
+        return measures
 
     def decode(self, z: np.ndarray) -> np.ndarray:
         """Decode volumes `(M, box, box, box)` as ``cryodrgn eval_vol`` does."""

@@ -6,6 +6,8 @@ Cremer, Li & Duvenaud, arXiv 1801.03558; Zhang, Hayes & Barber, arXiv 2205.11640
 from __future__ import annotations
 
 import logging
+import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,8 @@ import torch
 
 from cryodrgn_amort import metrics
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.inference import FitOptions, Yardstick, errors_at, importance_bound
-from cryodrgn_amort.metrics import Neighbours, measure
+from cryodrgn_amort.inference import FitOptions, Yardstick, errors_at, fit, importance_bound
+from cryodrgn_amort.metrics import Measure, Neighbours, measure
 from cryodrgn_amort.results import FitResult
 
 if TYPE_CHECKING:
@@ -24,17 +26,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cryodrgn_amort.inference import Decoder, Fitted
-    from cryodrgn_amort.metrics import Measure
     from cryodrgn_amort.posteriors import Fitter
     from cryodrgn_amort.results import EvalOptions
     from cryodrgn_amort.runs import Run
 
-__all__ = ["FitValues", "class_measures", "fit_measures", "fit_results", "fit_values"]
+__all__ = [
+    "FitValues",
+    "class_measures",
+    "encoding_cost",
+    "fit_measures",
+    "fit_results",
+    "fit_values",
+    "told_classes",
+]
 
 logger = logging.getLogger("cryodrgn_amort")
 
 _CHUNK = 128
 _SAMPLES = 64  # of the importance-weighted bound
+_TIMED_STEPS, _TIMED_ROUNDS = 10, 5
 
 
 @dataclass
@@ -83,19 +93,19 @@ def fit_values(
     """
     parts: dict[str, list[torch.Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
-    for batch, fit, own, answer in fits:
-        unknown = torch.full_like(fit.elbo, torch.nan)
-        mean = torch.full_like(fit.mean, torch.nan) if answer is None else answer[0]
-        z = torch.stack([centre.expand_as(fit.mean), mean, fit.mean])
+    for batch, best, own, answer in fits:
+        unknown = torch.full_like(best.elbo, torch.nan)
+        mean = torch.full_like(best.mean, torch.nan) if answer is None else answer[0]
+        z = torch.stack([centre.expand_as(best.mean), mean, best.mean])
         losses = errors_at(model, batch, z) / 2
         bound = unknown
         if tighten:
-            noise = torch.randn(_SAMPLES, *fit.mean.shape, generator=generator).to(fit.mean)
-            bound = importance_bound(model, batch, (fit.mean, fit.logvar), yardstick, noise)
+            noise = torch.randn(_SAMPLES, *best.mean.shape, generator=generator).to(best.mean)
+            bound = importance_bound(model, batch, (best.mean, best.logvar), yardstick, noise)
         found = {
-            "gap": unknown if own is None else fit.elbo - own,
-            "tighter": bound - fit.elbo, "converged": fit.converged, "constant": losses[0],
-            "encoder": losses[1], "fitted": losses[2], "own": mean, "z": fit.mean,
+            "gap": unknown if own is None else best.elbo - own,
+            "tighter": bound - best.elbo, "converged": best.converged, "constant": losses[0],
+            "encoder": losses[1], "fitted": losses[2], "own": mean, "z": best.mean,
         }  # fmt: skip
         for name, values in found.items():
             parts.setdefault(name, []).append(values.cpu())
@@ -201,12 +211,51 @@ def class_measures(
         Classes of the others, `(M,)`.
     """
     near = Neighbours(z, np.arange(0))
-    shares = np.bincount(labels) / len(labels)
-    null = float((np.append(shares, np.zeros(truth.max() + 1))[truth]).mean())
     measures = []
     for name, latents in (("class_knn_encoder", found.own), ("class_knn_fitted", found.z)):
         if np.isfinite(latents).all():
-            told = metrics.knn_labels(near.of(latents.astype(np.float32)), labels)
-            right = (told == truth).astype(float)
-            measures.append(measure(name, np.mean, right, null=null, ideal=1.0, **opts))
+            rows = near.of(latents.astype(np.float32))
+            measures.append(told_classes(name, rows, labels, truth, opts))
     return measures
+
+
+def told_classes(
+    name: str, near: np.ndarray, labels: np.ndarray, truth: np.ndarray, opts: dict[str, Any]
+) -> Measure:
+    """Measure how often the neighbours of others tell their class.
+
+    Parameters
+    ----------
+    near
+        Positions of neighbours among the training particles, `(M, K)`.
+    labels, truth
+        Classes of the training particles `(N,)`, and of the others `(M,)`.
+    """
+    shares = np.bincount(labels) / len(labels)
+    null = float((np.append(shares, np.zeros(truth.max() + 1))[truth]).mean())
+    right = (metrics.knn_labels(near, labels) == truth).astype(float)
+    return measure(name, np.mean, right, null=null, ideal=1.0, **opts)
+
+
+def encoding_cost(fitter: Fitter, count: int) -> Measure:
+    """Time the encoder next to 50 steps of a fit, on the same particles, in turns.
+
+    The value is the median over the rounds, its interval goes from the least to the greatest.
+    """
+    batch = fitter.feed.read(torch.arange(min(count, fitter.particles.n)))
+    size = len(batch.index)
+    start = fitter.centre.expand(size, -1), fitter.usual_logvar.expand(size, -1)
+    options = FitOptions(steps=_TIMED_STEPS, tolerance=-math.inf)
+    ratios = []
+    for _ in range(_TIMED_ROUNDS + 1):
+        begun = time.perf_counter()
+        with torch.no_grad():
+            fitter.model.posterior(batch)[0].cpu()
+        encoded = time.perf_counter()
+        generator = torch.Generator().manual_seed(0)
+        fit(fitter.model, batch, start, Yardstick(1.0), options, fitter.spread, generator)
+        fitted = (time.perf_counter() - encoded) * 50 / _TIMED_STEPS
+        ratios.append((encoded - begun) / fitted)
+    known = np.array(ratios[1:])  # the first round warms up
+    low, high = float(known.min()), float(known.max())
+    return Measure("encoding_cost", float(np.median(known)), low, high, None, None, size)

@@ -16,7 +16,7 @@ with warnings.catch_warnings():  # the host's imports warn of their own dependen
     from cryodrgn.beta_schedule import get_beta_schedule
     from cryodrgn.ctf import compute_ctf
     from cryodrgn.dataset import ImageDataset, make_dataloader
-    from cryodrgn.fft import fftn_center, iht2_center, ihtn_center
+    from cryodrgn.fft import fftn_center, ht2_center, iht2_center, ihtn_center, symmetrize_ht
     from cryodrgn.lattice import Lattice
     from cryodrgn.models import FTPositionalDecoder, HetOnlyVAE, ResidLinearMLP
     from cryodrgn.mrcfile import MRCHeader, parse_mrc, write_mrc
@@ -43,12 +43,14 @@ __all__ = [
     "eval_volume",
     "fftn_center",
     "get_beta_schedule",
+    "ht2_center",
     "iht2_center",
     "make_dataloader",
     "parse_mrc",
     "preprocess",
     "quiet",
     "save_config",
+    "symmetrize_ht",
     "training_steps",
     "volume_of",
     "write_mrc",

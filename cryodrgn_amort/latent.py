@@ -66,11 +66,23 @@ class LatentModel(ABC):
     ) -> tuple[Losses, Tensor]:
         """Return the ELBO's losses, and the posterior means, detached."""
         mean, logvar = self.posterior(batch)
-        z = self.sample(mean, logvar, batch)
-        error, _ = self.errors(batch, z)
+        return self.losses_of(batch, mean, logvar, beta, beta_control), mean.detach()
+
+    def losses_of(
+        self,
+        batch: Batch,
+        mean: Tensor,
+        logvar: Tensor,
+        beta: float,
+        beta_control: float | None = None,
+    ) -> Losses:
+        """Return the ELBO's losses of a posterior of the batch, mean and log variance `(B, zdim)`.
+
+        Draws a latent from it.
+        """
+        error, _ = self.errors(batch, self.sample(mean, logvar, batch))
         pixels = batch.y.shape[1]
-        result = losses(mean, logvar, error, pixels, batch.size, beta, beta_control)
-        return result, mean.detach()
+        return losses(mean, logvar, error, pixels, batch.size, beta, beta_control)
 
     def own_state_dict(self) -> dict[str, Any]:
         """Return the state of the encoder ``amort``; empty if there is none."""
@@ -91,8 +103,18 @@ def adam(
 class Lesson(Protocol):
     """What else than the ELBO of particles a model can learn from."""
 
-    def loss(self, model: LatentModel, batch: Batch) -> tuple[Losses, Tensor]:
+    def epoch_start(self, epoch: int) -> None:
+        """Be told that an epoch begins, from 1."""
+        ...
+
+    def loss(
+        self, model: LatentModel, batch: Batch, beta: float, beta_control: float | None
+    ) -> tuple[Losses, Tensor]:
         """Return losses in place of the batch's, and posterior means, detached."""
+        ...
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """Return further columns for metrics.csv, always the same ones."""
         ...
 
 
@@ -113,7 +135,7 @@ def train_step(
     if lesson is None:
         result, mean = model.loss(batch, beta, beta_control)
     else:
-        result, mean = lesson.loss(model, batch)
+        result, mean = lesson.loss(model, batch, beta, beta_control)
     result.total.backward()
     if model.amort is not None:
         model.amort.after_backward()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Losses", "falling_rate", "kl_divergence", "losses"]
+__all__ = ["Losses", "divergence", "falling_rate", "kl_divergence", "losses"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,13 @@ def falling_rate(start: float, end: float, done: float) -> float:
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mean, exp(logvar)) || N(0, 1)) of each row, in nats: `(B, zdim)` -> `(B,)`."""
     return -0.5 * torch.sum(1 + logvar - mean.pow(2) - logvar.exp(), dim=1)
+
+
+def divergence(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    """KL of Gaussians ``a`` from ``b``, each mean and log variance `(B, zdim)`, in nats: `(B,)`."""
+    ratio = torch.exp(a[1] - b[1])
+    distance = (a[0] - b[0]).square() * torch.exp(-b[1])
+    return 0.5 * (ratio + distance - 1 - a[1] + b[1]).sum(1)
 
 
 def losses(

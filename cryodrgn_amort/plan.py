@@ -18,9 +18,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cryodrgn_amort.encoders import EncoderSpec
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.results import EvalOptions
-from cryodrgn_amort.settings import settings_from_flags
+from cryodrgn_amort.runs import inherited
+from cryodrgn_amort.settings import TrainSettings, flag_name, settings_from_flags
 
 if TYPE_CHECKING:
     import argparse
@@ -237,13 +239,22 @@ class Plan:
                 yield from self._agreement(recipe)
 
     def _flags(self, recipe: Recipe, common: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the flags that are given: the recipe's own win over the common ones."""
+        """Return the flags that are given: the recipe's own win over the common ones.
+
+        An encoder of a second stage that learns from images made up has its run's flags instead.
+        """
         parser = self.parsers[recipe.command]
+        if "from_run" in recipe.parents and self._sleeps(recipe):
+            return dict(self.recipes[recipe.name])
         if recipe.command == "train_amort":  # --recipe gives these
             own = set(recipe.flags)
             kept = {k: v for k, v in common.items() if _dest(parser, k) not in own}
             return {**kept, **self.recipes[recipe.name]}
         return {**common, **recipe.flags, **self.recipes[recipe.name]}
+
+    def _sleeps(self, recipe: Recipe) -> bool:
+        spec = self.plugins.encoder(recipe.flags.get("encoder", "resid"))
+        return isinstance(spec, EncoderSpec) and spec.sleeps
 
     def _train(self, recipe: Recipe, seed: int, start: tuple[str, ...]) -> Step:
         inputs, out = self.inputs(), self.run_folder(recipe.name, seed)
@@ -251,7 +262,7 @@ class Plan:
         argv += ["--recipe", recipe.name, *_to_argv(self._flags(recipe, self.train))]
         after = list(start)
         for flag, parent in recipe.parents.items():
-            argv += _to_argv({flag.replace("_", "-"): str(self.run_folder(parent, seed))})
+            argv += [flag_name(flag), str(self.run_folder(parent, seed))]
             after.append(f"train.{parent}.seed{seed}")
         argv += ["--seed", str(seed), "--no-analysis", "-o", str(out)]
         outputs = (out / "z.pkl", out / "weights.pkl")
@@ -316,11 +327,15 @@ class Plan:
                     raise self._mistake(section, f"{key}: {command} has no such flag")
         for name in self.recipes:
             self._check_parents(name)
+        known: dict[str, TrainSettings] = {}
         for step in self.steps.values():
             try:
                 args = parse(self.parsers[step.argv[0]], step.argv[1:])
                 if step.argv[0] == "train_amort":
-                    settings_from_flags(args, self.plugins)
+                    parent = next((known[name] for name in step.after if name in known), None)
+                    if args.get("from_run") and parent is not None:
+                        args = inherited(args, parent, 1, self.plugins)
+                    known[step.name] = settings_from_flags(args, self.plugins)
                 if step.argv[0] == "eval_amort":
                     names = {f.name for f in fields(EvalOptions)}
                     options = EvalOptions(**{k: v for k, v in args.items() if k in names})

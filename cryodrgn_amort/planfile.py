@@ -27,7 +27,11 @@ _SECTIONS = ("data", "seeds", "more_seeds", "train", "evaluate", "recipes")
 
 
 def changed_plan(
-    folder: Path, preset: str | None, data: Mapping[str, str], seeds: Sequence[int] | None
+    folder: Path,
+    preset: str | None,
+    data: Mapping[str, str],
+    seeds: Sequence[int] | None,
+    recipes: Sequence[str] = (),
 ) -> str:
     """Return the text of a study's plan: the one in its folder or a preset's, with what is given.
 
@@ -35,6 +39,8 @@ def changed_plan(
     ----------
     data
         Inputs of the particles by flag, as given; they replace the plan's.
+    recipes
+        Further ones, for plans that do not have them.
 
     Raises
     ------
@@ -61,7 +67,7 @@ def changed_plan(
         text = _with_section(text, "data", dict(data))
     if seeds is not None:
         text = _with_section(text, "seeds", list(seeds))
-    return text
+    return _with_recipes(text, recipes)
 
 
 def _preset_text(name: str) -> str:
@@ -77,10 +83,34 @@ def _preset_text(name: str) -> str:
 def _with_section(text: str, section: str, value: Any) -> str:
     """Replace a top-level section of a plan; comments elsewhere stay."""
     body = yaml.safe_dump({section: value}, sort_keys=False, default_flow_style=None)
-    pattern = re.compile(rf"^{section}:.*\n(?:[ -].*\n|\n(?=[ -]))*", re.MULTILINE)
+    pattern = _section(section)
     if not pattern.search(text):
         return f"{text.rstrip()}\n\n{body}"
     return pattern.sub(lambda _: body, text, count=1)
+
+
+def _with_recipes(text: str, names: Sequence[str]) -> str:
+    """Add recipes to a plan, at their end; comments stay. What is no plan is left as it is."""
+    try:
+        present = yaml.safe_load(text)["recipes"]
+        missing = [name for name in names if name not in present]
+    except (yaml.YAMLError, KeyError, TypeError):
+        return text
+    if not missing:
+        return text
+    section = _section("recipes").search(text)
+    block = section is not None and re.search(r"\n( *)(- )?[^\s#]", section[0])
+    if section is None or not block:  # on one line
+        whole = [*present] if isinstance(present, list) else dict(present)
+        whole = [*whole, *missing] if isinstance(whole, list) else whole | dict.fromkeys(missing)
+        return _with_section(text, "recipes", whole)
+    lines = [f"{block[1]}- {n}\n" if block[2] else f"{block[1]}{n}:\n" for n in missing]
+    before = section[0].rstrip("\n") + "\n"
+    return text[: section.start()] + before + "".join(lines) + text[section.end() :]
+
+
+def _section(name: str) -> re.Pattern[str]:
+    return re.compile(rf"^{name}:.*\n(?:[ -].*\n|\n(?=[ -]))*", re.MULTILINE)
 
 
 def write_plan(folder: Path, text: str) -> None:

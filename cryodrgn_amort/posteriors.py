@@ -40,7 +40,7 @@ from cryodrgn_amort.metrics import kl_by_dimension
 from cryodrgn_amort.model import build_model
 from cryodrgn_amort.parallel import Team
 from cryodrgn_amort.products import matrix_products
-from cryodrgn_amort.repair import DEFAULT_ANCHORS, cluster_centres
+from cryodrgn_amort.repair import cluster_centres
 from cryodrgn_amort.runs import model_args, write_config
 from cryodrgn_amort.table import VLT, LookupTable
 
@@ -62,6 +62,7 @@ STARTS = {
     "mean": "the mean of all latents",
     "prior": "zero",
 }
+_ANCHORS = 32
 _VARIANCE_SAMPLE = 512
 _PARTS = ".posteriors"
 _RESULTS = ("mean", "logvar", "elbo", "converged", "start", "encoder_elbo")
@@ -187,9 +188,9 @@ class Fitter:
         mean = torch.from_numpy(self.saved[0]).to(device)
         logvar = torch.from_numpy(self.saved[1]).to(device)
         self.spread = mean.std(0) if len(mean) > 1 else torch.ones_like(mean[0])
-        self._centre = mean.mean(0)
+        self.centre = mean.mean(0)
         known = bool(logvar.isfinite().all())
-        self._logvar = logvar.mean(0) if known else 2 * self.spread.clamp(min=1e-3).log() - 4
+        self.usual_logvar = logvar.mean(0) if known else 2 * self.spread.clamp(min=1e-3).log() - 4
 
     @property
     def has_answers(self) -> bool:
@@ -211,8 +212,8 @@ class Fitter:
         else:
             mean, logvar = (part.float() for part in self.model.posterior(batch))
         return (
-            torch.where(mean.isfinite(), mean, self._centre),
-            torch.where(logvar.isfinite(), logvar, self._logvar),
+            torch.where(mean.isfinite(), mean, self.centre),
+            torch.where(logvar.isfinite(), logvar, self.usual_logvar),
         )
 
     def yardstick(self, beta: str) -> Yardstick:
@@ -239,7 +240,7 @@ class Fitter:
     @cached_property
     def anchors(self) -> Tensor:
         """Centres of clusters of the run's latents, `(K, zdim)`."""
-        centres = cluster_centres(self.saved[0], DEFAULT_ANCHORS, self.seed)
+        centres = cluster_centres(self.saved[0], _ANCHORS, self.seed)
         return torch.from_numpy(centres).to(self.particles.device)
 
     @cached_property
@@ -270,7 +271,7 @@ class Fitter:
     ) -> dict[str, Posterior]:
         """Return where fits start, by name."""
         size = len(batch.index)
-        logvar = self._logvar.expand(size, -1)
+        logvar = self.usual_logvar.expand(size, -1)
         found: dict[str, Posterior] = {}
         for name in names:
             if name == "encoder":
@@ -279,7 +280,7 @@ class Fitter:
             elif name == "anchors":
                 found[name] = anchored(self.model, batch, self.anchors, self.variance)[0], logvar
             elif name == "mean":
-                found[name] = self._centre.expand(size, -1), logvar
+                found[name] = self.centre.expand(size, -1), logvar
             else:
                 zero = torch.zeros_like(logvar)
                 found[name] = zero, zero

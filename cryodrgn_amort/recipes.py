@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["RECIPES", "Recipe"]
+__all__ = ["RECIPES", "REPAIR", "Recipe"]
 
 
 @dataclass(frozen=True)
@@ -149,5 +149,39 @@ RECIPES = (
         command="mnist_amort",
         figure="Figures 12 to 19",
         reference="mnist",
+    ),
+)
+
+# Encoders that are to generalise, and what they are compared with (``study_amort --repair``).
+REPAIR = (
+    Recipe(
+        "sleep",
+        "second stage on vlt: a network that is told the pose, trained on images made up",
+        {"encoder": "sleep"},
+        {"from_run": "vlt"},
+        reference="vlt",
+    ),
+    Recipe(
+        "anchored",
+        "second stage on vlt: compares the particle with images of 16 latents at its pose",
+        {"encoder": "anchored"},
+        {"from_run": "vlt"},
+        reference="vlt",
+    ),
+    Recipe(
+        "semi",
+        "second stage on baseline: its latents become rows of a table, which is trained on",
+        {"encoder": "semi"},
+        {"from_run": "baseline"},
+    ),
+    Recipe(
+        "augment",
+        "the baseline, trained on copies that are turned and rolled, whose poses follow",
+        {"encoder": "resid", **_NET, "augment": 1},
+    ),
+    Recipe(
+        "consistent",
+        "the same, and the posteriors of copy and particle are pulled together",
+        {"encoder": "resid", **_NET, "augment": 1, "consistency": 1.0},
     ),
 )

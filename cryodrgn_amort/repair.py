@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from cryodrgn_amort.particles import Batch, Particles
     from cryodrgn_amort.settings import TrainSettings
 
-__all__ = ["ANCHORED", "DEFAULT_ANCHORS", "SEMI", "SLEEP", "add_repair_args", "cluster_centres"]
+__all__ = ["ANCHORED", "SEMI", "SLEEP", "add_repair_args", "cluster_centres"]
 
-DEFAULT_ANCHORS = 32
+_ANCHORS = 16
 _SAMPLE = 20_000
 _VALUES = 1 << 24  # of templates at a time
 _DEFOCUS_SCALE = 5000.0  # angstroms
@@ -146,7 +146,7 @@ class AnchoredEncoder(SecondStage):
     precision: Tensor
 
     def __init__(self, settings: TrainSettings, particles: Particles) -> None:
-        count = int(settings.extra.get("anchors", DEFAULT_ANCHORS))
+        count = int(settings.extra.get("anchors", _ANCHORS))
         if count < 2:
             raise InputError(f"--anchors {count}: at least 2 are needed")
         super().__init__(3 * count, settings, particles)
@@ -220,7 +220,7 @@ def add_repair_args(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="K",
         default=argparse.SUPPRESS,
-        help=f"Latents that --encoder anchored compares with (default: {DEFAULT_ANCHORS})",
+        help=f"Latents that --encoder anchored compares with (default: {_ANCHORS})",
     )
 
 

@@ -93,16 +93,38 @@ def with_run(given: Mapping[str, Any], plugins: Plugins) -> dict[str, Any]:
     run = load_run(folder, plugins, flag="--from")
     if Path(values["outdir"]).resolve() == run.folder.resolve():
         raise InputError(f"--from {folder}: is the output folder as well")
+    return inherited(values, run.settings, len(run.z()[0]), plugins)
+
+
+def inherited(
+    given: Mapping[str, Any], had: TrainSettings, n: int, plugins: Plugins
+) -> dict[str, Any]:
+    """Complete the flags of a second stage by the settings of the run that it is for.
+
+    Parameters
+    ----------
+    n
+        Number of its particles.
+
+    Raises
+    ------
+    InputError
+        If a flag contradicts the run's decoder.
+    """
+    values = dict(given)
+    recipe = plugins.recipe(values["recipe"]).flags if values.get("recipe") else {}
     for name in _OF_DECODER:
-        had = getattr(run.settings, name)
-        if values.setdefault(name, had) != had:
-            raise InputError(f"{flag_name(name)} {values[name]}: --from {folder} has {had}")
+        own = getattr(had, name)
+        if values.setdefault(name, own) != own:
+            raise InputError(
+                f"{flag_name(name)} {values[name]}: --from {values['from_run']} has {own}"
+            )
     for name in _OF_PARTICLES:
-        if (had := getattr(run.settings, name)) is not None:
-            values.setdefault(name, had)
-    spec = plugins.encoder(values.get("encoder", "resid"))
+        if (known := getattr(had, name)) is not None:
+            values.setdefault(name, known)
+    spec = plugins.encoder(values.get("encoder", recipe.get("encoder", "resid")))
     if isinstance(spec, EncoderSpec) and spec.sleeps:
-        values.setdefault("num_epochs", -(-_DREAMS // len(run.z()[0])))
+        values.setdefault("num_epochs", -(-_DREAMS // n))
         values.setdefault("checkpoint", -(-values["num_epochs"] // 10))
     return values
 

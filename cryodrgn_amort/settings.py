@@ -84,6 +84,11 @@ class TrainSettings:
         What ``lr`` falls to by the last epoch, along half a cosine; None: it stays the same.
     from_run
         Run whose decoder is taken over.
+    augment
+        Train a network on copies of the particles, turned, and rolled by up to so many pixels;
+        None: on the particles as they are.
+    consistency
+        With ``augment``: how much the posteriors of copy and particle are pulled together.
     holdout
         Particles that are not trained on: a fraction, or a file of their indices in the stack.
     memory
@@ -124,6 +129,8 @@ class TrainSettings:
     beta: float | str | None = None
     beta_control: float | None = None
     norm: tuple[float, float] | None = None
+    augment: int | None = None
+    consistency: float = 0.0
     holdout: str | None = None
     from_run: str | None = None
     amp: bool = True
@@ -156,7 +163,9 @@ class TrainSettings:
                 raise InputError(f"{flag_name(name)} {getattr(self, name)}: must be positive")
         if self.lr_end is not None and not 0 < self.lr_end < math.inf:
             raise InputError(f"--lr-end {self.lr_end}: must be positive")
-        for name in ("qlayers", "wd", "seed", "shuffle_seed", "num_workers"):
+        for name in (
+            "qlayers", "wd", "seed", "shuffle_seed", "num_workers", "augment", "consistency",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63:
                 raise InputError(f"{flag_name(name)} {value}: must not be negative, nor huge")
@@ -180,6 +189,8 @@ class TrainSettings:
                 f"--num-workers {self.num_workers}: only with --lazy; otherwise particles are "
                 "preprocessed once"
             )
+        if self.consistency and self.augment is None:
+            raise InputError(f"--consistency {self.consistency}: needs copies, --augment")
         if self.precision not in (None, *PRECISIONS):
             raise InputError(f"--precision {self.precision}: not one of {', '.join(PRECISIONS)}")
         if self.memory is not None and not 0 < self.memory < math.inf:
@@ -291,6 +302,12 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Plugins) -> TrainSett
     extra = {dest: values.pop(dest) for dest in list(values) if dest not in own}
     settings = TrainSettings(**values, extra=extra)
     encoder, shown = settings.resolve(plugins)
+    if settings.augment is not None:
+        if settings.from_run:
+            raise InputError("--augment: does not apply to --from, whose images are all new")
+        if encoder.host_mode is None or shown is None or shown.name != "particle":
+            raise InputError(f"--augment: does not apply to --encoder {settings.encoder}, only to "
+                             "networks that are shown the particle")  # fmt: skip
     _refuse_foreign(given, settings.encoder, encoder, shown, plugins)
     return settings
 

@@ -177,7 +177,9 @@ class Sleep:
             index, y, image, self._rots[place], ctf, z=self._z[place, signal], templates=compared
         )
 
-    def loss(self, model: LatentModel, batch: Batch) -> tuple[Losses, Tensor]:
+    def loss(
+        self, model: LatentModel, batch: Batch, beta: float, beta_control: float | None
+    ) -> tuple[Losses, Tensor]:
         """Return -log q(z | image), in nats, of images made up in place of a batch, and the means.
 
         As losses of training go: ``total`` and ``gen_loss`` are this, ``kld`` is that of q.

@@ -15,7 +15,7 @@ import yaml
 from cryodrgn_amort import __version__, figures, host, study_figures, surfaces
 from cryodrgn_amort.checkpoints import replacing, write_json
 from cryodrgn_amort.claims import Found, agreement_rows, claims, row, truth_rows
-from cryodrgn_amort.definitions import DEFINITIONS, number, plain_number, text_table
+from cryodrgn_amort.definitions import DEFINITIONS, TIMED, number, plain_number, text_table
 from cryodrgn_amort.pages import Picture, capital, environment, picture, turnable
 from cryodrgn_amort.plan import PLAN
 from cryodrgn_amort.report import CITATION, measure_facts
@@ -51,7 +51,7 @@ _FIGURES: dict[str, tuple[str, str | int]] = {
 }
 _OVERVIEW = (
     "class_knn", "coordinate_r2", "volume_fve", "memorisation", "volume_spread",
-    "amortization_gap", "held_out_score",
+    "amortization_gap", "held_out_score", "class_knn_held_out",
 )  # fmt: skip
 _BESIDE = (  # column, of what, which part or transform, mode
     ("digits, 1 px", "digits", "shift1", ""),
@@ -118,7 +118,7 @@ def _facts(study: Study, found: Sequence[Found]) -> dict[str, Any]:
             "reference": recipe.reference,
             "seeds": {str(m.seed): _member_facts(study, m) for m in study.of(name)},
         }
-    told = {f.claim.name: _claim_facts(f) for f in found}
+    timed = {f.claim.name: _claim_facts(f) for f in found if f.claim.timed}
     names = _measures_shown(study, found)
     return {
         "format": 1,
@@ -127,7 +127,7 @@ def _facts(study: Study, found: Sequence[Found]) -> dict[str, Any]:
         "citation": CITATION,
         "plan": yaml.safe_load((study.plan.folder / PLAN).read_text()),
         "missing": study.missing,
-        "claims": {name: facts for name, facts in told.items() if name != "times"},
+        "claims": {f.claim.name: _claim_facts(f) for f in found if not f.claim.timed},
         "recipes": recipes,
         "agreement": [
             {
@@ -145,7 +145,7 @@ def _facts(study: Study, found: Sequence[Found]) -> dict[str, Any]:
         "definitions": {name: asdict(DEFINITIONS[name]) for name in names},
         "times": {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "claim": told["times"],
+            "claims": timed,
             **study.timing,
         },
     }
@@ -157,7 +157,7 @@ def _member_facts(study: Study, member: Member) -> dict[str, Any]:
         "n": member.facts["run"]["n"],
         "zdim": member.facts["run"]["zdim"],
         "epoch": member.facts["run"]["epoch"],
-        "measures": measure_facts(member.measures),
+        "measures": measure_facts({k: m for k, m in member.measures.items() if k not in TIMED}),
         "transforms": {
             f"{name} {mode}": measure_facts(measures)
             for (name, mode), measures in member.transforms.items()

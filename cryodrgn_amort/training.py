@@ -21,6 +21,7 @@ from tqdm import tqdm  # tqdm.auto would start an iterator of its own: one more 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cryodrgn_amort import __version__, host
+from cryodrgn_amort.augment import Augmented
 from cryodrgn_amort.checkpoints import (
     OWN_KEY,
     epochs,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cryodrgn_amort.encoders import Encoder
+    from cryodrgn_amort.latent import Lesson
     from cryodrgn_amort.objective import Losses
     from cryodrgn_amort.particles import Batch, Particles
     from cryodrgn_amort.plugins import Plugins
@@ -129,7 +131,7 @@ class Trainer:
         precision = settings.matmul_precision(self.device.type)
         self.model = build_model(args, self.particles.lattice, amort, precision)
         self.stage = self._second_stage() if settings.from_run else None
-        self.lesson: Sleep | None = None
+        self.lesson: Lesson | None = None
         self.optimizer = adam(self.model.trained_parameters(), settings.lr, settings.wd)
         self.beta = host.get_beta_schedule(settings.beta_value())
         self.epoch = 0
@@ -175,21 +177,24 @@ class Trainer:
         return mean, logvar
 
     def _prepare_lesson(self) -> None:
-        """Measure the noise, and make up images."""
+        """Make what the encoder learns from, if that is not the particles as they are."""
+        settings = self.settings
+        if settings.augment is not None:
+            self.lesson = Augmented(self.particles, settings.augment, settings.consistency)
         if self.stage is None or not self.encoder_spec.sleeps:
             return
         amort = self.model.amort
         anchored = amort if isinstance(amort, AnchoredEncoder) else None
         templates = None if anchored is None else anchored.templates
-        self.lesson = Sleep(
-            self.model.fast, self.particles, *self.stage, templates, self.settings.seed
+        self.lesson = sleep = Sleep(
+            self.model.fast, self.particles, *self.stage, templates, settings.seed
         )
         if anchored is not None and not self.epoch:
-            anchored.precision.copy_(self.lesson.noise.precision())
+            anchored.precision.copy_(sleep.noise.precision())
 
     def _compare_images(self) -> None:
         """Write how alike the images made up and the particles are, and warn if they are not."""
-        if self.lesson is None or not self.team.leads:
+        if not isinstance(self.lesson, Sleep) or not self.team.leads:
             return
         self.lesson.epoch_start(self.epoch + 1)
         found = self.lesson.agreement()

@@ -170,7 +170,7 @@ def test_pickles_that_run_code_do_not(refused, tmp_path):
         (["--lr", "0"], "--lr 0.0: must be positive"),
         (["--enc-mask", "99"], "--enc-mask 99: must be -1 or between 1 and 8"),
         (["--encoder", "vlb"], "--encoder vlb: unknown; known are anchored, mlp, noise"),
-        (["--recipe", "base"], "--recipe base: unknown; known are baseline, mnist, noise-large"),
+        (["--recipe", "base"], "--recipe base: unknown; known are anchored, augment, baseline"),
         (["--recipe", "vlt-frozen-encoder"], "needs --table-init"),
         (["--encoder", "sleep"], "--encoder sleep: needs a finished run, --from RUN"),
         (["--encoder", "anchored", "--from", "no"], "--from no: not a run folder"),

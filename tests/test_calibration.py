@@ -1,52 +1,126 @@
 """Coverage of posteriors: exact ones, ones that are too sure, and the whole way from a run."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from cryodrgn_amort import calibration
-from cryodrgn_amort.calibration import LEVELS, calibration_ranks, coverage
+from cryodrgn_amort import calibration, definitions
+from cryodrgn_amort.calibration import LEVELS, calibrate, calibration_measures, coverage
 from cryodrgn_amort.metrics import Measure
 from cryodrgn_amort.particles import Batch
 
 
+class Lesson:
+    """Makes up latents, and images that are these and noise of variance 1/4."""
+
+    def __init__(self, *_, **__):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def epoch_start(self, epoch):
+        pass
+
+    def dream(self, batch):
+        z = torch.randn(len(batch.index), 3, generator=self.generator)
+        seen = z + 0.5 * torch.randn(z.shape, generator=self.generator)
+        return SimpleNamespace(z=z, y=seen, index=batch.index)
+
+
+class Model:
+    """Has the true posteriors, or wider or narrower ones."""
+
+    amort = fast = None
+
+    def __init__(self, sureness=1.0):
+        self.sureness = sureness
+
+    def posterior(self, batch):
+        logvar = torch.full_like(batch.y, np.log(0.2))
+        return 0.8 * batch.y, logvar + 2 * np.log(self.sureness)
+
+    def errors(self, batch, z):
+        error = (batch.y - z).square().sum(1) / 0.25
+        return error.sum(), error
+
+
+class Particles:
+    """Of what the lesson makes up, a share; the rest is noise."""
+
+    def __init__(self, share):
+        self.model, self.share = Model(), share
+        self.particles = SimpleNamespace(n=1500)
+        self.feed = SimpleNamespace(read=self.read)
+        self.generator = torch.Generator().manual_seed(2)
+
+    def read(self, index):
+        z = self.share * torch.randn(len(index), 3, generator=self.generator)
+        return SimpleNamespace(
+            y=z + 0.5 * torch.randn(z.shape, generator=self.generator), index=index
+        )
+
+
+@pytest.fixture
+def calibrated(monkeypatch):
+    """Calibrate a model next to particles that have a share of the signal."""
+
+    def run(sureness=1.0, share=1.0):
+        monkeypatch.setattr(calibration, "Sleep", Lesson)
+        feed = SimpleNamespace(read=lambda index: Batch(index, None, None, None, None))
+        monkeypatch.setattr(calibration, "Feed", lambda *_, **__: feed)
+        particles = SimpleNamespace(n=50, device=torch.device("cpu"))
+        zeros = np.zeros((50, 3), np.float32)
+        return calibrate(Model(sureness), particles, zeros, zeros, Particles(share), 0)
+
+    return run
+
+
 @pytest.mark.parametrize(("sureness", "sign"), [(1.0, 0), (0.5, -1), (2.0, 1)])
-def test_coverage_is_that_of_the_posterior(sureness, sign, monkeypatch):
+def test_coverage_is_that_of_the_posterior(sureness, sign, calibrated):
     """True posteriors of z ~ N(0, 1), seen with noise of variance 1/4; or wider, or narrower."""
-    generator = torch.Generator().manual_seed(0)
-
-    class Lesson:
-        def __init__(self, *_, **__):
-            pass
-
-        def epoch_start(self, epoch):
-            pass
-
-        def dream(self, batch):
-            z = torch.randn(len(batch.index), 3, generator=generator)
-            seen = z + 0.5 * torch.randn(z.shape, generator=generator)
-            return SimpleNamespace(z=z, y=seen)
-
-    class Model:
-        amort = fast = None
-
-        def posterior(self, batch):
-            logvar = torch.full_like(batch.y, np.log(0.2))
-            return 0.8 * batch.y, logvar + 2 * np.log(sureness)
-
-    monkeypatch.setattr(calibration, "Sleep", Lesson)
-    feed = SimpleNamespace(read=lambda index: Batch(index, None, None, None, None))
-    monkeypatch.setattr(calibration, "Feed", lambda *_, **__: feed)
-    particles = SimpleNamespace(n=50, device=torch.device("cpu"))
-    ranks = calibration_ranks(Model(), particles, np.zeros((50, 3)), np.zeros((50, 3)), 0)
+    ranks = calibrated(sureness).ranks
     assert ranks.shape == (1024, 3)
     for level in LEVELS:
         found = coverage(ranks, level).mean() - level / 100
         assert abs(found) < 0.03 if sign == 0 else sign * found > 0.03
     if sign == 0:
         assert np.abs(np.histogram(ranks, 10, (0, 1))[0] / ranks.size - 0.1).max() < 0.02
+
+
+def test_particles_gain_what_they_have_of_what_the_decoder_shows(calibrated):
+    """The latents' gain over 0 is (y^2 - (0.2 y)^2) / 2 / 0.25 per dimension: 0.96 E[y^2] / 0.5."""
+    opts = {"rounds": 200, "seed": 0}
+    for share in (1.0, 0.5):
+        found = calibrated(share=share)
+        assert found.gains.mean() == pytest.approx(3 * 0.96 * 1.25 / 0.5, rel=0.06)
+        ratio = {m.name: m for m in calibration_measures(found, opts)}["gain_ratio"]
+        wanted = (share**2 + 0.25) / 1.25
+        assert ratio.low < wanted < ratio.high
+        assert ratio.high - ratio.low < 0.2
+        assert ratio.null == 0
+
+
+def test_a_particle_that_cannot_be_explained_is_left_out(calibrated):
+    found = calibrated()
+    spoilt = replace(found, particle_gains=np.append(found.particle_gains, np.nan))
+    measures = [calibration_measures(f, {"rounds": 0, "seed": 0})[-1] for f in (found, spoilt)]
+    assert measures[0].value == pytest.approx(measures[1].value, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("interval", "says"),
+    [((0.3, 0.7), "gain less"), ((0.7, 0.9), ""), ((1.0, 1.3), ""), ((1.2, 1.5), "gain more")],
+)
+def test_a_report_warns_of_decoders_that_are_not_like_the_particles(interval, says):
+    low, high = interval
+    ratio = Measure("gain_ratio", (low + high) / 2, low, high, 0.0, 1.0, 400)
+    evaluation = SimpleNamespace(
+        measures={"gain_ratio": ratio}, z=np.zeros((200, 2)), applicable=True, results=[],
+        reason="",
+    )  # fmt: skip
+    found = " ".join(definitions._cautions(evaluation))
+    assert (says in found) if says else not found
 
 
 def test_intervals_are_central():

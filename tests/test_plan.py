@@ -14,7 +14,7 @@ from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.plan import COMMANDS, PLAN, parse
 from cryodrgn_amort.planfile import PRESETS, changed_plan, load_plan
 from cryodrgn_amort.plugins import Plugins
-from cryodrgn_amort.recipes import RECIPES, Recipe
+from cryodrgn_amort.recipes import RECIPES, REPAIR, Recipe
 
 
 @pytest.fixture(scope="session")
@@ -200,6 +200,48 @@ def test_given_data_and_seeds_go_into_the_plan_and_its_comments_stay(stack, tmp_
     (tmp_path / PLAN).write_text(text)
     again = changed_plan(tmp_path, None, {}, [5])
     assert yaml.safe_load(again) == {**found, "seeds": [5]}
+
+
+def test_repair_is_added_to_a_plan_once_and_its_comments_stay(tmp_path):
+    names = [recipe.name for recipe in REPAIR]
+    plain = changed_plan(tmp_path / "new", "demo", {}, None)
+    text = changed_plan(tmp_path / "new", "demo", {}, None, names)
+    before, after = (list(yaml.safe_load(t)["recipes"]) for t in (plain, text))
+    assert after == before + names
+    assert text.startswith(plain.rstrip())
+    (tmp_path / "study").mkdir()
+    for recipes, wanted in (
+        (text[text.index("recipes:") :], text[text.index("recipes:") :]),
+        ("recipes:\n- baseline  # first\n- vlt\nseeds: [1]\n",
+         "recipes:\n- baseline  # first\n- vlt\n" + "".join(f"- {n}\n" for n in names)
+         + "seeds: [1]\n"),
+        ("recipes: [baseline, vlt]\n", None),
+        ("recipes: {baseline: null, vlt: {zdim: 2}}\n", None),
+    ):  # fmt: skip
+        (tmp_path / "study/plan.yaml").write_text(recipes)
+        found = changed_plan(tmp_path / "study", None, {}, None, names)
+        assert wanted in (None, found)
+        own = list(yaml.safe_load(recipes)["recipes"])
+        assert list(yaml.safe_load(found)["recipes"])[: len(own)] == own
+        assert set(yaml.safe_load(found)["recipes"]) == {*own, *names}
+
+
+def test_what_learns_from_images_made_up_has_its_runs_flags(plan_of):
+    plan = plan_of(
+        recipes={"baseline": {}, "vlt": {}, "semi": {}, "anchored": {"anchors": 8}, "sleep": {}}
+    )
+    step = plan.steps["train.anchored.seed0"]
+    assert step.after == ("simulate", "train.vlt.seed0")
+    assert step.argv[step.argv.index("--from") + 1] == str(plan.run_folder("vlt", 0))
+    assert step.argv[step.argv.index("--anchors") + 1] == "8"
+    assert not {"--num-epochs", "--lr", "--zdim"} & set(step.argv)
+    semi = plan.steps["train.semi.seed0"]
+    assert semi.argv[semi.argv.index("--from") + 1] == str(plan.run_folder("baseline", 0))
+    assert {"--num-epochs", "--lr", "--zdim"} <= set(semi.argv)
+    with pytest.raises(InputError, match=r"recipes\.anchored: needs the recipe vlt"):
+        plan_of(recipes={"baseline": {}, "anchored": {}})
+    with pytest.raises(InputError, match=r"--zdim 3: --from .* has 8"):
+        plan_of(recipes={"baseline": {}, "vlt": {}, "anchored": {"zdim": 3}})
 
 
 def test_only_takes_parents_along(plan_of):

@@ -186,7 +186,7 @@ def test_the_loss_is_the_density_of_the_latents(dreaming):
     state = lesson._generator.get_state()
     dream = lesson.dream(batch)
     lesson._generator.set_state(state)
-    result, mean = lesson.loss(model, batch)
+    result, mean = lesson.loss(model, batch, 1.0, None)
     expected_mean, logvar = model.posterior(dream)
     q = torch.distributions.Normal(expected_mean, torch.exp(0.5 * logvar))
     expected = -q.log_prob(dream.z).sum(1).mean()

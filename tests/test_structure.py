@@ -13,7 +13,7 @@ LAYERS = [  # each may import from those below it
     {"commands"},
     {"plugins"},
     {"builtin"},
-    {"hookspecs", "recipes"},
+    {"hookspecs"},
     {"study_report"},
     {"study_results", "claims"},
     {"study"},
@@ -32,13 +32,13 @@ LAYERS = [  # each may import from those below it
     {"runs"},
     {"settings"},
     {"inference"},
-    {"model", "repair"},
+    {"model", "repair", "augment"},
     {"table", "inputs", "transforms", "latent", "sleep"},
     {"encoders"},
     {"sources", "feed", "noise"},
     {"particles", "metrics", "objective", "parallel", "decoding", "products"},
     {"checkpoints", "host"},
-    {"errors", "machine"},
+    {"errors", "machine", "recipes"},
 ]
 
 

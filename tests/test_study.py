@@ -32,6 +32,7 @@ PLAN = {
     },
     "recipes": {
         "baseline": {"enc-dim": 16}, "vlt": {}, "vlt-frozen-zero": {}, "vlt-frozen-encoder": {},
+        "anchored": {"num-epochs": 1, "enc-dim": 16, "anchors": 3},
         "twin": {"enc-dim": 16}, "shift": {"transform": ["roll:1", "roll:2"]},
         "timing": {"recipes": ["baseline", "vlt"], "rounds": 2, "batches": 1},
     },
@@ -105,6 +106,10 @@ def test_everything_is_there(finished):
     assert {"class_knn", "volume_fve", "memorisation", "volume_spread"} <= set(measures)
     shifts = facts["recipes"]["shift"]["seeds"]["0"]["transforms"]
     assert set(shifts) == {"roll:1 held", "roll:1 follow", "roll:2 held", "roll:2 follow"}
+    held = facts["claims"]["repair-held-out"]["rows"]
+    labels = {r["label"] for r in held if r["measure"] == "class_knn_held_out"}
+    assert labels == {"baseline, held out", "anchored, held out"}
+    assert set(facts["times"]["claims"]) == {"times", "repair-cost"}
     assert set(facts["times"]["seconds_per_epoch"]) == {
         str(Path(folder) / "runs" / f"{name}.seed0") for name in ("baseline", "vlt")
     }
@@ -114,16 +119,16 @@ def test_everything_is_there(finished):
 
 
 def test_the_report_holds_every_claim_and_loads_nothing(finished):
-    from cryodrgn_amort.claims import CLAIMS
+    from cryodrgn_amort.claims import CLAIMS, REPAIR_CLAIMS
 
     page = (finished[0] / "report.html").read_text()
-    for claim in CLAIMS:
+    for claim in (*CLAIMS, *REPAIR_CLAIMS):
         assert claim.text in html.unescape(page)
     assert not re.findall(r'(?:src|href)="(?!data:|#|https://arxiv)', page)
     names = set(re.findall(r'href="#([^"]+)"', page))
     assert names <= set(re.findall(r'id="([^"]+)"', page))
     assert "data-triangles" in page
-    assert page.index("The paper's claims") < page.index("recipe-baseline")
+    assert page.index("<h2>Claims") < page.index("recipe-baseline")
 
 
 def test_memorisation_is_its_definition(finished):
@@ -167,7 +172,10 @@ def changed(finished, tmp_path_factory):
 def test_a_change_of_the_plan_reruns_what_depends_on_it(finished, changed):
     counts, before, after = ran(finished[0]), numbers(finished[0]), numbers(changed)
     again = {name for name, count in ran(changed).items() if count > counts[name]}
-    assert again == {"train.vlt.seed0", "eval.vlt.seed0", "compare.vlt", "timing"}
+    assert again == {
+        "train.vlt.seed0", "eval.vlt.seed0", "compare.vlt", "timing",
+        "train.anchored.seed0", "eval.anchored.seed0", "compare.anchored",
+    }  # fmt: skip
     assert after["recipes"]["twin"] == before["recipes"]["twin"]
     assert after["recipes"]["vlt"] != before["recipes"]["vlt"]
 
@@ -309,3 +317,50 @@ def test_digits_are_held_against_particles():
     assert verdict(0.39, 0.9) == NOT
     assert verdict(0.1, 0.05) == NOT  # held-out digits fare no better
     assert verdict(0.1, 0.9, with_digits=False) == OPEN
+
+
+def test_encoders_of_a_second_stage_are_judged_and_what_they_are_compared_with_is_not():
+    from cryodrgn_amort.claims import HOLDS, NOT, OPEN, PART, REPAIR_CLAIMS
+    from cryodrgn_amort.metrics import Measure
+
+    nulls = {"class_knn": 0.2, "class_knn_held_out": 0.2, "retrieval_rank": 0.5}
+    bad = {
+        "class_knn": 0.9, "class_knn_held_out": 0.3, "retrieval_rank": 0.45, "encoding_cost": 0.7,
+        "noise_swap_noise": 0.8,
+    }  # fmt: skip
+    good = {
+        "class_knn": 0.9, "class_knn_held_out": 0.88, "retrieval_rank": 0.01, "encoding_cost": 0.1,
+    }  # fmt: skip
+
+    def verdicts(**recipes):
+        def measured(recipe, name):
+            value = recipes.get(recipe, {}).get(name)
+            return (
+                [] if value is None else [Measure(name, value, None, None, nulls.get(name), 0, 9)]
+            )
+
+        study = SimpleNamespace(
+            measured=measured,
+            transformed=lambda recipe, _t, _mode, name: measured(recipe, name),
+            of=lambda recipe: [recipe] if recipe in recipes else [],
+            recipe=lambda recipe: SimpleNamespace(reference="vlt"),
+        )
+        found = {}
+        for claim in REPAIR_CLAIMS:
+            rows = claim.rows(study)
+            name = claim.name.removeprefix("repair-")
+            found[name] = claim.judge(rows) if rows else OPEN
+        return found
+
+    both = verdicts(baseline=bad, vlt={"class_knn": 0.92}, sleep=good, anchored=good)
+    assert both == dict.fromkeys(("heterogeneity", "held-out", "invariance", "cost"), HOLDS) | {
+        "copies": OPEN
+    }
+    worse = {**good, "class_knn_held_out": 0.8, "retrieval_rank": 0.05, "encoding_cost": 0.3}
+    found = verdicts(baseline=bad, vlt={"class_knn": 0.92}, sleep=good, anchored=worse)
+    assert [found[k] for k in ("held-out", "invariance", "cost")] == [PART] * 3
+    found = verdicts(baseline=bad, vlt={"class_knn": 0.92}, anchored=bad)
+    assert [found[k] for k in ("held-out", "invariance", "cost")] == [NOT] * 3
+    assert verdicts(baseline=bad)["held-out"] == OPEN
+    assert verdicts(baseline=bad, augment={**bad, "class_knn": 0.4})["copies"] == HOLDS
+    assert verdicts(baseline=bad, augment=good)["copies"] == NOT

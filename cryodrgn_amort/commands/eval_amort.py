@@ -47,10 +47,10 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         parser,
         "--transform",
         dest="transforms",
-        nargs="+",
+        nargs="*",
         metavar="NAME",
-        help="Changes of the image, NAME or NAME:ARGUMENT; `cryodrgn amort_plugins` lists them\n"
-        "(default: roll:1 rotate:90)",
+        help="Changes of the image, NAME or NAME:ARGUMENT; `cryodrgn amort_plugins` lists them;\n"
+        "none if nothing follows (default: roll:1 rotate:90)",
     )
 
     group = parser.add_argument_group("What is known of the particles")

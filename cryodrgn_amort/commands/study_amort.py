@@ -13,6 +13,9 @@ $ cryodrgn study_amort --preset demo -o demo
 # On your particles with the paper's settings, and three seeds for the spread
 $ cryodrgn study_amort particles.128.mrcs --poses pose.pkl --ctf ctf.pkl --seeds 0 1 2 -o study
 
+# And encoders that are to generalise to particles never seen
+$ cryodrgn study_amort --preset demo --repair -o demo
+
 # Some of the recipes only, and those that they need
 $ cryodrgn study_amort -o study --only vlt twin-large
 
@@ -47,6 +50,8 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seeds", type=int, nargs="+", metavar="N", help="Seeds of every recipe "
                        "(default: 0)")  # fmt: skip
+    group.add_argument("--repair", action="store_true", help="Also train encoders that are to "
+                       "generalise, and put them\nbeside the others")  # fmt: skip
     group.add_argument("particles", type=path, nargs="?", metavar="PARTICLES", help="Particles "
                        "(.mrcs, .star, .cs, .txt); simulated ones without")  # fmt: skip
     for flag, metavar, text in (
@@ -76,6 +81,7 @@ def main(args: argparse.Namespace) -> None:
     from cryodrgn_amort.plan import COMMANDS
     from cryodrgn_amort.planfile import changed_plan, load_plan, write_plan
     from cryodrgn_amort.plugins import load_plugins
+    from cryodrgn_amort.recipes import REPAIR
     from cryodrgn_amort.study import commands_line, default_jobs, locked, run_steps
     from cryodrgn_amort.study_report import summary, write_report
     from cryodrgn_amort.study_results import read_study
@@ -90,7 +96,8 @@ def main(args: argparse.Namespace) -> None:
         parsers[name] = argparse.ArgumentParser(prog=name)
         importlib.import_module(commands[name].module).add_args(parsers[name])
     data = {name: getattr(args, name) for name in _DATA if getattr(args, name)}
-    text = changed_plan(folder, args.preset, data, args.seeds)
+    more = [recipe.name for recipe in REPAIR] if args.repair else []
+    text = changed_plan(folder, args.preset, data, args.seeds, more)
     plan = load_plan(folder, text, plugins, parsers)
     part = plan.only(args.only) if args.only else plan
     folder.mkdir(parents=True, exist_ok=True)

@@ -84,6 +84,24 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         "same; with --from 2e-5)",
     )
     group.add_argument(
+        "--augment",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="PX",
+        default=argparse.SUPPRESS,
+        help="Train a network on copies of the particles, turned by random angles and rolled by\n"
+        "up to PX pixels; poses follow (PX: 1 unless given)",
+    )
+    group.add_argument(
+        "--consistency",
+        type=float,
+        metavar="WEIGHT",
+        default=argparse.SUPPRESS,
+        help="With --augment: pull the posteriors of copy and particle together, with so many\n"
+        "times the weight of the KL divergence",
+    )
+    group.add_argument(
         "--overwrite",
         action="store_true",
         default=argparse.SUPPRESS,
