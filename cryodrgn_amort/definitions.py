@@ -284,7 +284,7 @@ MODE_NOTES = {
     "centred and phase-flipped",
 }
 
-GAIN_BOUNDS = (0.8, 1.1)
+GAIN_BOUNDS = (0.95, 1.05)
 """A gain ratio that is surely outside is said in the headline of a report."""
 
 # Upper end of the retrieval rank, and what is said of it.

@@ -110,7 +110,7 @@ def test_a_particle_that_cannot_be_explained_is_left_out(calibrated):
 
 @pytest.mark.parametrize(
     ("interval", "says"),
-    [((0.3, 0.7), "gain less"), ((0.7, 0.9), ""), ((1.0, 1.3), ""), ((1.2, 1.5), "gain more")],
+    [((0.3, 0.9), "gain less"), ((0.9, 0.97), ""), ((1.0, 1.3), ""), ((1.1, 1.5), "gain more")],
 )
 def test_a_report_warns_of_decoders_that_are_not_like_the_particles(interval, says):
     low, high = interval
