@@ -7,7 +7,7 @@ rolling change, it sees each particle's noise again and again.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,6 +49,13 @@ class Augmented:
     def epoch_metrics(self) -> dict[str, float]:
         """Return no further columns."""
         return {}
+
+    def epoch_state(self) -> dict[str, Any]:
+        """Return nothing: random numbers are of the global generator."""
+        return {}
+
+    def set_epoch_state(self, state: dict[str, Any]) -> None:
+        """Go on; there is nothing to set."""
 
     def loss(
         self, model: LatentModel, batch: Batch, beta: float, beta_control: float | None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import io
 import json
 import math
@@ -25,12 +27,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
+    "CHECKSUMS",
+    "INTERRUPTED",
     "OWN_KEY",
+    "check_intact",
     "epochs",
     "latest_z",
+    "locked",
     "read_pickle",
     "read_weights",
     "read_z",
+    "recorded",
     "replacing",
     "to_array",
     "write_json",
@@ -44,6 +51,12 @@ OWN_KEY = "amort"
 OWN_PARTS = frozenset({"encoder", "encoder_state_dict", "input_state", "norm", "random"})
 """What a checkpoint holds under ``OWN_KEY``."""
 
+CHECKSUMS = "checksums.sha256"
+"""File of a run's folder with the checksums of its others, as ``sha256sum --check`` reads it."""
+
+INTERRUPTED = ".interrupted.pkl"
+"""Checkpoint within an epoch; named unlike what the host takes for its own."""
+_LOCK = ".lock"
 _ARRAY_NAMES = {
     "numpy": {"ndarray", "dtype"},
     "numpy.core.multiarray": {"_reconstruct", "scalar"},
@@ -84,8 +97,9 @@ def read_pickle(path: str | os.PathLike[str], flag: str, count: int = 1) -> Any:
     Raises
     ------
     InputError
-        If the file is missing, no pickle, or holds anything but plain data.
+        If the file is missing, damaged, no pickle, or holds anything but plain data.
     """
+    check_intact(path, flag)
     try:
         with open(path, "rb") as handle:
             parts = [_ArrayUnpickler(handle).load() for _ in range(count)]
@@ -131,6 +145,7 @@ def read_weights(path: str | os.PathLike[str], flag: str) -> dict[str, Any]:
     InputError
         If the file is missing, damaged, or no checkpoint.
     """
+    check_intact(path, flag)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd pickles, which are refused below
@@ -168,6 +183,94 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Read the checksums of a folder's files by name; what is no such line is passed over."""
+    try:
+        lines = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    found = (re.fullmatch(r"([0-9a-f]{64})  ([^/]+)", line) for line in lines)
+    return {m[2]: m[1] for m in found if m}
+
+
+@contextlib.contextmanager
+def recorded(folder: Path, *names: str) -> Iterator[None]:
+    """Keep the checksums of files that are written meanwhile, for ``check_intact``.
+
+    Until all are written, none is held against the checksum of what was there before. A name whose
+    file is not there afterwards has none.
+    """
+
+    def write(sums: dict[str, str]) -> None:
+        kept = (f"{value}  {name}\n" for name, value in sums.items() if (folder / name).is_file())
+        with replacing(folder / CHECKSUMS) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+    sums = _checksums(folder)
+    if sums.keys() & set(names):
+        sums = {name: value for name, value in sums.items() if name not in names}
+        write(sums)
+    yield
+    write(sums | {name: _digest(folder / name) for name in names if (folder / name).is_file()})
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_intact(path: str | os.PathLike[str], flag: str) -> None:
+    """Hold a file against its checksum, if its folder has one of it.
+
+    Raises
+    ------
+    InputError
+        If it is not what was written.
+    """
+    path = Path(path)
+    known = _checksums(path.parent).get(path.name)
+    if known is None or not path.is_file():
+        return
+    try:
+        found = _digest(path)
+    except OSError as err:
+        raise InputError(f"{flag} {path}: {err.strerror}") from None
+    if found != known:
+        raise InputError(
+            f"{flag} {path}: damaged: it is not what {CHECKSUMS} beside it says (if you changed it "
+            "yourself, remove its line there)"
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Keep others from working in the same folder at the same time.
+
+    Raises
+    ------
+    InputError
+        If another process does: ``what`` names it.
+    """
+    path = folder / _LOCK
+    with open(path, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = path.exists() and os.path.samestat(os.fstat(handle.fileno()), path.stat())
+        except BlockingIOError:
+            free = False
+        except OSError:  # a file system without locks
+            free = True
+        if not free:  # held, or just given back: its owner removes it
+            raise InputError(f"-o {folder}: {what}")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:

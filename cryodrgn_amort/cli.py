@@ -12,7 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cryodrgn_amort import __version__
-from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.errors import InputError, Stopped
 from cryodrgn_amort.plugins import CommandSpec, load_plugins, warn
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ def _guarded(command: str, run: Callable[[argparse.Namespace], Any]) -> Callable
         except OSError as err:
             where = f"{err.filename}: " if err.filename else ""
             _fail(command, f"{where}{err.strerror or err}")
+        except Stopped as stop:
+            sys.stderr.write(f"cryodrgn {command}: {stop}\n")
+            raise SystemExit(128 + stop.number) from None
         except KeyboardInterrupt:
             sys.stderr.write(f"cryodrgn {command}: interrupted\n")
             raise SystemExit(INTERRUPTED) from None

@@ -54,6 +54,13 @@ class Encoder(nn.Module, ABC):
         """Return further columns for metrics.csv, always the same ones."""
         return {}
 
+    def epoch_state(self) -> dict[str, Any]:
+        """Return what ``epoch_metrics`` needs and a checkpoint lacks, when training stops early."""
+        return {}
+
+    def set_epoch_state(self, state: dict[str, Any]) -> None:
+        """Go on in an epoch: in place of ``epoch_start``."""
+
     def latents(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return all means and log variances `(N, zdim)` if they are known without any images.
 

@@ -117,6 +117,14 @@ class Lesson(Protocol):
         """Return further columns for metrics.csv, always the same ones."""
         ...
 
+    def epoch_state(self) -> dict[str, Any]:
+        """Return what changes within an epoch, for a training that stops in it."""
+        ...
+
+    def set_epoch_state(self, state: dict[str, Any]) -> None:
+        """Go on in an epoch, after ``epoch_start``."""
+        ...
+
 
 def train_step(
     model: LatentModel,

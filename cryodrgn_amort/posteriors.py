@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from cryodrgn_amort import __version__
 from cryodrgn_amort.checkpoints import (
+    recorded,
     replacing,
     write_json,
     write_pickle,
@@ -461,6 +462,16 @@ def _progress(parts: list[Any], *, silent: bool) -> Iterator[Any]:
 
 def _write(run: Run, options: InferOptions, out: Path, work: _Inference, found: Inferred) -> None:
     """Write a table run, and what is known of each particle."""
+    kinds = (f"{kind}{epoch}.pkl" for kind in ("z", "weights") for epoch in ("", f".{run.epoch}"))
+    more = "ind", "elbo", "converged", "gap"
+    with recorded(out, "config.yaml", *kinds, *(f"{name}.pkl" for name in more)):
+        _write_files(run, options, out, work, found)
+    write_json(out / "inference.json", {"plan": json.loads(work.plan), **facts(found)})
+
+
+def _write_files(
+    run: Run, options: InferOptions, out: Path, work: _Inference, found: Inferred
+) -> None:
     particles, epoch = work.particles, run.epoch
     given: dict[str, Any] = {
         name: None if path is None else str(Path(path).absolute())
@@ -492,7 +503,6 @@ def _write(run: Run, options: InferOptions, out: Path, work: _Inference, found: 
     write_pickle(out / "converged.pkl", found.converged)
     if work.fitter.has_answers:
         write_pickle(out / "gap.pkl", found.gap)
-    write_json(out / "inference.json", {"plan": json.loads(work.plan), **facts(found)})
 
 
 def _write_log(out: Path, work: _Inference, found: Inferred) -> None:

@@ -13,6 +13,7 @@ import yaml
 from cryodrgn_amort import host
 from cryodrgn_amort.checkpoints import (
     OWN_KEY,
+    check_intact,
     epochs,
     read_pickle,
     read_weights,
@@ -334,6 +335,7 @@ def load_run(
     config_path = path / "config.yaml"
     if not config_path.is_file():
         raise InputError(f"{flag} {folder}: not a run folder (it has no config.yaml)")
+    check_intact(config_path, flag)
     try:
         config = yaml.safe_load(config_path.read_text())
         settings = _settings_of(config, path)

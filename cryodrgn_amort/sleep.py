@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -199,6 +199,18 @@ class Sleep:
     def epoch_metrics(self) -> dict[str, float]:
         """Return how much of the latents' variance the means explain, of this epoch's images."""
         return {"latent_r2": 1 - float(self._error) / max(self._count, 1) / self._variance}
+
+    def epoch_state(self) -> dict[str, Any]:
+        """Return the state of the random numbers, and the sums of the metrics so far."""
+        return {
+            "generator": self._generator.get_state(), "error": self._error, "count": self._count,
+        }  # fmt: skip
+
+    def set_epoch_state(self, state: dict[str, Any]) -> None:
+        """Go on in an epoch."""
+        self._generator.set_state(state["generator"])
+        self._error.copy_(state["error"])
+        self._count = int(state["count"])
 
     def agreement(self, count: int = 512) -> Agreement:
         """Compare preprocessed particles with images made up in their place."""

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cryodrgn_amort import checkpoints
 from cryodrgn_amort.checkpoints import epochs, replacing
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.plan import parse
@@ -66,11 +67,8 @@ def locked(folder: Path) -> Iterator[None]:
     InputError
         If another process runs it.
     """
-    with open(folder / ".lock", "w") as own, open(folder / ".workers", "w") as workers:
-        try:
-            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"-o {folder}: another study_amort is running it") from None
+    other = "another study_amort is running it"
+    with checkpoints.locked(folder, other), open(folder / ".workers", "w") as workers:
         fcntl.flock(workers, fcntl.LOCK_EX)  # what is left of a killed one ends within a moment
         fcntl.flock(workers, fcntl.LOCK_UN)
         yield
@@ -157,7 +155,7 @@ def _to_run(plan: Plan, step: Step) -> tuple[str, ...]:
         return step.argv
     folder, stamp = step.outputs[0].parent, _stamp(plan, step)
     begun = stamp.is_begun() and stamp.is_older_than(folder / "config.yaml")
-    if begun and epochs(folder):
+    if begun and (epochs(folder) or (folder / checkpoints.INTERRUPTED).exists()):
         return (*step.argv, "--load", "latest")
     return (*step.argv, "--overwrite")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -271,6 +271,14 @@ class LookupTable(Encoder):
             assert end is not None
             self.adam.change_rate(self.weight, falling_rate(start, end, done))
             self._epoch_start = self.latents()[0].clone()  # not a view: the log variances can go
+
+    def epoch_state(self) -> dict[str, Any]:
+        """Return where the means were when the epoch began."""
+        return {} if self._epoch_start is None else {"start": self._epoch_start}
+
+    def set_epoch_state(self, state: dict[str, Any]) -> None:
+        """Remember where the means were."""
+        self._epoch_start = state["start"].to(self.weight) if "start" in state else None
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return how far the means moved in this epoch: root mean square distance per particle."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import logging
 import os
@@ -9,10 +10,10 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -23,16 +24,22 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from cryodrgn_amort import __version__, host
 from cryodrgn_amort.augment import Augmented
 from cryodrgn_amort.checkpoints import (
+    CHECKSUMS,
+    INTERRUPTED,
     OWN_KEY,
+    check_intact,
     epochs,
+    locked,
     read_weights,
+    recorded,
     replacing,
     write_json,
     write_weights,
     write_z,
 )
-from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.errors import InputError, Stopped
 from cryodrgn_amort.feed import Feed
+from cryodrgn_amort.interrupts import Requests
 from cryodrgn_amort.latent import adam, train_step
 from cryodrgn_amort.machine import available_memory
 from cryodrgn_amort.model import build_model
@@ -72,8 +79,35 @@ _ACTIVE_VARIANCE = 0.01  # Burda et al., arXiv 1509.00519: an active unit
 _ENCODE_BATCH = 256
 NOISE = "noise.json"
 _RUN_FILES = (
-    "z.pkl", "weights.pkl", "metrics.csv", NOISE, "run.log", HOLDOUT, TRAINED, "config.yaml",
+    "z.pkl", "weights.pkl", "metrics.csv", NOISE, "run.log", HOLDOUT, TRAINED, INTERRUPTED,
+    CHECKSUMS, "config.yaml",
 )  # fmt: skip
+
+
+@dataclass
+class _Part:
+    """What has been done of an epoch.
+
+    Attributes
+    ----------
+    begin
+        Random state when it began.
+    batches, seen, seconds
+        Steps taken, particles seen, time needed.
+    sums
+        Of gen_loss, KL and total over the particles.
+    moments
+        Of the posterior means, for the active units: sums of z and z^2, `(2, zdim)`.
+    """
+
+    begin: dict[str, Any]
+    sums: Tensor
+    moments: Tensor
+    batches: int = 0
+    seen: int = 0
+    seconds: float = 0.0
+    encoder: dict[str, Any] = field(default_factory=dict)
+    lesson: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -112,6 +146,7 @@ class Trainer:
         self.folder = Path(settings.outdir)
         self.device = default_device()
         self.encoder_spec, input_spec = settings.resolve(plugins)
+        self._skipped: list[str] = []
         checkpoint, own = self._checkpoint()
         self.settings = settings = replace(settings, holdout=self._holdout())
 
@@ -136,6 +171,7 @@ class Trainer:
         self.beta = host.get_beta_schedule(settings.beta_value())
         self.epoch = 0
         self._random: dict[str, Any] = {}
+        self._part: _Part | None = None
         if checkpoint:
             self._restore(checkpoint, own)
 
@@ -144,15 +180,18 @@ class Trainer:
         beside = (self.folder, *self.folder.absolute().parents)
         self._prepare_particles(next(path for path in beside if path.is_dir()))
         self.team.wait()  # until all have seen what the folder holds
-        if self.team.leads:
-            self._prepare_folder()
-        try:
-            log = _logging_to(self.folder / "run.log", self.settings.verbose, self.team)
-            with log, matrix_products():
-                self._train()
-        finally:  # a run that ends before its first checkpoint replaces nothing
+        with contextlib.ExitStack() as held:
             if self.team.leads:
-                self._put_back()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(self.folder, "another training writes to it"))
+                self._prepare_folder()
+            try:
+                log = _logging_to(self.folder / "run.log", self.settings.verbose, self.team)
+                with log, matrix_products():
+                    self._train()
+            finally:  # a run that ends before its first checkpoint replaces nothing
+                if self.team.leads:
+                    self._put_back()
         if self.settings.do_analysis and self.team.leads:
             host.analyze(str(self.folder), self.epoch)
 
@@ -248,13 +287,14 @@ class Trainer:
         self._restore_random(self._random)
         self._tell("training_start")
         started, first = time.monotonic(), self.epoch + 1
-        for self.epoch in range(first, settings.num_epochs + 1):
-            row = self._train_epoch()
-            if self.team.leads:
-                self._write_metrics(row)
-            self._tell("epoch_end", metrics=row)
-            if self.epoch % settings.checkpoint == 0 or self.epoch == settings.num_epochs:
-                self._write_checkpoint()
+        with Requests(heed=self.team.size == 1) as requests:
+            for self.epoch in range(first, settings.num_epochs + 1):
+                row = self._train_epoch(requests)
+                if self.team.leads:
+                    self._write_metrics(row)
+                self._tell("epoch_end", metrics=row)
+                if self.epoch % settings.checkpoint == 0 or self.epoch == settings.num_epochs:
+                    self._write_checkpoint()
         if self.team.leads:
             self._finish()
         took = timedelta(seconds=time.monotonic() - started)
@@ -267,40 +307,42 @@ class Trainer:
         if self.team.leads:
             getattr(self.plugins.hook, event)(trainer=self, **facts)
 
-    def _train_epoch(self) -> dict[str, float]:
+    def _train_epoch(self, requests: Requests) -> dict[str, float]:
         """Go through all particles once; returns the epoch's row of metrics.csv."""
         settings, n = self.settings, self.particles.n
-        started = time.monotonic()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        # of the posterior means, for the active units: sums of z and z^2 over the epoch
-        moments = torch.zeros(2, settings.zdim, dtype=torch.float64, device=self.device)
-        seen = 0
         self.model.train()
-        if self.model.amort is not None:
-            self.model.amort.epoch_start((self.epoch - 1) / settings.num_epochs)
-        if self.lesson is not None:
-            self.lesson.epoch_start(self.epoch)
-        self._set_rate((self.epoch - 1) / settings.num_epochs)
+        part = self._begin_epoch()
+        started, before = time.monotonic(), part.seconds
         what = f"epoch {self.epoch}/{settings.num_epochs}"
-        for batch in self._bar(iter(self.batches), what, len(self.batches)):
-            seen += batch.size
-            result, mean = self._step(batch, self.beta(n * (self.epoch - 1) + seen))
-            sums += batch.size * torch.stack([result.gen_loss, result.kld, result.total]).double()
-            moments[0] += mean.sum(0)
-            moments[1] += mean.square().sum(0)
+        for number, batch in enumerate(self._bar(iter(self.batches), what, len(self.batches))):
+            if number < part.batches:  # done before training was stopped
+                continue
+            if number == part.batches and self._random:
+                self._restore_random(self._random)
+                self._random = {}
+            part.seen += batch.size
+            result, mean = self._step(batch, self.beta(n * (self.epoch - 1) + part.seen))
+            part.batches += 1
+            losses = torch.stack([result.gen_loss, result.kld, result.total])
+            part.sums += batch.size * losses.double()
+            part.moments[0] += mean.sum(0)
+            part.moments[1] += mean.square().sum(0)
             self._tell("batch_end", losses=result)
-            if seen % settings.log_interval < settings.batch_size and not _on_terminal():
-                self._log_batch(seen, result)
-        self.team.add([sums, moments])
-        gen_loss, kld, total = (sums / seen).tolist()
+            if part.seen % settings.log_interval < settings.batch_size and not _on_terminal():
+                self._log_batch(part.seen, result)
+            if requests.number is not None and part.batches < len(self.batches):
+                part.seconds = before + time.monotonic() - started
+                self._stop(part, requests)
+        self.team.add([part.sums, part.moments])
+        gen_loss, kld, total = (part.sums / part.seen).tolist()
         if not np.isfinite(total):
             kept = f"epoch {epochs(self.folder)[-1]}" if epochs(self.folder) else "none"
             raise InputError(
                 f"the loss of epoch {self.epoch} is {total}: training has diverged (last good "
                 f"checkpoint: {kept}); try a smaller --lr"
             )
-        took = time.monotonic() - started
-        variance = moments[1] / seen - (moments[0] / seen).square()
+        took = before + time.monotonic() - started
+        variance = part.moments[1] / part.seen - (part.moments[0] / part.seen).square()
         logger.info(  # cryodrgn analyze reads this line
             f"# =====> Epoch: {self.epoch} Average gen loss = {gen_loss:.6}, KLD = {kld:.6f}, "
             f"total loss = {total:.6f}; Finished in {timedelta(seconds=took)}"
@@ -313,10 +355,49 @@ class Trainer:
             "kld": kld,
             "loss": total,
             "seconds": round(took, 3),
-            "images_per_second": round(seen / took, 1),
+            "images_per_second": round(part.seen / took, 1),
             "active_units": int((variance > _ACTIVE_VARIANCE).sum()),
             **own,
         }
+
+    def _begin_epoch(self) -> _Part:
+        """Begin the epoch, or go on in one that training was stopped in."""
+        part, self._part = self._part, None
+        amort, lesson, done = self.model.amort, self.lesson, self.epoch - 1
+        if lesson is not None:
+            lesson.epoch_start(self.epoch)
+        if part is not None:
+            self._random, random = self._random_state(), part.begin
+            self._restore_random(random)  # the loader draws what it drew
+            if amort is not None:
+                amort.set_epoch_state(part.encoder)
+            if lesson is not None:
+                lesson.set_epoch_state(part.lesson)
+            return part
+        self._random = {}
+        if amort is not None:
+            amort.epoch_start(done / self.settings.num_epochs)
+        self._set_rate(done / self.settings.num_epochs)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        moments = torch.zeros(2, self.settings.zdim, dtype=torch.float64, device=self.device)
+        return _Part(self._random_state(), sums, moments)
+
+    def _stop(self, part: _Part, requests: Requests) -> NoReturn:
+        """Keep all that is needed to go on with the next batch, and stop."""
+        if self.model.amort is not None:
+            part.encoder = self.model.amort.epoch_state()
+        if self.lesson is not None:
+            part.lesson = self.lesson.epoch_state()
+        with recorded(self.folder, INTERRUPTED):
+            self._write_weights(INTERRUPTED, self.epoch - 1, self._random_state(), part)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        where = f"in epoch {self.epoch} after {part.batches} of {len(self.batches)} batches"
+        logger.info(f"Stopped by {requests.name} {where}")
+        assert requests.number is not None
+        raise Stopped(
+            f"stopped by {requests.name} {where}; --load latest goes on from there",
+            requests.number,
+        )
 
     def _step(self, batch: Batch, beta: float) -> tuple[Losses, Tensor]:
         control = self.settings.beta_control
@@ -356,16 +437,30 @@ class Trainer:
         own_state = self._own_state()
         if not self.team.leads:
             return
-        path = self.folder / f"weights.{self.epoch}.pkl"
-        write_z(self.folder / f"z.{self.epoch}.pkl", *z)
-        write_weights(
-            path, self.epoch, self.model.host_state_dict(), self.optimizer.state_dict(),
-            encoder=self.settings.encoder, encoder_state_dict=own_state, random=random,
-            input_state={} if self.shown is None else self.shown.state_dict(),
-            norm=list(self.particles.norm),
-        )  # fmt: skip
+        names = f"z.{self.epoch}.pkl", f"weights.{self.epoch}.pkl"
+        with recorded(self.folder, *names):
+            write_z(self.folder / names[0], *z)
+            self._write_weights(names[1], self.epoch, random, own_state=own_state)
+        (self.folder / INTERRUPTED).unlink(missing_ok=True)
         shutil.rmtree(self._replaced, ignore_errors=True)
-        self._tell("checkpoint_written", path=path)
+        self._tell("checkpoint_written", path=self.folder / names[1])
+
+    def _write_weights(
+        self,
+        name: str,
+        epoch: int,
+        random: dict[str, Any],
+        part: _Part | None = None,
+        own_state: dict[str, Any] | None = None,
+    ) -> None:
+        """Write a checkpoint after ``epoch`` epochs, and ``part`` of the next one."""
+        more = {} if part is None else {"part": vars(part)}
+        write_weights(
+            self.folder / name, epoch, self.model.host_state_dict(), self.optimizer.state_dict(),
+            encoder=self.settings.encoder, random=random, norm=list(self.particles.norm),
+            encoder_state_dict=self._own_state() if own_state is None else own_state,
+            input_state={} if self.shown is None else self.shown.state_dict(), **more,
+        )  # fmt: skip
 
     def _own_state(self) -> dict[str, Any]:
         """Return the state of an encoder of ours, rows of all processes together."""
@@ -378,9 +473,10 @@ class Trainer:
 
     def _finish(self) -> None:
         """Put the final weights.pkl and z.pkl beside the last epoch's, which they equal."""
-        for kind in ("z", "weights"):
-            with replacing(self.folder / f"{kind}.pkl") as temporary:
-                shutil.copyfile(self.folder / f"{kind}.{self.epoch}.pkl", temporary)
+        with recorded(self.folder, "z.pkl", "weights.pkl"):
+            for kind in ("z", "weights"):
+                with replacing(self.folder / f"{kind}.pkl") as temporary:
+                    shutil.copyfile(self.folder / f"{kind}.{self.epoch}.pkl", temporary)
         logger.info("Training complete")
 
     def _checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -400,11 +496,9 @@ class Trainer:
         if not load:
             return {}, {}
         if load == "latest":
-            known = epochs(self.folder)
-            if not known:
-                raise InputError(f"--load latest: {self.folder} has no checkpoint")
-            load = str(self.folder / f"weights.{known[-1]}.pkl")
-        checkpoint = read_weights(load, "--load")
+            load, checkpoint = self._latest()
+        else:
+            checkpoint = read_weights(load, "--load")
         if checkpoint["epoch"] >= self.settings.num_epochs and not self._killed_at_the_end(load):
             raise InputError(
                 f"--load {load}: has {checkpoint['epoch']} epochs already; "
@@ -421,6 +515,25 @@ class Trainer:
         if "encoder" not in own and self.encoder_spec.host_mode is None:
             raise InputError(f"--load {load}: has no {self.settings.encoder} encoder")
         return checkpoint, own
+
+    def _latest(self) -> tuple[str, dict[str, Any]]:
+        """Read the newest checkpoint of the folder that is whole; note which are not."""
+        known = epochs(self.folder)
+        stopped = self.folder / INTERRUPTED
+        candidates = [self.folder / f"weights.{epoch}.pkl" for epoch in reversed(known)]
+        candidates = [stopped, *candidates] if stopped.is_file() else candidates
+        for path in candidates:
+            try:
+                checkpoint = read_weights(path, "--load latest")
+                if path != stopped:
+                    check_intact(self.folder / f"z.{checkpoint['epoch']}.pkl", "--load latest")
+            except InputError as err:
+                self._skipped.append(str(err).removeprefix("--load latest "))
+                continue
+            if path != stopped or checkpoint["epoch"] >= (known or [0])[-1]:
+                return str(path), checkpoint
+        none = f"--load latest: {self.folder} has no checkpoint"
+        raise InputError(f"{none} that is whole ({self._skipped[0]})" if self._skipped else none)
 
     def _holdout(self) -> str | None:
         """Return which particles to hold out; a run that goes on keeps those it has."""
@@ -457,6 +570,11 @@ class Trainer:
                 raise InputError(f"{name}: {err}") from None
         self._random = own.get("random", {})
         self.epoch = int(checkpoint["epoch"])
+        if "part" in own:
+            self._part = _Part(**own["part"])
+            self._part.sums, self._part.moments = (
+                kept.to(self.device) for kept in (self._part.sums, self._part.moments)
+            )
 
     def _random_state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"torch": torch.get_rng_state()}
@@ -495,8 +613,7 @@ class Trainer:
         return self.folder / ".replaced"
 
     def _prepare_folder(self) -> None:
-        """Make the run folder. From here on files are written."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Make room in the run folder. From here on files are written."""
         if (self._replaced / "config.yaml").exists() and epochs(self.folder):
             shutil.rmtree(self._replaced)  # killed just after the first checkpoint
         self._put_back()  # or before it
@@ -508,7 +625,8 @@ class Trainer:
             self._replaced.mkdir()
             for path in stale:
                 os.replace(path, self._replaced / path.name)
-        write_config(self.folder, self.settings, self.encoder_spec, self.particles)
+        with recorded(self.folder, "config.yaml", HOLDOUT, TRAINED):
+            write_config(self.folder, self.settings, self.encoder_spec, self.particles)
 
     def _put_back(self) -> None:
         if not self._replaced.is_dir():
@@ -549,7 +667,11 @@ class Trainer:
         for name, part in sizes.items():
             count = sum(p.numel() for p in part.parameters() if p.requires_grad)
             logger.info(f"{count} parameters in {name}")
-        if self.epoch:
+        for reason in self._skipped:
+            logger.warning(f"Skipped {reason}")
+        if self._part is not None:
+            logger.info(f"Continuing in epoch {self.epoch + 1} after {self._part.batches} batches")
+        elif self.epoch:
             logger.info(f"Continuing after epoch {self.epoch} of {self.settings.load}")
         if self._replaced.is_dir():
             names = ", ".join(sorted(p.name for p in self._replaced.iterdir()))

@@ -38,7 +38,7 @@ LAYERS = [  # each may import from those below it
     {"sources", "feed", "noise"},
     {"particles", "metrics", "objective", "parallel", "decoding", "products"},
     {"checkpoints", "host"},
-    {"errors", "machine", "recipes"},
+    {"errors", "machine", "recipes", "interrupts"},
 ]
 
 

@@ -95,7 +95,7 @@ def test_overwrite_that_fails_leaves_the_old_run(train, flags, monkeypatch):
     with pytest.raises(InputError, match=r"has diverged .*checkpoint: none"):
         train(flags, qdim=16, overwrite=True, lr=1e30)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    monkeypatch.setattr(Trainer, "_train_epoch", lambda self: 1 / 0)
+    monkeypatch.setattr(Trainer, "_train_epoch", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # later epochs come back as well
         train(flags, qdim=16, num_epochs=3, load=str(folder / "weights.1.pkl"))
     assert epochs(folder) == [1, 2]
@@ -132,7 +132,7 @@ def test_checkpoint_interval(train, flags):
     assert epochs(folder) == [2, 4, 5]  # the last one always, which analyze needs
     names = {p.name for p in folder.iterdir()}
     assert names == {
-        "config.yaml", "metrics.csv", "run.log", "weights.pkl", "z.pkl",
+        "config.yaml", "metrics.csv", "run.log", "weights.pkl", "z.pkl", "checksums.sha256",
         *(f"{kind}.{e}.pkl" for kind in ("weights", "z") for e in (2, 4, 5)),
     }  # fmt: skip
 
@@ -177,7 +177,7 @@ def test_recipe_sets_flags_and_flags_win(plugins, flags):
             with pytest.raises(InputError, match=f"--recipe {name}: is nothing to train"):
                 settings_from_flags({"zdim": 8, **flags, "recipe": name}, plugins)
             continue
-        more = {"table_init": "zeros"} if name == "vlt-frozen-encoder" else {}
+        more = dict.fromkeys(owned.item.parents, "zeros")
         settings_from_flags({"zdim": 8, **flags, "recipe": name, **more}, plugins)
 
 

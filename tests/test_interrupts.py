@@ -1,0 +1,188 @@
+"""What a run survives: signals, damaged files, a second training in the same folder."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import read_pickles
+from test_training import metrics, same
+
+from cryodrgn_amort.checkpoints import CHECKSUMS, INTERRUPTED, epochs, locked, read_weights
+from cryodrgn_amort.errors import InputError, Stopped
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Let a signal arrive while the n-th batch is worked on."""
+    from cryodrgn_amort.training import Trainer
+
+    def arrange(number, signum=signal.SIGTERM):
+        step, count = Trainer._step, iter(range(1, 10_000))
+
+        def counted(self, batch, beta):
+            if next(count) == number:
+                os.kill(os.getpid(), signum)
+            return step(self, batch, beta)
+
+        monkeypatch.setattr(Trainer, "_step", counted)
+        return lambda: monkeypatch.setattr(Trainer, "_step", step)
+
+    return arrange
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"qdim": 16},
+        {"encoder": "vlt", "shuffle_seed": 4, "table_lr_end": 1e-3},
+        {"qdim": 16, "augment": 1, "lr_end": 1e-5},
+    ],
+    ids=["resid", "vlt", "augment"],
+)
+def test_a_training_that_is_stopped_goes_on_with_the_next_batch(
+    train, flags, tmp_path, stop_after, signum, more
+):
+    """70 particles are 5 batches: stopped in the second epoch, before a checkpoint, and again."""
+    flags = {**flags, **more, "num_epochs": 4, "checkpoint": 3}
+    whole = train(flags, outdir=str(tmp_path / "whole"))
+    for load, batch, says in ((None, 8, "in epoch 2 after 3"), ("latest", 9, "in epoch 4 after 2")):
+        undo = stop_after(batch, signum)
+        with pytest.raises(Stopped) as stop:
+            train(flags, load=load)
+        undo()
+        assert stop.value.number == signum
+        assert says in str(stop.value)
+        assert (tmp_path / "run" / INTERRUPTED).is_file()
+        torch.manual_seed(99)
+    parts = train(flags, load="latest")
+    a, b = (read_weights(t.folder / "weights.pkl", "") for t in (whole, parts))
+    assert same(a, b)
+    for one, two in zip(
+        *(read_pickles(t.folder / "z.pkl", 2) for t in (whole, parts)), strict=True
+    ):
+        np.testing.assert_array_equal(one, two)
+    assert metrics(whole.folder) == metrics(parts.folder)
+    assert not (tmp_path / "run" / INTERRUPTED).exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_stage_goes_on_within_an_epoch(train, flags, plugins, tmp_path, stop_after):
+    from cryodrgn_amort.runs import with_run
+    from cryodrgn_amort.settings import settings_from_flags
+    from cryodrgn_amort.training import Trainer
+
+    train(flags, encoder="vlt", outdir=str(tmp_path / "vlt"))
+
+    def second(name, **more):
+        given = {"from_run": str(tmp_path / "vlt"), "encoder": "anchored", "anchors": 3, "seed": 1,
+                 "outdir": str(tmp_path / name), "do_analysis": False, "num_epochs": 2, "qdim": 16,
+                 "batch_size": 16, **more}  # fmt: skip
+        trainer = Trainer(settings_from_flags(with_run(given, plugins), plugins), plugins)
+        trainer.fit()
+        return trainer
+
+    whole = second("whole")
+    undo = stop_after(7)
+    with pytest.raises(Stopped):
+        second("parts")
+    undo()
+    parts = second("parts", load="latest")
+    a, b = (read_weights(t.folder / "weights.pkl", "") for t in (whole, parts))
+    assert same(a, b)
+    assert metrics(whole.folder) == metrics(parts.folder)
+
+
+def test_the_command_says_so_in_one_line(flags, tmp_path):
+    """SIGTERM, as a cluster sends it: exit code 143, and the next call goes on."""
+    argv = [
+        sys.executable, "-m", "cryodrgn_amort", "train_amort", flags["particles"], "--poses",
+        flags["poses"], "--ctf", flags["ctf"], "--zdim", "2", "--enc-dim", "8", "--dec-dim", "8",
+        "--no-analysis", "-n", "100000", "--checkpoint", "1000000", "-o", str(tmp_path / "run"),
+    ]  # fmt: skip
+    child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    log = tmp_path / "run/run.log"
+    while not (log.is_file() and "Epoch: 2 " in log.read_text()):
+        assert time.monotonic() < deadline
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    said = child.communicate(timeout=60)[1].splitlines()
+    assert child.returncode == 128 + signal.SIGTERM
+    assert re.fullmatch(
+        r"cryodrgn train_amort: stopped by SIGTERM in epoch \d+ after \d+ of 5 batches; "
+        r"--load latest goes on from there",
+        said[-1],
+    )
+    assert "Traceback" not in "".join(said)
+
+
+def damage(path, at=-200):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("name", ["weights.3.pkl", "z.3.pkl"])
+def test_the_newest_checkpoint_that_is_whole_is_taken(train, flags, tmp_path, name):
+    whole = train(flags, outdir=str(tmp_path / "whole"), num_epochs=4, encoder="vlt")
+    train(flags, num_epochs=3, encoder="vlt")
+    damage(tmp_path / "run" / name)
+    again = train(flags, num_epochs=4, encoder="vlt", load="latest")
+    log = (tmp_path / "run/run.log").read_text()
+    assert f"Skipped {tmp_path / 'run' / name}: damaged" in log
+    assert "Continuing after epoch 2" in log
+    a, b = (read_weights(t.folder / "weights.pkl", "") for t in (whole, again))
+    assert same(a, b)
+    assert epochs(again.folder) == [1, 2, 3, 4]
+
+
+def test_no_checkpoint_is_whole(train, flags, tmp_path):
+    train(flags, num_epochs=1, encoder="vlt")
+    damage(tmp_path / "run/weights.1.pkl")
+    with pytest.raises(InputError, match=r"no checkpoint that is whole \(.*weights\.1\.pkl: damag"):
+        train(flags, num_epochs=2, encoder="vlt", load="latest")
+
+
+def test_a_flipped_bit_in_any_file_of_a_run_is_seen(train, flags, plugins, tmp_path):
+    train(flags, num_epochs=1, encoder="vlt", holdout="0.2")
+    run = tmp_path / "run"
+    sums = (run / CHECKSUMS).read_text()
+    assert {line.split("  ")[1] for line in sums.splitlines()} == {
+        "weights.1.pkl", "z.1.pkl", "weights.pkl", "z.pkl", "config.yaml", "ind_heldout.pkl",
+        "ind_train.pkl",
+    }  # fmt: skip
+    done = subprocess.run(["sha256sum", "--check", "--quiet", CHECKSUMS], cwd=run, check=False)
+    assert done.returncode == 0
+    for name in ("weights.1.pkl", "z.1.pkl", "config.yaml", "ind_heldout.pkl"):
+        before = (run / name).read_bytes()
+        damage(run / name, at=len(before) // 2)
+        with pytest.raises(InputError, match=rf"{name}: damaged"):
+            open_all(run, plugins)
+        (run / name).write_bytes(before)
+    open_all(run, plugins)
+
+
+def open_all(run, plugins):
+    from cryodrgn_amort.runs import load_run
+
+    opened = load_run(run, plugins)
+    opened.z()
+    opened.load(opened.particles())
+
+
+def test_a_second_training_in_the_same_folder_is_refused(train, flags, tmp_path):
+    train(flags, num_epochs=1)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with locked(tmp_path / "run", "this test"), pytest.raises(InputError, match="another training"):
+        train(flags, num_epochs=2, load="latest")
+    assert not (tmp_path / "run/.lock").exists()
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    train(flags, num_epochs=2, load="latest")
