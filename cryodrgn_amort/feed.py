@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from cryodrgn_amort import host
+from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.parallel import Team
-from cryodrgn_amort.particles import Batch, Part
+from cryodrgn_amort.particles import Batch, Part, odd_images, spans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -110,6 +111,7 @@ class Feed:
         self.particles, self.shown = particles, shown
         self.team = team or Team()
         self._store: _Store | None = None
+        self._odd: dict[str, list[int]] = {"not finite": [], "constant": []}
         self.description = "read from the stack in every epoch"
         if memory > 0:
             self._prepare(memory, folder, progress)
@@ -167,6 +169,7 @@ class Feed:
         chunks = torch.arange(len(rows)).split(max(1, _CHUNK_PIXELS // p.D**2))
         for at in progress(iter(chunks), len(chunks)) if needed else ():
             self._fill(store, at.numpy(), rows[at], particles=shared is None)
+        self._report_odd()
         self._store = store
         if self.team.size == 1:
             p.prepared = store
@@ -176,7 +179,11 @@ class Feed:
         p = self.particles
         ctf = p.ctf(index) if store.ctf is not None or store.shown is not None else None
         if particles:
-            store.images[at] = p.centred(index).cpu().numpy()
+            raw = p.raw(index)
+            store.images[at] = p.centred(index, raw).cpu().numpy()
+            span = spans(raw)
+            self._odd["not finite"] += index[~span.isfinite()].tolist()
+            self._odd["constant"] += index[span == 0].tolist()
         if particles and store.ctf is not None and store.flips is not None and ctf is not None:
             half = p.half(ctf)
             assert half is not None
@@ -185,6 +192,17 @@ class Feed:
         if store.shown is not None and self.shown is not None:
             image = p.centred(index, self.shown.raw(index))
             store.shown[at] = p.flip(image, ctf).cpu().numpy()
+
+    def _report_odd(self) -> None:
+        """Refuse images with pixels that are not finite; warn of those that are constant."""
+        for what, found in self._odd.items():
+            if not found:
+                continue
+            ind = self.particles.ind
+            text = odd_images(found if ind is None else ind[found].tolist(), what)
+            if what != "constant":
+                raise InputError(f"PARTICLES: {text}; leave them out by --ind")
+            logger.warning(f"PARTICLES: {text}")
 
     def read(self, index: Tensor) -> Batch:
         """Return some particles, by their positions in the data set `(B,)`."""

@@ -14,7 +14,9 @@ from cryodrgn_amort.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Batch", "Part", "Particles"]
+__all__ = ["Batch", "Part", "Particles", "odd_images", "spans"]
+
+_NAMED = 10  # positions in a message
 
 
 @dataclass
@@ -194,3 +196,20 @@ class Particles:
     def flip(y: Tensor, ctf: Tensor | None) -> Tensor:
         """Flip the phases of Hartley images by the sign of their CTF, pixel by pixel."""
         return y if ctf is None else y * ctf.sign()
+
+
+def spans(raw: Tensor) -> Tensor:
+    """Return greatest minus least pixel of images `(B, box, box)`: `(B,)`.
+
+    0 if an image is constant, NaN or infinite if a pixel is.
+    """
+    found: Tensor = raw.amax((1, 2)) - raw.amin((1, 2))
+    return found
+
+
+def odd_images(positions: list[int], what: str) -> str:
+    """Say which images of a stack are ``what``."""
+    some = ", ".join(map(str, sorted(positions)[:_NAMED]))
+    more = ", ..." if len(positions) > _NAMED else ""
+    count = "1 image is" if len(positions) == 1 else f"{len(positions)} images are"
+    return f"{count} {what}, at {some}{more} of the stack (from 0)"

@@ -11,7 +11,7 @@ import numpy as np
 from cryodrgn_amort import host
 from cryodrgn_amort.checkpoints import read_pickle, to_array
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.particles import Particles
+from cryodrgn_amort.particles import Particles, odd_images, spans
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["ParticleSource", "load_ctf", "load_particles", "load_poses"]
 
 _HOLDOUT_STREAM = 0x401D
+_SCANNED = 1000  # images at a time
 _EXTENSIONS = (".mrcs", ".mrc", ".star", ".cs", ".txt")
 
 
@@ -240,7 +241,17 @@ def load_particles(
     except Exception as err:
         raise InputError(f"{what}: images cannot be read ({type(err).__name__}: {err})") from err
     if not np.isfinite(images.norm).all() or not images.norm[1] > 0:
-        raise InputError(f"{what}: the images are constant or not finite")
+        rows = np.arange(images.N) if ind is None else ind
+        chunks = (np.arange(images.N)[first : first + _SCANNED]
+                  for first in range(0, images.N, _SCANNED))  # fmt: skip
+        odd = [
+            row
+            for chunk in chunks
+            for row in rows[chunk[~spans(images.src.images(chunk)).isfinite().numpy()]].tolist()
+        ]
+        if not odd:
+            raise InputError(f"{what}: the images are constant")
+        raise InputError(f"{what}: {odd_images(odd, 'not finite')}; leave them out by --ind")
     found = Particles(images, rots, trans, ctf, ind=ind, whole=whole, device=device)
     found.held_out = held
     return found

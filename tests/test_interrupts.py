@@ -1,4 +1,4 @@
-"""What a run survives: signals, damaged files, a second training in the same folder."""
+"""What a run survives: signals, damaged files and images, a second training in its folder."""
 
 import os
 import re
@@ -10,7 +10,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import read_pickles
+from cryodrgn.mrcfile import write_mrc
+from helpers import read_pickles, write_pickle, write_stack
 from test_training import metrics, same
 
 from cryodrgn_amort.checkpoints import CHECKSUMS, INTERRUPTED, epochs, locked, read_weights
@@ -186,3 +187,23 @@ def test_a_second_training_in_the_same_folder_is_refused(train, flags, tmp_path)
     assert not (tmp_path / "run/.lock").exists()
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     train(flags, num_epochs=2, load="latest")
+
+
+def test_images_that_are_no_numbers_are_named_before_anything_is_written(
+    train, flags, tmp_path, caplog
+):
+    stack = write_stack(tmp_path / "in", 12)
+    images = stack.images.copy()
+    images[4, 3, 3], images[7, 0, 0], images[9] = np.nan, np.inf, 2.5
+    write_mrc(stack.particles, images)
+    flags |= {"particles": stack.particles, "poses": stack.poses, "ctf": stack.ctf, "qdim": 8}
+    for more in ({}, {"norm": (0.0, 17.0)}):
+        with pytest.raises(InputError, match="2 images are not finite, at 4, 7 of the stack"):
+            train(flags, **more)
+    assert not (tmp_path / "run").exists()
+    kept = write_pickle(tmp_path / "ind.pkl", np.array([0, 1, 4, 9, 11]))
+    with pytest.raises(InputError, match="1 image is not finite, at 4 of the stack"):
+        train(flags, ind=kept)
+    kept = write_pickle(tmp_path / "ind.pkl", np.array([0, 1, 9, 11]))
+    train(flags, ind=kept)
+    assert "1 image is constant, at 9 of the stack" in caplog.text
