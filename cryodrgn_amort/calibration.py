@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["LEVELS", "Calibration", "calibrate", "calibration_measures", "coverage"]
 
 LEVELS = (50, 80, 95)
-_POSES = 32
+_POSES, _SIGNALS = 512, 2  # images at one pose gain much the same: many poses
 _SURE = 5.0  # standard errors
 IMAGES = 1024
 """That are made up."""
@@ -84,7 +84,7 @@ def calibrate(
     amort, device = model.amort, particles.device
     templates = amort.templates if isinstance(amort, AnchoredEncoder) else None
     means, logvars = (torch.from_numpy(part).to(device) for part in (z, logvar))
-    lesson = Sleep(model.fast, particles, means, logvars, templates, seed, poses=_POSES)
+    lesson = Sleep(model.fast, particles, means, logvars, templates, seed, _POSES, _SIGNALS)
     lesson.epoch_start(1)
     feed = Feed(particles, None, memory=0)
     index = np.random.default_rng(seed).integers(particles.n, size=IMAGES)

@@ -104,8 +104,8 @@ class Sleep:
         Posteriors from which latents are drawn, `(N, zdim)`.
     templates
         Latents that the encoder compares with, `(K, zdim)`; None: it does not.
-    poses
-        At most so many are in the pool at a time.
+    poses, signals
+        At most so many poses are in the pool at a time, and so many latents at each.
     """
 
     def __init__(
@@ -117,17 +117,19 @@ class Sleep:
         templates: Tensor | None,
         seed: int,
         poses: int = _POSES,
+        signals: int = _SIGNALS,
     ) -> None:
         self.decoder, self.particles, self.seed = decoder, particles, seed
+        self.signals = signals
         self._mean, self._spread = mean, torch.exp(0.5 * logvar)
         self.templates = mean[:0] if templates is None else templates
         self.noise = measure_noise(decoder, particles, mean, seed)
-        each = 4 * len(particles.mask) * (len(self.templates) + _SIGNALS)
+        each = 4 * len(particles.mask) * (len(self.templates) + signals)
         size = int(min(poses, max(16, _POOL_BYTES // each)))
-        shape = size, len(self.templates) + _SIGNALS, len(particles.mask)
+        shape = size, len(self.templates) + signals, len(particles.mask)
         self._images = torch.empty(shape, device=mean.device)
         self._rots = torch.empty(size, 3, 3, device=mean.device)
-        self._z = torch.empty(size, _SIGNALS, mean.shape[1], device=mean.device)
+        self._z = torch.empty(size, signals, mean.shape[1], device=mean.device)
         self._made = torch.full((size,), -1)
         self._generator = torch.Generator()
         self._error, self._count = torch.zeros((), dtype=torch.float64, device=mean.device), 0
@@ -140,7 +142,7 @@ class Sleep:
         state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)
         self._generator.manual_seed(int(state[0] >> np.uint64(1)))
         size = len(self._made)
-        each = min(size, -(-self.particles.n // (_SIGNALS * _USES)))
+        each = min(size, -(-self.particles.n // (self.signals * _USES)))
         replaced = (epoch - 1) * each - torch.arange(size)
         generation = torch.div(replaced + size - 1, size, rounding_mode="floor").clamp(min=0)
         for place in (generation != self._made).nonzero()[:, 0].tolist():
@@ -154,12 +156,12 @@ class Sleep:
         plane = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
         pose = self.particles.rots[int(rng.integers(self.particles.n))]
         rot = plane.to(pose) @ pose
-        rows = torch.from_numpy(rng.integers(len(self._mean), size=_SIGNALS)).to(rot.device)
-        normal = rng.standard_normal((_SIGNALS, self._mean.shape[1]), dtype=np.float32)
+        rows = torch.from_numpy(rng.integers(len(self._mean), size=self.signals)).to(rot.device)
+        normal = rng.standard_normal((self.signals, self._mean.shape[1]), dtype=np.float32)
         z = self._mean[rows] + self._spread[rows] * torch.from_numpy(normal).to(rot.device)
         latents = torch.cat([z, self.templates])
         images = self.decoder.images(rot[None], latents[None])[0]
-        images[_SIGNALS + 1 :] -= images[_SIGNALS : _SIGNALS + 1]
+        images[self.signals + 1 :] -= images[self.signals : self.signals + 1]
         self._images[place] = images
         self._rots[place], self._z[place] = rot, z
 
@@ -168,11 +170,11 @@ class Sleep:
         index, ctf, generator, device = batch.index, batch.ctf, self._generator, self._rots.device
         own = torch.arange(batch.size) if batch.part is None else batch.part.places
         place = torch.randint(len(self._made), (batch.size,), generator=generator)[own].to(device)
-        signal = torch.randint(_SIGNALS, (batch.size,), generator=generator)[own].to(device)
+        signal = torch.randint(self.signals, (batch.size,), generator=generator)[own].to(device)
         y = with_ctf(self._images[place, signal], ctf)
         y += self.noise.draw(index, generator, batch.part)
         image = y if ctf is None else y * whole_ctf(ctf).sign()
-        compared = self._images[place, _SIGNALS:] if len(self.templates) else None
+        compared = self._images[place, self.signals :] if len(self.templates) else None
         return Dream(
             index, y, image, self._rots[place], ctf, z=self._z[place, signal], templates=compared
         )

@@ -23,6 +23,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 from scipy.stats import vonmises_fisher
 
+from cryodrgn_amort.definitions import GAIN_BOUNDS
 from cryodrgn_amort.metrics import Neighbours, knn_labels
 
 HELD_OUT = 400
@@ -182,26 +183,33 @@ COLUMNS = {
     "anchored.noise_swap_signal": "noise_swap_signal",
     "anchored.coverage_80": "coverage_80",
     "gain_ratio": "gain_ratio",
-    "shells_that_part": "shells that part",
+    "warned": "warned",
 }
 
 
 def write(found: dict[str, list[dict[str, float]]], out: Path) -> None:
     """Write all numbers, a table and a figure."""
-    for rows in found.values():
-        for row in rows:
-            row["gain_ratio"] = row.get("anchored.gain_ratio", np.nan)
     (out / "limits.json").write_text(json.dumps(found, indent=1))
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, rows in found.items():
         cells = []
         for column in COLUMNS:
-            form = "{:.0f}" if column == "shells_that_part" else "{:.2f}"
-            cells.append(", ".join(form.format(row[column]) for row in rows))
+            cells.append(", ".join(_cell(row, column) for row in rows))
         lines.append(f"| {CONDITIONS[name].title} | " + " | ".join(cells) + " |")
     (out / "limits.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     _draw(found, out / "limits.svg")
+
+
+def _cell(row: dict[str, float], column: str) -> str:
+    low, high = row.get("gain_ratio_low", np.nan), row.get("gain_ratio_high", np.nan)
+    if column == "gain_ratio":
+        return f"{row['anchored.gain_ratio']:.2f} ({low:.2f} to {high:.2f})"
+    if column == "warned":  # by the report, by the training
+        by = ["gain"] * (high < GAIN_BOUNDS[0] or low > GAIN_BOUNDS[1])
+        by += [f"{row['shells_that_part']} shells"] * (row["shells_that_part"] > 0)
+        return " and ".join(by) or "no"
+    return f"{row[column]:.2f}"
 
 
 def _draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
@@ -223,9 +231,11 @@ def _draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
     ):
         means = [np.mean([row[column] for row in found[name]]) for name in names]
         left.plot(means, y, marker, label=label, fillstyle="none", markersize=7)
-    ratio = [np.mean([row["gain_ratio"] for row in found[name]]) for name in names]
-    right.plot(ratio, y, "k.")
-    right.axvspan(0.95, 1.05, color="0.9")
+    right.axvspan(*GAIN_BOUNDS, color="0.9")
+    for height, name in zip(y, names, strict=True):
+        for row in found[name]:
+            right.plot([row["gain_ratio_low"], row["gain_ratio_high"]], [height, height], "0.5")
+            right.plot(row["anchored.gain_ratio"], height, "k.")
     left.set_yticks(y, [CONDITIONS[name].title for name in names])
     left.set_xlabel("class_knn (null 0.2)")
     right.set_xlabel("gain_ratio (no truth needed)")
