@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import logging
 import os
-import re
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -24,21 +21,19 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from cryodrgn_amort import __version__, host
 from cryodrgn_amort.augment import Augmented
 from cryodrgn_amort.checkpoints import (
-    CHECKSUMS,
     INTERRUPTED,
     OWN_KEY,
-    check_intact,
     epochs,
     locked,
     read_weights,
     recorded,
-    replacing,
     write_json,
     write_weights,
     write_z,
 )
 from cryodrgn_amort.errors import InputError, Stopped
 from cryodrgn_amort.feed import Feed
+from cryodrgn_amort.folders import NOISE, RunFolder
 from cryodrgn_amort.interrupts import Requests
 from cryodrgn_amort.latent import adam, train_step
 from cryodrgn_amort.machine import available_memory
@@ -77,11 +72,6 @@ logger = logging.getLogger("cryodrgn_amort")
 
 _ACTIVE_VARIANCE = 0.01  # Burda et al., arXiv 1509.00519: an active unit
 _ENCODE_BATCH = 256
-NOISE = "noise.json"
-_RUN_FILES = (
-    "z.pkl", "weights.pkl", "metrics.csv", NOISE, "run.log", HOLDOUT, TRAINED, INTERRUPTED,
-    CHECKSUMS, "config.yaml",
-)  # fmt: skip
 
 
 @dataclass
@@ -144,9 +134,9 @@ class Trainer:
         if self.team.size > 1 and settings.beta_control is not None:
             raise InputError("--beta-control: not with several processes, whose KL it does not add")
         self.folder = Path(settings.outdir)
+        self.files = RunFolder(self.folder)
         self.device = default_device()
         self.encoder_spec, input_spec = settings.resolve(plugins)
-        self._skipped: list[str] = []
         checkpoint, own = self._checkpoint()
         self.settings = settings = replace(settings, holdout=self._holdout())
 
@@ -191,7 +181,7 @@ class Trainer:
                     self._train()
             finally:  # a run that ends before its first checkpoint replaces nothing
                 if self.team.leads:
-                    self._put_back()
+                    self.files.put_back()
         if self.settings.do_analysis and self.team.leads:
             host.analyze(str(self.folder), self.epoch)
 
@@ -291,12 +281,13 @@ class Trainer:
             for self.epoch in range(first, settings.num_epochs + 1):
                 row = self._train_epoch(requests)
                 if self.team.leads:
-                    self._write_metrics(row)
+                    self.files.write_metrics(row)
                 self._tell("epoch_end", metrics=row)
                 if self.epoch % settings.checkpoint == 0 or self.epoch == settings.num_epochs:
                     self._write_checkpoint()
         if self.team.leads:
-            self._finish()
+            self.files.finish(self.epoch)
+            logger.info("Training complete")
         took = timedelta(seconds=time.monotonic() - started)
         each = took / max(self.epoch - first + 1, 1)
         logger.info(f"Finished in {took} ({each} per epoch)")
@@ -390,7 +381,7 @@ class Trainer:
             part.lesson = self.lesson.epoch_state()
         with recorded(self.folder, INTERRUPTED):
             self._write_weights(INTERRUPTED, self.epoch - 1, self._random_state(), part)
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        self.files.drop_replaced()
         where = f"in epoch {self.epoch} after {part.batches} of {len(self.batches)} batches"
         logger.info(f"Stopped by {requests.name} {where}")
         assert requests.number is not None
@@ -442,7 +433,7 @@ class Trainer:
             write_z(self.folder / names[0], *z)
             self._write_weights(names[1], self.epoch, random, own_state=own_state)
         (self.folder / INTERRUPTED).unlink(missing_ok=True)
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        self.files.drop_replaced()
         self._tell("checkpoint_written", path=self.folder / names[1])
 
     def _write_weights(
@@ -471,24 +462,16 @@ class Trainer:
         state = self.model.own_state_dict()
         return {k: self.team.collect(v, n) if k in split else v for k, v in state.items()}
 
-    def _finish(self) -> None:
-        """Put the final weights.pkl and z.pkl beside the last epoch's, which they equal."""
-        with recorded(self.folder, "z.pkl", "weights.pkl"):
-            for kind in ("z", "weights"):
-                with replacing(self.folder / f"{kind}.pkl") as temporary:
-                    shutil.copyfile(self.folder / f"{kind}.{self.epoch}.pkl", temporary)
-        logger.info("Training complete")
-
     def _checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read what ``--load`` names: the checkpoint, and our part of it."""
         load = self.settings.load
         here = load == "latest" or (load and Path(load).parent.resolve() == self.folder.resolve())
-        if self._replaced.is_dir() and not epochs(self.folder) and not self.settings.overwrite:
+        if self.files.is_orphaned and not self.settings.overwrite:
             raise InputError(
                 f"-o {self.folder}: its run was about to be replaced when training was killed; "
-                f"it is whole in {self._replaced}: move it back, or go on with --overwrite"
+                f"it is whole in {self.files.replaced}: move it back, or go on with --overwrite"
             )
-        if self._run_files() and not here and not self.settings.overwrite:
+        if self.files.present() and not here and not self.settings.overwrite:
             raise InputError(
                 f"-o {self.folder}: holds a run already; continue it with --load latest, "
                 "or replace it with --overwrite"
@@ -496,10 +479,12 @@ class Trainer:
         if not load:
             return {}, {}
         if load == "latest":
-            load, checkpoint = self._latest()
+            load, checkpoint = self.files.latest()
         else:
             checkpoint = read_weights(load, "--load")
-        if checkpoint["epoch"] >= self.settings.num_epochs and not self._killed_at_the_end(load):
+        if checkpoint["epoch"] >= self.settings.num_epochs and not self.files.lacks_the_end_alone(
+            load, self.settings.num_epochs
+        ):
             raise InputError(
                 f"--load {load}: has {checkpoint['epoch']} epochs already; "
                 f"-n {self.settings.num_epochs} leaves nothing to train"
@@ -516,25 +501,6 @@ class Trainer:
             raise InputError(f"--load {load}: has no {self.settings.encoder} encoder")
         return checkpoint, own
 
-    def _latest(self) -> tuple[str, dict[str, Any]]:
-        """Read the newest checkpoint of the folder that is whole; note which are not."""
-        known = epochs(self.folder)
-        stopped = self.folder / INTERRUPTED
-        candidates = [self.folder / f"weights.{epoch}.pkl" for epoch in reversed(known)]
-        candidates = [stopped, *candidates] if stopped.is_file() else candidates
-        for path in candidates:
-            try:
-                checkpoint = read_weights(path, "--load latest")
-                if path != stopped:
-                    check_intact(self.folder / f"z.{checkpoint['epoch']}.pkl", "--load latest")
-            except InputError as err:
-                self._skipped.append(str(err).removeprefix("--load latest "))
-                continue
-            if path != stopped or checkpoint["epoch"] >= (known or [0])[-1]:
-                return str(path), checkpoint
-        none = f"--load latest: {self.folder} has no checkpoint"
-        raise InputError(f"{none} that is whole ({self._skipped[0]})" if self._skipped else none)
-
     def _holdout(self) -> str | None:
         """Return which particles to hold out; a run that goes on keeps those it has."""
         given, load = self.settings.holdout, self.settings.load
@@ -546,12 +512,6 @@ class Trainer:
         if given:
             raise InputError(f"--holdout {given}: the run of --load {load} had none held out")
         return None
-
-    def _killed_at_the_end(self, load: str) -> bool:
-        """Tell whether all that this run lacks is what ``_finish`` does."""
-        last = self.folder / f"weights.{self.settings.num_epochs}.pkl"
-        final = (self.folder / "weights.pkl", self.folder / "z.pkl")
-        return Path(load).resolve() == last.resolve() and not all(p.exists() for p in final)
 
     def _restore(self, checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
         name = f"--load {self.settings.load}"
@@ -594,60 +554,11 @@ class Trainer:
         if generator is not None and "shuffle" in state:
             generator.set_state(state["shuffle"])
 
-    def _run_files(self, after: int = -1) -> list[Path]:
-        """Return the files of a run in the folder; of epochs after ``after`` only, if given.
-
-        The config is last: where it is, the rest is (see ``_put_back``).
-        """
-        found = []
-        for path in self.folder.glob("*.pkl"):
-            match = re.fullmatch(r"(?:weights|z)\.(\d+)\.pkl", path.name)
-            if match and int(match[1]) > after:
-                found.append(path)
-        found += [] if after >= 0 else [self.folder / name for name in _RUN_FILES]
-        return [path for path in found if path.exists()]
-
-    @property
-    def _replaced(self) -> Path:
-        """Where a replaced run waits until the new one has its first checkpoint."""
-        return self.folder / ".replaced"
-
     def _prepare_folder(self) -> None:
         """Make room in the run folder. From here on files are written."""
-        if (self._replaced / "config.yaml").exists() and epochs(self.folder):
-            shutil.rmtree(self._replaced)  # killed just after the first checkpoint
-        self._put_back()  # or before it
-        if self.settings.overwrite:
-            stale = self._run_files()
-        else:  # later epochs will be trained again
-            stale = self._run_files(after=self.epoch) if self.epoch else []
-        if stale:
-            self._replaced.mkdir()
-            for path in stale:
-                os.replace(path, self._replaced / path.name)
+        self.files.make_room(overwrite=self.settings.overwrite, after=self.epoch)
         with recorded(self.folder, "config.yaml", HOLDOUT, TRAINED):
             write_config(self.folder, self.settings, self.encoder_spec, self.particles)
-
-    def _put_back(self) -> None:
-        if not self._replaced.is_dir():
-            return
-        config_first = sorted(self._replaced.iterdir(), key=lambda p: p.name != "config.yaml")
-        for path in config_first:
-            os.replace(path, self.folder / path.name)
-        self._replaced.rmdir()
-
-    def _write_metrics(self, row: dict[str, float]) -> None:
-        """Append to metrics.csv; epochs that are trained again replace their old rows."""
-        path = self.folder / "metrics.csv"
-        rows: list[dict[str, Any]] = []
-        if path.exists() and self.epoch > 1:
-            with open(path, newline="") as handle:
-                rows = [r for r in csv.DictReader(handle) if int(r["epoch"]) < self.epoch]
-        rows.append(row)
-        with replacing(path) as temporary, open(temporary, "w", newline="") as handle:
-            writer = csv.DictWriter(handle, list(row), extrasaction="ignore", restval="")
-            writer.writeheader()
-            writer.writerows(rows)
 
     def _log_start(self) -> None:
         logger.info(" ".join(sys.argv))
@@ -667,14 +578,14 @@ class Trainer:
         for name, part in sizes.items():
             count = sum(p.numel() for p in part.parameters() if p.requires_grad)
             logger.info(f"{count} parameters in {name}")
-        for reason in self._skipped:
+        for reason in self.files.skipped:
             logger.warning(f"Skipped {reason}")
         if self._part is not None:
             logger.info(f"Continuing in epoch {self.epoch + 1} after {self._part.batches} batches")
         elif self.epoch:
             logger.info(f"Continuing after epoch {self.epoch} of {self.settings.load}")
-        if self._replaced.is_dir():
-            names = ", ".join(sorted(p.name for p in self._replaced.iterdir()))
+        if self.files.replaced.is_dir():
+            names = ", ".join(sorted(p.name for p in self.files.replaced.iterdir()))
             logger.info(f"To be replaced once there is a new checkpoint: {names}")
 
     def _log_batch(self, seen: int, result: Losses) -> None:

@@ -28,7 +28,7 @@ LAYERS = [  # each may import from those below it
     {"posteriors"},
     {"truth", "embeddings", "measures"},
     {"results"},
-    {"specimens"},
+    {"specimens", "folders"},
     {"runs"},
     {"settings"},
     {"inference"},
