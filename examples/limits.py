@@ -45,6 +45,25 @@ class Condition:
 
 def _conditions() -> dict[str, Condition]:
     found = {"base": Condition("SNR and particles", "SNR 0.3, 2,000 particles")}
+    for snr in (0.1, 0.05):
+        found[f"snr{snr}"] = Condition(
+            "SNR and particles", f"SNR {snr}, 2,000 particles", simulate={"snr": snr}
+        )
+    for n in (1000, 5000, 20000):
+        for snr in (0.3, 0.1, 0.05):
+            found[f"n{n}snr{snr}"] = Condition(
+                "SNR and particles", f"SNR {snr}, {n:,} particles", n=n,
+                simulate={"snr": snr}, epochs=10 if n > 10_000 else 25,
+            )  # fmt: skip
+    for snr in (0.3, 0.1):
+        found[f"box64snr{snr}"] = Condition(
+            "box", f"64 px, SNR {snr}", simulate={"snr": snr, "D": 64}
+        )
+    for snr in (0.3, 0.1):
+        found[f"coloured{snr}"] = Condition(
+            "coloured noise", f"coloured noise, SNR {snr}",
+            simulate={"snr": snr, "noise": "coloured"},
+        )  # fmt: skip
     for epochs in (1, 3, 8):
         found[f"epochs{epochs}"] = Condition(
             "epochs of the decoder", f"{epochs} of 25 epochs", epochs=epochs
@@ -56,25 +75,6 @@ def _conditions() -> dict[str, Condition]:
     for kappa in (2, 10):
         found[f"views{kappa}"] = Condition(
             "views", f"views about one axis, kappa {kappa}", concentration=kappa
-        )
-    for snr in (0.1, 0.05):
-        found[f"snr{snr}"] = Condition(
-            "SNR and particles", f"SNR {snr}, 2,000 particles", simulate={"snr": snr}
-        )
-    for snr in (0.3, 0.1):
-        found[f"coloured{snr}"] = Condition(
-            "coloured noise", f"coloured noise, SNR {snr}",
-            simulate={"snr": snr, "noise": "coloured"},
-        )  # fmt: skip
-    for n in (1000, 5000, 20000):
-        for snr in (0.1, 0.05, 0.3):
-            found[f"n{n}snr{snr}"] = Condition(
-                "SNR and particles", f"SNR {snr}, {n:,} particles", n=n,
-                simulate={"snr": snr}, epochs=10 if n > 10_000 else 25,
-            )  # fmt: skip
-    for snr in (0.3, 0.1):
-        found[f"box64snr{snr}"] = Condition(
-            "box", f"64 px, SNR {snr}", simulate={"snr": snr, "D": 64}
         )
     return found
 
@@ -207,7 +207,7 @@ def _cell(row: dict[str, float], column: str) -> str:
         return f"{row['anchored.gain_ratio']:.2f} ({low:.2f} to {high:.2f})"
     if column == "warned":  # by the report, by the training
         by = ["gain"] * (high < GAIN_BOUNDS[0] or low > GAIN_BOUNDS[1])
-        by += [f"{row['shells_that_part']} shells"] * (row["shells_that_part"] > 0)
+        by += ["shells"] * (row["shells_that_part"] > 0)
         return " and ".join(by) or "no"
     return f"{row[column]:.2f}"
 
@@ -216,7 +216,7 @@ def _draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "limits"
+    matplotlib.rcParams |= {"svg.hashsalt": "limits", "svg.fonttype": "none"}
     import matplotlib.pyplot as plt
 
     names = list(found)[::-1]
@@ -238,7 +238,7 @@ def _draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
             right.plot(row["anchored.gain_ratio"], height, "k.")
     left.set_yticks(y, [CONDITIONS[name].title for name in names])
     left.set_xlabel("class_knn (null 0.2)")
-    right.set_xlabel("gain_ratio (no truth needed)")
+    right.set_xlabel("gain_ratio")
     left.set_xlim(0.15, 1.02)
     left.grid(axis="y", color="0.9")
     right.grid(axis="y", color="0.9")
