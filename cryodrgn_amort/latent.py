@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.parallel import Team
     from cryodrgn_amort.particles import Batch
 
-__all__ = ["LatentModel", "Lesson", "adam", "train_step"]
+__all__ = ["LatentModel", "Lesson", "NotFiniteError", "adam", "train_step"]
 
 
 class LatentModel(ABC):
@@ -126,6 +126,10 @@ class Lesson(Protocol):
         ...
 
 
+class NotFiniteError(Exception):
+    """The loss of a batch is not a number; nothing was changed."""
+
+
 def train_step(
     model: LatentModel,
     optimizer: torch.optim.Optimizer,
@@ -134,16 +138,25 @@ def train_step(
     beta_control: float | None = None,
     team: Team | None = None,
     lesson: Lesson | None = None,
+    *,
+    check: bool = False,
 ) -> tuple[Losses, Tensor]:
     """Take one optimizer step; returns the losses and the posterior means, detached.
 
     With several processes, the losses and gradients of each are its share of the batch's.
+
+    Raises
+    ------
+    NotFiniteError
+        With ``check``: if the loss is not finite, before anything is changed.
     """
     optimizer.zero_grad()
     if lesson is None:
         result, mean = model.loss(batch, beta, beta_control)
     else:
         result, mean = lesson.loss(model, batch, beta, beta_control)
+    if check and not bool(result.total.isfinite()):
+        raise NotFiniteError
     result.total.backward()
     if model.amort is not None:
         model.amort.after_backward()

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from cryodrgn_amort.inputs import InputSpec
     from cryodrgn_amort.plugins import Plugins
 
-__all__ = ["TrainSettings", "flag_name", "settings_from_flags"]
+__all__ = ["ON_NAN", "TrainSettings", "flag_name", "settings_from_flags"]
 
+ON_NAN = ("stop", "skip", "rollback")
 # Flags of train_vae that this version refuses, and what to say.
 _TILT = "tilt series are not supported yet"
 _POSE = "pose refinement is not supported yet: poses stay as given"
@@ -91,6 +92,8 @@ class TrainSettings:
         With ``augment``: how much the posteriors of copy and particle are pulled together.
     holdout
         Particles that are not trained on: a fraction, or a file of their indices in the stack.
+    on_nan
+        What to do when the loss of a batch is not a number, one of ``ON_NAN``.
     memory
         GB that preprocessed particles may take; None: half of what is free.
     extra
@@ -135,6 +138,7 @@ class TrainSettings:
     from_run: str | None = None
     amp: bool = True
     precision: str | None = None
+    on_nan: str = "stop"
     memory: float | None = None
     qlayers: int = 3
     qdim: int = 1024
@@ -193,6 +197,8 @@ class TrainSettings:
             raise InputError(f"--consistency {self.consistency}: needs copies, --augment")
         if self.precision not in (None, *PRECISIONS):
             raise InputError(f"--precision {self.precision}: not one of {', '.join(PRECISIONS)}")
+        if self.on_nan not in ON_NAN:
+            raise InputError(f"--on-nan {self.on_nan}: not one of {', '.join(ON_NAN)}")
         if self.memory is not None and not 0 < self.memory < math.inf:
             raise InputError(f"--memory {self.memory}: gigabytes are needed, above 0")
         if self.memory is not None and self.lazy:

@@ -35,11 +35,12 @@ from cryodrgn_amort.errors import InputError, Stopped
 from cryodrgn_amort.feed import Feed
 from cryodrgn_amort.folders import NOISE, RunFolder
 from cryodrgn_amort.interrupts import Requests
-from cryodrgn_amort.latent import adam, train_step
+from cryodrgn_amort.latent import NotFiniteError, adam, train_step
 from cryodrgn_amort.machine import available_memory
 from cryodrgn_amort.model import build_model
-from cryodrgn_amort.objective import falling_rate
+from cryodrgn_amort.objective import falling_rate, kl_divergence
 from cryodrgn_amort.parallel import Team, join
+from cryodrgn_amort.particles import odd_images
 from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.repair import AnchoredEncoder, SecondStage
 from cryodrgn_amort.runs import (
@@ -72,6 +73,12 @@ logger = logging.getLogger("cryodrgn_amort")
 
 _ACTIVE_VARIANCE = 0.01  # Burda et al., arXiv 1509.00519: an active unit
 _ENCODE_BATCH = 256
+_MOST_LEFT_OUT = 0.1  # of the particles in an epoch, by --on-nan skip
+_MOST_ROLLBACKS = 5
+
+
+class _RollbackError(Exception):
+    """Training is to go back to the last checkpoint."""
 
 
 @dataclass
@@ -83,7 +90,9 @@ class _Part:
     begin
         Random state when it began.
     batches, seen, seconds
-        Steps taken, particles seen, time needed.
+        Batches done, particles in them, time needed.
+    left_out
+        Particles among these whose batch had no loss.
     sums
         Of gen_loss, KL and total over the particles.
     moments
@@ -95,6 +104,7 @@ class _Part:
     moments: Tensor
     batches: int = 0
     seen: int = 0
+    left_out: int = 0
     seconds: float = 0.0
     encoder: dict[str, Any] = field(default_factory=dict)
     lesson: dict[str, Any] = field(default_factory=dict)
@@ -162,6 +172,7 @@ class Trainer:
         self.epoch = 0
         self._random: dict[str, Any] = {}
         self._part: _Part | None = None
+        self._rollbacks = 0
         if checkpoint:
             self._restore(checkpoint, own)
 
@@ -278,8 +289,13 @@ class Trainer:
         self._tell("training_start")
         started, first = time.monotonic(), self.epoch + 1
         with Requests(heed=self.team.size == 1) as requests:
-            for self.epoch in range(first, settings.num_epochs + 1):
-                row = self._train_epoch(requests)
+            while self.epoch < settings.num_epochs:
+                self.epoch += 1
+                try:
+                    row = self._train_epoch(requests)
+                except _RollbackError as why:
+                    self._roll_back(str(why))
+                    continue
                 if self.team.leads:
                     self.files.write_metrics(row)
                 self._tell("epoch_end", metrics=row)
@@ -311,8 +327,17 @@ class Trainer:
             if number == part.batches and self._random:
                 self._restore_random(self._random)
                 self._random = {}
+            beta = self.beta(n * (self.epoch - 1) + part.seen + batch.size)
+            random = torch.get_rng_state()
+            try:
+                result, mean = self._step(batch, beta)
+            except NotFiniteError:
+                self._no_loss(batch, part, random)
+                part.left_out += batch.size
+                part.seen += batch.size
+                part.batches += 1
+                continue
             part.seen += batch.size
-            result, mean = self._step(batch, self.beta(n * (self.epoch - 1) + part.seen))
             part.batches += 1
             losses = torch.stack([result.gen_loss, result.kld, result.total])
             part.sums += batch.size * losses.double()
@@ -325,15 +350,12 @@ class Trainer:
                 part.seconds = before + time.monotonic() - started
                 self._stop(part, requests)
         self.team.add([part.sums, part.moments])
-        gen_loss, kld, total = (part.sums / part.seen).tolist()
-        if not np.isfinite(total):
-            kept = f"epoch {epochs(self.folder)[-1]}" if epochs(self.folder) else "none"
-            raise InputError(
-                f"the loss of epoch {self.epoch} is {total}: training has diverged (last good "
-                f"checkpoint: {kept}); try a smaller --lr"
-            )
+        counted = part.seen - part.left_out
+        gen_loss, kld, total = (part.sums / max(counted, 1)).tolist()
+        if not np.isfinite(total) or not counted:
+            raise InputError(self._diverged())
         took = before + time.monotonic() - started
-        variance = part.moments[1] / part.seen - (part.moments[0] / part.seen).square()
+        variance = part.moments[1] / counted - (part.moments[0] / counted).square()
         logger.info(  # cryodrgn analyze reads this line
             f"# =====> Epoch: {self.epoch} Average gen loss = {gen_loss:.6}, KLD = {kld:.6f}, "
             f"total loss = {total:.6f}; Finished in {timedelta(seconds=took)}"
@@ -350,6 +372,53 @@ class Trainer:
             "active_units": int((variance > _ACTIVE_VARIANCE).sum()),
             **own,
         }
+
+    def _diverged(self) -> str:
+        kept = f"epoch {epochs(self.folder)[-1]}" if epochs(self.folder) else "none"
+        return (
+            f"the loss of epoch {self.epoch} is not a number: training has diverged (last good "
+            f"checkpoint: {kept}); try a smaller --lr"
+        )
+
+    @torch.no_grad()
+    def _no_loss(self, batch: Batch, part: _Part, random: Tensor) -> None:
+        """Do what ``--on-nan`` says about a batch without a loss, before which all is as it was."""
+        mean, logvar = self.model.posterior(batch)
+        each = self.model.errors(batch, mean)[1] + kl_divergence(mean, logvar)
+        bad = ~each.isfinite().cpu()
+        if bad.all() or not bad.any():  # the weights are to blame, not the particles
+            what = self._diverged()
+        else:
+            rows = batch.index[bad].numpy()
+            rows = rows if self.particles.ind is None else self.particles.ind[rows]
+            what = f"{odd_images(rows.tolist(), 'without a loss')}, in epoch {self.epoch}"
+        if self.settings.on_nan == "rollback":
+            raise _RollbackError(what)
+        if self.settings.on_nan == "skip":
+            logger.warning(f"Batch left out: {what}")
+            if part.left_out > _MOST_LEFT_OUT * self.particles.n:
+                raise InputError(f"more than a tenth of the particles have no loss: {what}")
+            return
+        if bad.any() and not bad.all():
+            torch.set_rng_state(random)
+            self._keep(part)
+            what += "; --load latest goes on before this batch, with --on-nan skip without it"
+        raise InputError(what)
+
+    def _roll_back(self, why: str) -> None:
+        """Go back to the last checkpoint, with half the learning rate."""
+        known = epochs(self.folder)
+        self._rollbacks += 1
+        if not known or self._rollbacks > _MOST_ROLLBACKS:
+            raise InputError(f"{why}; --on-nan rollback: " + (
+                f"{_MOST_ROLLBACKS} times were not enough" if known else "there is no checkpoint"
+            ))  # fmt: skip
+        checkpoint = read_weights(self.folder / f"weights.{known[-1]}.pkl", "-o")
+        self._restore(checkpoint, checkpoint[OWN_KEY])
+        self._restore_random(self._random)
+        self._set_rate(self.epoch / self.settings.num_epochs)
+        rate = self.optimizer.param_groups[0]["lr"]
+        logger.warning(f"Back to epoch {self.epoch}, learning rate {rate:g}: {why}")
 
     def _begin_epoch(self) -> _Part:
         """Begin the epoch, or go on in one that training was stopped in."""
@@ -375,13 +444,7 @@ class Trainer:
 
     def _stop(self, part: _Part, requests: Requests) -> NoReturn:
         """Keep all that is needed to go on with the next batch, and stop."""
-        if self.model.amort is not None:
-            part.encoder = self.model.amort.epoch_state()
-        if self.lesson is not None:
-            part.lesson = self.lesson.epoch_state()
-        with recorded(self.folder, INTERRUPTED):
-            self._write_weights(INTERRUPTED, self.epoch - 1, self._random_state(), part)
-        self.files.drop_replaced()
+        self._keep(part)
         where = f"in epoch {self.epoch} after {part.batches} of {len(self.batches)} batches"
         logger.info(f"Stopped by {requests.name} {where}")
         assert requests.number is not None
@@ -390,16 +453,30 @@ class Trainer:
             requests.number,
         )
 
+    def _keep(self, part: _Part) -> None:
+        """Write a checkpoint within the epoch."""
+        if self.model.amort is not None:
+            part.encoder = self.model.amort.epoch_state()
+        if self.lesson is not None:
+            part.lesson = self.lesson.epoch_state()
+        with recorded(self.folder, INTERRUPTED):
+            self._write_weights(INTERRUPTED, self.epoch - 1, self._random_state(), part)
+        self.files.drop_replaced()
+
     def _step(self, batch: Batch, beta: float) -> tuple[Losses, Tensor]:
-        control = self.settings.beta_control
-        return train_step(self.model, self.optimizer, batch, beta, control, self.team, self.lesson)
+        return train_step(
+            self.model, self.optimizer, batch, beta, self.settings.beta_control, self.team,
+            self.lesson, check=self.team.size == 1,
+        )  # fmt: skip
 
     def _set_rate(self, done: float) -> None:
         """Let the learning rate fall, when it is asked for."""
         start, end = self.settings.lr, self.settings.lr_end
-        if end is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = falling_rate(start, end, done)
+        if end is None and not self._rollbacks:
+            return
+        rate = start if end is None else falling_rate(start, end, done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate / 2**self._rollbacks
 
     @torch.no_grad()
     def encode(self) -> tuple[np.ndarray, np.ndarray]:

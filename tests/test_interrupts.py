@@ -207,3 +207,60 @@ def test_images_that_are_no_numbers_are_named_before_anything_is_written(
     kept = write_pickle(tmp_path / "ind.pkl", np.array([0, 1, 9, 11]))
     train(flags, ind=kept)
     assert "1 image is constant, at 9 of the stack" in caplog.text
+
+
+@pytest.fixture
+def spoilt(flags, tmp_path):
+    """Return flags of a training that reads a stack with one bad image only when it needs it."""
+    stack = write_stack(tmp_path / "in", 70)
+    images = stack.images.copy()
+    images[33, 2, 2] = np.nan
+    write_mrc(stack.particles, images)
+    return {**flags, "particles": stack.particles, "poses": stack.poses, "ctf": stack.ctf,
+            "encoder": "vlt", "lazy": True, "num_workers": 0, "norm": (0.0, 17.0),
+            "shuffle_seed": 1}  # fmt: skip
+
+
+def test_a_loss_that_is_no_number_stops_before_the_batch_and_names_the_particle(
+    train, spoilt, tmp_path
+):
+    with pytest.raises(InputError, match="1 image is without a loss, at 33 of the stack"):
+        train(spoilt)
+    kept = read_weights(tmp_path / "run" / INTERRUPTED, "")
+    states = [kept["model_state_dict"], kept["amort"]["encoder_state_dict"]["weight"]]
+    weights = [v for k, v in states[0].items() if k.startswith("decoder.")] + states[1:]
+    assert all(bool(w.isfinite().all()) for w in weights)
+    again = train(spoilt, load="latest", on_nan="skip")
+    log = (tmp_path / "run/run.log").read_text()
+    assert log.count("Batch left out: 1 image is without a loss, at 33 of the stack") == 2
+    assert all(np.isfinite(float(row["loss"])) for row in metrics(again.folder))
+    whole = train(spoilt, outdir=str(tmp_path / "whole"), on_nan="skip")
+    assert metrics(whole.folder) == metrics(again.folder)
+
+
+def test_rolling_back_halves_the_rate_until_it_works(train, flags, tmp_path, monkeypatch):
+    from cryodrgn_amort import training
+    from cryodrgn_amort.latent import NotFiniteError
+
+    step, count = training.train_step, iter(range(1, 1000))
+
+    def fails_at_times(model, optimizer, *args, **kwargs):
+        if next(count) in (8, 14):  # in the second epoch, and again
+            raise NotFiniteError
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(model, optimizer, *args, **kwargs)
+
+    rates = []
+    monkeypatch.setattr(training, "train_step", fails_at_times)
+    run = train(flags, qdim=8, num_epochs=3, on_nan="rollback")
+    assert epochs(run.folder) == [1, 2, 3]
+    assert len(metrics(run.folder)) == 3
+    assert rates[:7] == [1e-3] * 7
+    assert rates[7:12] == [5e-4] * 5
+    assert set(rates[12:]) == {2.5e-4}
+    assert len(rates[12:]) == 5
+    monkeypatch.setattr(training, "train_step", step)
+    with pytest.raises(InputError, match=r"has diverged .*rollback: there is no checkpoint"):
+        train(flags, outdir=str(tmp_path / "wild"), qdim=8, lr=1e12, on_nan="rollback")
+    with pytest.raises(InputError, match="--on-nan never: not one of stop, skip, rollback"):
+        train(flags, on_nan="never")

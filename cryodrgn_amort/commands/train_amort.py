@@ -115,6 +115,13 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         "drawn by --seed, or a pickle of their indices in the stack. RUN/ind_heldout.pkl says\n"
         "which; eval_amort uses them",
     )
+    group.add_argument(
+        "--on-nan",
+        metavar="stop|skip|rollback",
+        default=argparse.SUPPRESS,
+        help="When the loss of a batch is not a number: stop before it; leave the batch out; or\n"
+        "go back to the last checkpoint with half the --lr, five times at most (default: stop)",
+    )
     group = parser.add_argument_group("Speed and memory (cryodrgn_amort)")
     group.add_argument(
         "--precision",
