@@ -32,7 +32,7 @@ QUICK = {
 }  # fmt: skip
 TRUTH = {"neighbourhood", "per_image_fsc", "volume_fve"}
 LEAKS = {f"nuisance_leak_{name}" for name in ("view", "inplane", "defocus", "shift")}
-COVERAGE = {f"coverage_{level}" for level in (50, 80, 95)}
+COVERAGE = {"encoding_cost", *(f"coverage_{level}" for level in (50, 80, 95))}
 LATENTS = {"active_units", "kl", "aggregate_kl", "reconstruction", *LEAKS}
 
 
