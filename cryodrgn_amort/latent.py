@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -155,7 +156,7 @@ def train_step(
         result, mean = model.loss(batch, beta, beta_control)
     else:
         result, mean = lesson.loss(model, batch, beta, beta_control)
-    if check and not bool(result.total.isfinite()):
+    if check and not math.isfinite(result.total.item()):
         raise NotFiniteError
     result.total.backward()
     if model.amort is not None:
