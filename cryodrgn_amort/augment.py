@@ -81,6 +81,8 @@ class Augmented:
     def copy(self, batch: Batch, turn: Rotation, shift_px: Tensor) -> Batch:
         """Turn a batch, and roll what the network is shown by ``shift_px`` `(B, 2)`, x and y."""
         p, index = self.particles, batch.index
+        if not len(index):  # all of the batch is other processes'
+            return batch
         assert batch.rot is not None
         rot, _ = turn.pose(batch.rot, batch.rot.new_zeros(len(index), 2))
         params = None if p.ctf_params is None else turn.ctf(p.ctf_params[index])

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["LEVELS", "Calibration", "calibrate", "calibration_measures", "coverage"]
 
 LEVELS = (50, 80, 95)
-_POSES, _SIGNALS = 512, 2  # images at one pose gain much the same: many poses
 _SURE = 5.0  # standard errors
 IMAGES = 1024
 """That are made up."""
@@ -84,13 +83,13 @@ def calibrate(
     amort, device = model.amort, particles.device
     templates = amort.templates if isinstance(amort, AnchoredEncoder) else None
     means, logvars = (torch.from_numpy(part).to(device) for part in (z, logvar))
-    lesson = Sleep(model.fast, particles, means, logvars, templates, seed, _POSES, _SIGNALS)
-    lesson.epoch_start(1)
+    # what images gain depends on the pose: each has its own, so that they are independent
+    lesson = Sleep(model.fast, particles, means, logvars, templates, seed, poses=_BATCH, signals=1)
     feed = Feed(particles, None, memory=0)
     index = np.random.default_rng(seed).integers(particles.n, size=IMAGES)
     ranks, gains, centre = [], [], means.mean(0)
-    for part in torch.from_numpy(index).split(_BATCH):
-        dream = lesson.dream(feed.read(part))
+    for number, part in enumerate(torch.from_numpy(index).split(lesson.poses)):
+        dream = lesson.dream_apart(feed.read(part), number)
         mean, log_variance = (part.double() for part in model.posterior(dream))
         assert dream.z is not None
         ranks.append(torch.special.ndtr((dream.z - mean) * torch.exp(-0.5 * log_variance)))
@@ -100,6 +99,7 @@ def calibrate(
     for part in torch.from_numpy(sample).split(_BATCH):
         batch = others.feed.read(part)
         mean = others.model.posterior(batch)[0].to(centre)
+        mean = torch.where(mean.isfinite(), mean, centre)  # of a damaged image
         answers.append(mean)
         theirs.append(_gain(others.model, batch, mean, centre))
 
@@ -129,11 +129,9 @@ def calibration_measures(found: Calibration, opts: dict[str, Any]) -> list[Measu
         for level in LEVELS
     ]  # fmt: skip
     theirs = found.particle_gains[np.isfinite(found.particle_gains)]
-    count = min(len(theirs), len(found.gains))
     error = found.gains.std() / np.sqrt(len(found.gains))
-    if count and found.gains.mean() > _SURE * error:  # else it reads no images made up
+    if len(theirs) and found.gains.mean() > _SURE * error:  # else it reads no images made up
         measures.append(
-            measure("gain_ratio", metrics.ratio_of_means, theirs[:count], found.gains[:count],
-                    null=0.0, ideal=1.0, **opts)
-        )  # fmt: skip
+            metrics.measure_ratio("gain_ratio", theirs, found.gains, null=0.0, ideal=1.0, **opts)
+        )
     return measures

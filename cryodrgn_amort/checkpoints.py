@@ -260,8 +260,8 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     with open(path, "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = path.exists() and os.path.samestat(os.fstat(handle.fileno()), path.stat())
-        except BlockingIOError:
+            free = os.path.samestat(os.fstat(handle.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
             free = False
         except OSError:  # a file system without locks
             free = True

@@ -417,7 +417,7 @@ def _judge_costs(rows: Sequence[Row]) -> str:
 
 
 def _judge_copies(rows: Sequence[Row]) -> str:
-    """Tell whether one of both is left: the rank that must fall, or the share that must not."""
+    """Judge what is left of the heterogeneity: turned copies alone are no repair."""
     shares = [r.share for r in rows if r.measure == "class_knn_held_out"]
     shares = [share for share in shares if math.isfinite(share)]
     return _grade_most(max(shares), COPIES) if shares else OPEN

@@ -357,9 +357,11 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 def verdict(evaluation: Evaluation) -> Verdict:
     """Say in plain words whether a transformed copy finds its way back to its particle."""
     if not evaluation.applicable:
-        return Verdict("Amortization: not applicable", "none", (evaluation.reason,))
+        headline = "Amortization: not applicable"
+        return Verdict(headline, "none", (evaluation.reason,), _cautions(evaluation))
     if not evaluation.results:
-        return Verdict("Amortization: not measured (no transforms were asked for)", "none")
+        headline = "Amortization: not measured (no transforms were asked for)"
+        return Verdict(headline, "none", (), _cautions(evaluation))
     tests = [r for r in evaluation.results if not is_control(r)] or evaluation.results
     known = [r for r in tests if math.isfinite(r.measures["retrieval_rank"].value)]
     lines = tuple(_sentence(r) for r in evaluation.results)

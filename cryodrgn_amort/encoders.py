@@ -59,7 +59,7 @@ class Encoder(nn.Module, ABC):
         return {}
 
     def set_epoch_state(self, state: dict[str, Any]) -> None:
-        """Go on in an epoch: in place of ``epoch_start``."""
+        """Go on in an epoch, after ``epoch_start``."""
 
     def latents(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return all means and log variances `(N, zdim)` if they are known without any images.

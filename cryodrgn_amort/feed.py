@@ -1,12 +1,14 @@
-"""Batches of particles: preprocessed once if there is room, and always one batch ahead."""
+"""Batches of particles: preprocessed once if there is room, and always read ahead."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import tempfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from cryodrgn_amort.parallel import Team
 from cryodrgn_amort.particles import Batch, Part, odd_images, spans
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
     from pathlib import Path
 
     from cryodrgn_amort.inputs import EncoderInput
@@ -206,8 +208,7 @@ class Feed:
 
     def read(self, index: Tensor) -> Batch:
         """Return some particles, by their positions in the data set `(B,)`."""
-        reader = _Reader(self.particles, self.shown, self._store, self.team)
-        return self._batch(*reader[index.tolist()])
+        return self._batch(*self._read(index))
 
     def batches(
         self,
@@ -215,19 +216,38 @@ class Feed:
         *,
         shuffle: bool,
         shuffle_seed: int | None = None,
-        num_workers: int = 0,
+        threads: int = 1,
     ) -> Batches:
-        """Go through all particles, in the host's order: its own loader draws the indices."""
-        reader = _Reader(self.particles, self.shown, self._store, self.team)
+        """Go through all particles, in the host's order: its own loader draws the indices.
+
+        ``threads``: how many batches are read at a time, if they are read from the stack.
+        """
         with host.quiet():
             loader = host.make_dataloader(
-                reader,
+                _Positions(self.particles.n),
                 batch_size=batch_size,
-                num_workers=num_workers if self.from_stack else 0,
                 shuffle=shuffle,
                 seed=shuffle_seed,
             )
-        return Batches(loader, self._batch)
+        return Batches(loader, self._read, self._batch, threads if self.from_stack else 1)
+
+    def _read(self, whole: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Read what the batch of particles ``whole`` needs. Runs in several threads."""
+        index = whole[self.team.own(whole)] if self.team.size > 1 else whole
+        rows = None if self.shown is None else self.shown.rows(index)
+        if self._store is not None:
+            return whole, self._store.read(index.numpy(), None if rows is None else rows.numpy())
+        images = self.particles.images
+        if not len(index):  # all of the batch is other processes'
+            return whole, {"raw": torch.zeros(0, images.D, images.D)}
+        read = {"raw": host.preprocess(images, images.src.images(index.numpy()))}
+        if rows is not None and self.shown is not None:
+            raw = self.shown.raw(index)
+            if raw is None and not torch.equal(rows, index):
+                raw = images.src.images(rows.numpy())
+            if raw is not None:
+                read["raw_image"] = host.preprocess(images, raw)
+        return whole, read
 
     def _batch(self, index: Tensor, read: dict[str, Tensor]) -> Batch:
         """Finish on the device what was read."""
@@ -268,23 +288,25 @@ class Feed:
 
 @dataclass
 class Batches:
-    """A loader's batches, each read while the one before is worked on."""
+    """A loader's batches, some read while others are worked on."""
 
     loader: Any
+    read: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
     finish: Callable[[Tensor, dict[str, Tensor]], Batch]
+    threads: int
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Batch]:
-        items = iter(self.loader)
-        read = next(items, None)  # draws random numbers: not in the thread
-        # in that thread PyTorch starts no further ones
-        with ThreadPoolExecutor(1, "read-ahead", torch.set_num_threads, (1,)) as pool:
-            while read is not None:
-                coming = pool.submit(next, items, None)
+    def __iter__(self) -> Generator[Batch]:
+        positions = iter(self.loader)  # draws random numbers: in none of the threads
+        # in these PyTorch starts no further ones
+        with ThreadPoolExecutor(self.threads, "read", torch.set_num_threads, (1,)) as pool:
+            coming = deque(pool.submit(self.read, at) for at in islice(positions, self.threads))
+            while coming:
+                read = coming.popleft().result()
+                coming.extend(pool.submit(self.read, at) for at in islice(positions, 1))
                 yield self.finish(*read)
-                read = coming.result()
 
     @property
     def generator(self) -> torch.Generator | None:
@@ -293,40 +315,14 @@ class Batches:
         return found
 
 
-class _Reader(torch.utils.data.Dataset[Any]):
-    """Reads what a batch needs. Runs in the loader's worker processes and the read-ahead thread.
+class _Positions(torch.utils.data.Dataset[Any]):
+    """What the loader loads: where the particles of a batch are in the data set."""
 
-    Holds nothing that lives on a device.
-    """
-
-    def __init__(
-        self,
-        particles: Particles,
-        shown: EncoderInput | None,
-        store: _Store | None,
-        team: Team,
-    ) -> None:
-        self.n: int = particles.n
-        self.images = particles.images
-        self.shown, self.store, self.team = shown, store, team
+    def __init__(self, n: int) -> None:
+        self._n = n
 
     def __len__(self) -> int:
-        return self.n
+        return self._n
 
-    def __getitem__(self, positions: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        whole = torch.tensor(positions)
-        index = whole[self.team.own(whole)] if self.team.size > 1 else whole
-        rows = None if self.shown is None else self.shown.rows(index)
-        if self.store is not None:
-            return whole, self.store.read(index.numpy(), None if rows is None else rows.numpy())
-        images = self.images
-        if not len(index):  # all of the batch is other processes'
-            return whole, {"raw": torch.zeros(0, images.D, images.D)}
-        read = {"raw": host.preprocess(images, images.src.images(index.numpy()))}
-        if rows is not None and self.shown is not None:
-            raw = self.shown.raw(index)
-            if raw is None and not torch.equal(rows, index):
-                raw = images.src.images(rows.numpy())
-            if raw is not None:
-                read["raw_image"] = host.preprocess(images, raw)
-        return whole, read
+    def __getitem__(self, positions: list[int]) -> Tensor:
+        return torch.tensor(positions)

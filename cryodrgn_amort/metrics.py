@@ -45,6 +45,7 @@ __all__ = [
     "looked_up",
     "loss_fraction",
     "measure",
+    "measure_ratio",
     "memorisation",
     "neighbourhood",
     "nuisances",
@@ -115,6 +116,28 @@ def measure(
         drawn = np.array([statistic(*(a[rows] for a in arrays)) for rows in draws])
     low, high = map(float, np.percentile(drawn, [2.5, 97.5])) if rounds else (None, None)
     return Measure(name, float(statistic(*arrays)), low, high, null, ideal, n)
+
+
+def measure_ratio(
+    name: str,
+    values: np.ndarray,
+    reference: np.ndarray,
+    *,
+    null: float | None,
+    ideal: float | None,
+    rounds: int = 500,
+    seed: int = 0,
+) -> Measure:
+    """Compute the ratio of the means of two samples `(N,)` and `(M,)`, each resampled by itself."""
+    low, high = None, None
+    if rounds:
+        drawn = (
+            _resampled_mean(_counts(len(sample), rounds, seed + k), sample)
+            for k, sample in enumerate((values, reference))
+        )
+        low, high = map(float, np.percentile(np.divide(*drawn), [2.5, 97.5]))
+    ratio = float(values.mean() / reference.mean())
+    return Measure(name, ratio, low, high, null, ideal, len(values))
 
 
 def _draws(n: int, rounds: int, seed: int) -> Iterator[np.ndarray]:

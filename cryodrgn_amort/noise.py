@@ -118,6 +118,8 @@ class NoiseModel:
         size = len(index) if part is None else part.size
         white = torch.randn(size, box, box, generator=generator)
         white = white if part is None else white[part.places]
+        if not len(index):  # all of the batch is other processes'
+            return self.spectra.new_zeros(0, len(self.shells.of_pixel))
         raw = self._coloured(self._gains[self.groups[index]], white)
         return self._processed(raw, None if trans is None else trans[index])
 

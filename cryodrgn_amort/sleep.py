@@ -106,6 +106,11 @@ class Sleep:
         Latents that the encoder compares with, `(K, zdim)`; None: it does not.
     poses, signals
         At most so many poses are in the pool at a time, and so many latents at each.
+
+    Attributes
+    ----------
+    poses
+        How many poses are in the pool.
     """
 
     def __init__(
@@ -125,13 +130,13 @@ class Sleep:
         self.templates = mean[:0] if templates is None else templates
         self.noise = measure_noise(decoder, particles, mean, seed)
         each = 4 * len(particles.mask) * (len(self.templates) + signals)
-        size = int(min(poses, max(16, _POOL_BYTES // each)))
+        self.poses = size = int(min(poses, max(16, _POOL_BYTES // each)))
         shape = size, len(self.templates) + signals, len(particles.mask)
         self._images = torch.empty(shape, device=mean.device)
         self._rots = torch.empty(size, 3, 3, device=mean.device)
         self._z = torch.empty(size, signals, mean.shape[1], device=mean.device)
         self._made = torch.full((size,), -1)
-        self._generator = torch.Generator()
+        self._generator = torch.Generator().manual_seed(seed)
         self._error, self._count = torch.zeros((), dtype=torch.float64, device=mean.device), 0
         self._variance = float(mean.var(0).sum() + self._spread.square().mean(0).sum())
 
@@ -141,7 +146,7 @@ class Sleep:
         self._count = 0
         state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)
         self._generator.manual_seed(int(state[0] >> np.uint64(1)))
-        size = len(self._made)
+        size = self.poses
         each = min(size, -(-self.particles.n // (self.signals * _USES)))
         replaced = (epoch - 1) * each - torch.arange(size)
         generation = torch.div(replaced + size - 1, size, rounding_mode="floor").clamp(min=0)
@@ -167,12 +172,27 @@ class Sleep:
 
     def dream(self, batch: Batch) -> Dream:
         """Make up an image in place of each particle of a batch, with its CTF and translation."""
-        index, ctf, generator, device = batch.index, batch.ctf, self._generator, self._rots.device
         own = torch.arange(batch.size) if batch.part is None else batch.part.places
-        place = torch.randint(len(self._made), (batch.size,), generator=generator)[own].to(device)
-        signal = torch.randint(self.signals, (batch.size,), generator=generator)[own].to(device)
+        place = torch.randint(self.poses, (batch.size,), generator=self._generator)[own]
+        signal = torch.randint(self.signals, (batch.size,), generator=self._generator)[own]
+        return self._images_of(batch, place, signal)
+
+    def dream_apart(self, batch: Batch, number: int) -> Dream:
+        """Make up images as ``dream`` does, each at a pose and of a latent of its own.
+
+        For at most ``poses`` of them at a time; another ``number`` gives others.
+        """
+        for place in range(batch.size):
+            self._make(place, number)
+        self._made.fill_(-1)  # an epoch makes its own again
+        return self._images_of(batch, torch.arange(batch.size), torch.zeros(batch.size).long())
+
+    def _images_of(self, batch: Batch, place: Tensor, signal: Tensor) -> Dream:
+        """Make images of what is at places of the pool, with new noise."""
+        index, ctf, device = batch.index, batch.ctf, self._rots.device
+        place, signal = place.to(device), signal.to(device)
         y = with_ctf(self._images[place, signal], ctf)
-        y += self.noise.draw(index, generator, batch.part)
+        y += self.noise.draw(index, self._generator, batch.part)
         image = y if ctf is None else y * whole_ctf(ctf).sign()
         compared = self._images[place, self.signals :] if len(self.templates) else None
         return Dream(
@@ -205,8 +225,10 @@ class Sleep:
     def epoch_state(self) -> dict[str, Any]:
         """Return the state of the random numbers, and the sums of the metrics so far."""
         return {
-            "generator": self._generator.get_state(), "error": self._error, "count": self._count,
-        }  # fmt: skip
+            "generator": self._generator.get_state(),
+            "error": self._error.clone(),
+            "count": self._count,
+        }
 
     def set_epoch_state(self, state: dict[str, Any]) -> None:
         """Go on in an epoch."""

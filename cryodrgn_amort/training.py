@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -93,6 +92,8 @@ class _Part:
         Batches done, particles in them, time needed.
     left_out
         Particles among these whose batch had no loss.
+    given
+        What its batches depend on: number of particles and flags.
     sums
         Of gen_loss, KL and total over the particles.
     moments
@@ -105,6 +106,7 @@ class _Part:
     batches: int = 0
     seen: int = 0
     left_out: int = 0
+    given: list[str] = field(default_factory=list)
     seconds: float = 0.0
     encoder: dict[str, Any] = field(default_factory=dict)
     lesson: dict[str, Any] = field(default_factory=dict)
@@ -143,6 +145,8 @@ class Trainer:
         self.team = join()
         if self.team.size > 1 and settings.beta_control is not None:
             raise InputError("--beta-control: not with several processes, whose KL it does not add")
+        if self.team.size > 1 and settings.on_nan != "stop":
+            raise InputError(f"--on-nan {settings.on_nan}: not with several processes")
         self.folder = Path(settings.outdir)
         self.files = RunFolder(self.folder)
         self.device = default_device()
@@ -272,12 +276,12 @@ class Trainer:
             team=self.team,
             progress=lambda items, total: self._bar(items, "preprocessing", total),
         )
-        workers = 2 if settings.num_workers is None else settings.num_workers
+        threads = 2 if settings.num_workers is None else max(1, settings.num_workers)
         self.batches = self.feed.batches(
             settings.batch_size,
             shuffle=True,
             shuffle_seed=settings.shuffle_seed,
-            num_workers=min(workers, os.cpu_count() or 1),
+            threads=threads,
         )
         self._prepare_lesson()
 
@@ -316,45 +320,24 @@ class Trainer:
 
     def _train_epoch(self, requests: Requests) -> dict[str, float]:
         """Go through all particles once; returns the epoch's row of metrics.csv."""
-        settings, n = self.settings, self.particles.n
         self.model.train()
         part = self._begin_epoch()
-        started, before = time.monotonic(), part.seconds
-        what = f"epoch {self.epoch}/{settings.num_epochs}"
-        for number, batch in enumerate(self._bar(iter(self.batches), what, len(self.batches))):
-            if number < part.batches:  # done before training was stopped
-                continue
-            if number == part.batches and self._random:
-                self._restore_random(self._random)
-                self._random = {}
-            beta = self.beta(n * (self.epoch - 1) + part.seen + batch.size)
-            random = torch.get_rng_state()
-            try:
-                result, mean = self._step(batch, beta)
-            except NotFiniteError:
-                self._no_loss(batch, part, random)
-                part.left_out += batch.size
-                part.seen += batch.size
-                part.batches += 1
-                continue
-            part.seen += batch.size
-            part.batches += 1
-            losses = torch.stack([result.gen_loss, result.kld, result.total])
-            part.sums += batch.size * losses.double()
-            part.moments[0] += mean.sum(0)
-            part.moments[1] += mean.square().sum(0)
-            self._tell("batch_end", losses=result)
-            if part.seen % settings.log_interval < settings.batch_size and not _on_terminal():
-                self._log_batch(part.seen, result)
-            if requests.number is not None and part.batches < len(self.batches):
-                part.seconds = before + time.monotonic() - started
-                self._stop(part, requests)
+        started = time.monotonic() - part.seconds
+        what = f"epoch {self.epoch}/{self.settings.num_epochs}"
+        with contextlib.closing(iter(self.batches)) as coming:  # if need be, before its end
+            for number, batch in enumerate(self._bar(coming, what, len(self.batches))):
+                if number < part.batches:  # done before training was stopped
+                    continue
+                self._train_batch(batch, part)
+                part.seconds = time.monotonic() - started
+                if requests.number is not None and part.batches < len(self.batches):
+                    self._stop(part, requests)
         self.team.add([part.sums, part.moments])
         counted = part.seen - part.left_out
         gen_loss, kld, total = (part.sums / max(counted, 1)).tolist()
         if not np.isfinite(total) or not counted:
             raise InputError(self._diverged())
-        took = before + time.monotonic() - started
+        took = time.monotonic() - started
         variance = part.moments[1] / counted - (part.moments[0] / counted).square()
         logger.info(  # cryodrgn analyze reads this line
             f"# =====> Epoch: {self.epoch} Average gen loss = {gen_loss:.6}, KLD = {kld:.6f}, "
@@ -373,6 +356,34 @@ class Trainer:
             **own,
         }
 
+    def _train_batch(self, batch: Batch, part: _Part) -> None:
+        """Take a step, and add what it found to the epoch's sums."""
+        settings = self.settings
+        if self._random:  # the first one after training was stopped
+            self._restore_random(self._random)
+            self._random = {}
+        beta = self.beta(self.particles.n * (self.epoch - 1) + part.seen + batch.size)
+        random, lesson = self._random_state(), self._lesson_state()
+        try:
+            result, mean = self._step(batch, beta)
+        except NotFiniteError:
+            if self.lesson is not None:
+                self.lesson.set_epoch_state(lesson)
+            self._no_loss(batch, part, random)
+            part.left_out += batch.size
+            part.seen += batch.size
+            part.batches += 1
+            return
+        part.seen += batch.size
+        part.batches += 1
+        losses = torch.stack([result.gen_loss, result.kld, result.total])
+        part.sums += batch.size * losses.double()
+        part.moments[0] += mean.sum(0)
+        part.moments[1] += mean.square().sum(0)
+        self._tell("batch_end", losses=result)
+        if part.seen % settings.log_interval < settings.batch_size and not _on_terminal():
+            self._log_batch(part.seen, result)
+
     def _diverged(self) -> str:
         kept = f"epoch {epochs(self.folder)[-1]}" if epochs(self.folder) else "none"
         return (
@@ -381,7 +392,7 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def _no_loss(self, batch: Batch, part: _Part, random: Tensor) -> None:
+    def _no_loss(self, batch: Batch, part: _Part, random: dict[str, Any]) -> None:
         """Do what ``--on-nan`` says about a batch without a loss, before which all is as it was."""
         mean, logvar = self.model.posterior(batch)
         each = self.model.errors(batch, mean)[1] + kl_divergence(mean, logvar)
@@ -400,7 +411,7 @@ class Trainer:
                 raise InputError(f"more than a tenth of the particles have no loss: {what}")
             return
         if bad.any() and not bad.all():
-            torch.set_rng_state(random)
+            self._restore_random(random)
             self._keep(part)
             what += "; --load latest goes on before this batch, with --on-nan skip without it"
         raise InputError(what)
@@ -426,21 +437,34 @@ class Trainer:
         amort, lesson, done = self.model.amort, self.lesson, self.epoch - 1
         if lesson is not None:
             lesson.epoch_start(self.epoch)
+        if amort is not None:
+            amort.epoch_start(done / self.settings.num_epochs)
+        self._set_rate(done / self.settings.num_epochs)
         if part is not None:
-            self._random, random = self._random_state(), part.begin
-            self._restore_random(random)  # the loader draws what it drew
+            self._random = self._random_state()
+            self._random.pop("shuffle", None)  # the loader draws these itself, ahead
+            self._restore_random(part.begin)  # it draws what it drew
             if amort is not None:
                 amort.set_epoch_state(part.encoder)
             if lesson is not None:
                 lesson.set_epoch_state(part.lesson)
             return part
         self._random = {}
-        if amort is not None:
-            amort.epoch_start(done / self.settings.num_epochs)
-        self._set_rate(done / self.settings.num_epochs)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         moments = torch.zeros(2, self.settings.zdim, dtype=torch.float64, device=self.device)
-        return _Part(self._random_state(), sums, moments)
+        return _Part(self._random_state(), sums, moments, given=self._given())
+
+    def _given(self) -> list[str]:
+        """Say what the batches of an epoch depend on."""
+        settings = self.settings
+        flags = {
+            "-b": settings.batch_size,
+            "--shuffle-seed": settings.shuffle_seed,
+            "--augment": settings.augment,
+            "--from": None if settings.from_run is None else "RUN",
+        }
+        texts = (f"no {flag}" if v is None else f"{flag} {v}" for flag, v in flags.items())
+        return [f"{self.particles.n} particles", *texts]
 
     def _stop(self, part: _Part, requests: Requests) -> NoReturn:
         """Keep all that is needed to go on with the next batch, and stop."""
@@ -457,11 +481,13 @@ class Trainer:
         """Write a checkpoint within the epoch."""
         if self.model.amort is not None:
             part.encoder = self.model.amort.epoch_state()
-        if self.lesson is not None:
-            part.lesson = self.lesson.epoch_state()
+        part.lesson = self._lesson_state()
         with recorded(self.folder, INTERRUPTED):
             self._write_weights(INTERRUPTED, self.epoch - 1, self._random_state(), part)
         self.files.drop_replaced()
+
+    def _lesson_state(self) -> dict[str, Any]:
+        return {} if self.lesson is None else self.lesson.epoch_state()
 
     def _step(self, batch: Batch, beta: float) -> tuple[Losses, Tensor]:
         return train_step(
@@ -609,6 +635,11 @@ class Trainer:
         self.epoch = int(checkpoint["epoch"])
         if "part" in own:
             self._part = _Part(**own["part"])
+            if self.team.size > 1:
+                raise InputError(f"{name}: stopped within an epoch: goes on in one process only")
+            for was, now in zip(self._part.given, self._given(), strict=True):
+                if was != now:
+                    raise InputError(f"{name}: stopped within an epoch, with {was}, not {now}")
             self._part.sums, self._part.moments = (
                 kept.to(self.device) for kept in (self._part.sums, self._part.moments)
             )

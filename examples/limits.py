@@ -203,13 +203,14 @@ def write(found: dict[str, list[dict[str, float]]], out: Path) -> None:
 
 def _cell(row: dict[str, float], column: str) -> str:
     low, high = row.get("gain_ratio_low", np.nan), row.get("gain_ratio_high", np.nan)
-    if column == "gain_ratio":
-        return f"{row['anchored.gain_ratio']:.2f} ({low:.2f} to {high:.2f})"
+    if column == "gain_ratio":  # none: the encoder does not read even images made up
+        ratio = row.get("anchored.gain_ratio")
+        return "–" if ratio is None else f"{ratio:.2f} ({low:.2f} to {high:.2f})"
     if column == "warned":  # by the report, by the training
         by = ["gain"] * (high < GAIN_BOUNDS[0] or low > GAIN_BOUNDS[1])
         by += ["shells"] * (row["shells_that_part"] > 0)
         return " and ".join(by) or "no"
-    return f"{row[column]:.2f}"
+    return f"{row[column]:.2f}" if column in row else "–"
 
 
 def _draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
@@ -233,7 +234,7 @@ def _draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
         left.plot(means, y, marker, label=label, fillstyle="none", markersize=7)
     right.axvspan(*GAIN_BOUNDS, color="0.9")
     for height, name in zip(y, names, strict=True):
-        for row in found[name]:
+        for row in (row for row in found[name] if "anchored.gain_ratio" in row):
             right.plot([row["gain_ratio_low"], row["gain_ratio_high"]], [height, height], "0.5")
             right.plot(row["anchored.gain_ratio"], height, "k.")
     left.set_yticks(y, [CONDITIONS[name].title for name in names])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cryodrgn_amort import calibration, definitions
+from cryodrgn_amort import calibration, definitions, metrics
 from cryodrgn_amort.calibration import LEVELS, calibrate, calibration_measures, coverage
 from cryodrgn_amort.metrics import Measure
 from cryodrgn_amort.particles import Batch
@@ -19,10 +19,9 @@ class Lesson:
     def __init__(self, *_, **__):
         self.generator = torch.Generator().manual_seed(0)
 
-    def epoch_start(self, epoch):
-        pass
+    poses = 128
 
-    def dream(self, batch):
+    def dream_apart(self, batch, number):
         z = torch.randn(len(batch.index), 3, generator=self.generator)
         seen = z + 0.5 * torch.randn(z.shape, generator=self.generator)
         return SimpleNamespace(z=z, y=seen, index=batch.index)
@@ -101,6 +100,34 @@ def test_particles_gain_what_they_have_of_what_the_decoder_shows(calibrated):
         assert ratio.null == 0
 
 
+def test_an_image_that_is_no_number_has_an_answer_and_no_gain(calibrated, monkeypatch):
+    read = Particles.read
+
+    def spoilt(self, index):
+        batch = read(self, index)
+        batch.y[0] = torch.nan
+        return batch
+
+    monkeypatch.setattr(Particles, "read", spoilt)
+    found = calibrated()
+    assert np.isfinite(found.means).all()
+    assert np.isnan(found.particle_gains).sum() == 8  # one in each batch
+    ratio = calibration_measures(found, {"rounds": 100, "seed": 0})[-1]
+    assert 0.9 < ratio.value < 1.1
+
+
+def test_samples_are_resampled_each_for_itself():
+    """The relative standard error of a ratio is that of both means together."""
+    rng = np.random.default_rng(0)
+    values, reference = rng.normal(10, 2, 400), rng.normal(5, 1, 1000)
+    found = metrics.measure_ratio("x", values, reference, null=0.0, ideal=1.0, rounds=2000)
+    assert found.value == values.mean() / reference.mean()
+    error = found.value * np.hypot(0.2 / np.sqrt(400), 0.2 / np.sqrt(1000))
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    alone = metrics.measure_ratio("x", values, reference, null=0.0, ideal=1.0, rounds=0)
+    assert (alone.low, alone.high) == (None, None)
+
+
 def test_a_particle_that_cannot_be_explained_is_left_out(calibrated):
     found = calibrated()
     spoilt = replace(found, particle_gains=np.append(found.particle_gains, np.nan))
@@ -119,8 +146,10 @@ def test_a_report_warns_of_decoders_that_are_not_like_the_particles(interval, sa
         measures={"gain_ratio": ratio}, z=np.zeros((200, 2)), applicable=True, results=[],
         reason="",
     )  # fmt: skip
-    found = " ".join(definitions._cautions(evaluation))
-    assert (says in found) if says else not found
+    for applicable in (True, False):
+        evaluation.applicable = applicable
+        found = " ".join(definitions.verdict(evaluation).cautions)
+        assert (says in found) if says else not found
 
 
 def test_intervals_are_central():

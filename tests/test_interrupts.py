@@ -14,7 +14,14 @@ from cryodrgn.mrcfile import write_mrc
 from helpers import read_pickles, write_pickle, write_stack
 from test_training import metrics, same
 
-from cryodrgn_amort.checkpoints import CHECKSUMS, INTERRUPTED, epochs, locked, read_weights
+from cryodrgn_amort.checkpoints import (
+    CHECKSUMS,
+    INTERRUPTED,
+    epochs,
+    locked,
+    read_weights,
+    recorded,
+)
 from cryodrgn_amort.errors import InputError, Stopped
 
 
@@ -74,6 +81,46 @@ def test_a_training_that_is_stopped_goes_on_with_the_next_batch(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_what_an_epoch_goes_on_with(train, flags, tmp_path, stop_after, monkeypatch):
+    """The flags that its batches depend on, and what they drew: not what was drawn ahead."""
+    from cryodrgn_amort import training
+    from cryodrgn_amort.parallel import Team
+    from cryodrgn_amort.table import LookupTable
+
+    flags = {**flags, "encoder": "vlt", "shuffle_seed": 4, "num_epochs": 3}
+    whole = train(flags, outdir=str(tmp_path / "whole"))
+    undo = stop_after(8)
+    with pytest.raises(Stopped):
+        train(flags)
+    undo()
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    for more, says in (
+        ({"batch_size": 23}, "with -b 16, not -b 23"),
+        ({"shuffle_seed": None}, "with --shuffle-seed 4, not no --shuffle-seed"),
+        ({"augment": 1, "encoder": "resid"}, "with --encoder vlt, not resid"),
+    ):
+        with pytest.raises(InputError, match=says):
+            train(flags, load="latest", **more)
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "join", lambda: Team(0, 2))
+        with pytest.raises(InputError, match="one process only"):
+            train(flags, load="latest")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    stopped = read_weights(tmp_path / "run" / INTERRUPTED, "")
+    stopped["amort"]["random"]["shuffle"] = torch.Generator().manual_seed(77).get_state()
+    with recorded(tmp_path / "run", INTERRUPTED):
+        torch.save(stopped, tmp_path / "run" / INTERRUPTED)
+    begun, start = [], LookupTable.epoch_start
+    monkeypatch.setattr(
+        LookupTable, "epoch_start", lambda self, done: (begun.append(done), start(self, done))
+    )
+    parts = train(flags, load="latest")
+    assert begun == [1 / 3, 2 / 3]
+    a, b = (read_weights(t.folder / "weights.pkl", "") for t in (whole, parts))
+    assert same(a, b)
+    assert metrics(whole.folder) == metrics(parts.folder)
+
+
 def test_a_second_stage_goes_on_within_an_epoch(train, flags, plugins, tmp_path, stop_after):
     from cryodrgn_amort.runs import with_run
     from cryodrgn_amort.settings import settings_from_flags
@@ -100,29 +147,36 @@ def test_a_second_stage_goes_on_within_an_epoch(train, flags, plugins, tmp_path,
     assert metrics(whole.folder) == metrics(parts.folder)
 
 
-def test_the_command_says_so_in_one_line(flags, tmp_path):
-    """SIGTERM, as a cluster sends it: exit code 143, and the next call goes on."""
+@pytest.mark.parametrize(
+    ("signum", "more"),
+    [(signal.SIGTERM, []), (signal.SIGINT, ["--lazy", "--num-workers", "2"])],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_the_command_says_so_in_one_line(flags, tmp_path, signum, more):
+    """All processes get it, as from a cluster or a terminal: and the next call goes on."""
     argv = [
         sys.executable, "-m", "cryodrgn_amort", "train_amort", flags["particles"], "--poses",
         flags["poses"], "--ctf", flags["ctf"], "--zdim", "2", "--enc-dim", "8", "--dec-dim", "8",
         "--no-analysis", "-n", "100000", "--checkpoint", "1000000", "-o", str(tmp_path / "run"),
+        *more,
     ]  # fmt: skip
-    child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     log = tmp_path / "run/run.log"
     while not (log.is_file() and "Epoch: 2 " in log.read_text()):
         assert time.monotonic() < deadline
         assert child.poll() is None, child.stderr.read()
         time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
+    os.killpg(child.pid, signum)
     said = child.communicate(timeout=60)[1].splitlines()
-    assert child.returncode == 128 + signal.SIGTERM
+    assert child.returncode == 128 + signum
     assert re.fullmatch(
-        r"cryodrgn train_amort: stopped by SIGTERM in epoch \d+ after \d+ of 5 batches; "
+        rf"cryodrgn train_amort: stopped by {signum.name} in epoch \d+ after \d+ of \d batches; "
         r"--load latest goes on from there",
         said[-1],
     )
     assert "Traceback" not in "".join(said)
+    assert (tmp_path / "run" / INTERRUPTED).is_file()
 
 
 def damage(path, at=-200):
@@ -236,6 +290,15 @@ def test_a_loss_that_is_no_number_stops_before_the_batch_and_names_the_particle(
     assert all(np.isfinite(float(row["loss"])) for row in metrics(again.folder))
     whole = train(spoilt, outdir=str(tmp_path / "whole"), on_nan="skip")
     assert metrics(whole.folder) == metrics(again.folder)
+
+
+def test_several_processes_neither_skip_nor_roll_back(train, flags, monkeypatch):
+    from cryodrgn_amort import training
+    from cryodrgn_amort.parallel import Team
+
+    monkeypatch.setattr(training, "join", lambda: Team(0, 2))
+    with pytest.raises(InputError, match="--on-nan skip: not with several processes"):
+        train(flags, on_nan="skip")
 
 
 def test_rolling_back_halves_the_rate_until_it_works(train, flags, tmp_path, monkeypatch):

@@ -180,6 +180,39 @@ def test_a_pool_is_that_of_its_epoch_whatever_was_before(dreaming):
     assert torch.equal(anew.dream(batch).y, lesson.dream(batch).y)
 
 
+def test_images_apart_have_poses_and_latents_of_their_own(dreaming):
+    trainer, batch = dreaming
+    lesson = trainer.lesson
+    first, other = (lesson.dream_apart(batch, number) for number in (0, 1))
+    rots = torch.cat([first.rot, other.rot])
+    z = torch.cat([first.z, other.z])
+    assert len(rots.flatten(1).unique(dim=0)) == len(z.unique(dim=0)) == 2 * batch.size
+    again = lesson.dream_apart(batch, 0)
+    assert torch.equal(again.z, first.z)
+    assert not torch.equal(again.y, first.y)  # other noise
+    lesson.epoch_start(1)  # the pool is made again
+    images = lesson._images.clone()
+    lesson._made.fill_(-1)
+    lesson.epoch_start(1)
+    assert torch.equal(images, lesson._images)
+
+
+def test_a_batch_that_is_left_out_leaves_no_trace_in_the_metrics(second, monkeypatch):
+    trainer = second("sleep", on_nan="skip", num_epochs=1, batch_size=16)
+    dream, count = Sleep.dream, iter(range(100))
+
+    def spoilt(self, batch):
+        found = dream(self, batch)
+        if next(count) == 2:  # after those that are compared with the particles, and a step
+            found.image[0] = torch.nan
+        return found
+
+    monkeypatch.setattr(Sleep, "dream", spoilt)
+    trainer.fit()
+    assert "Batch left out" in (trainer.folder / "run.log").read_text()
+    assert np.isfinite(trainer.lesson.epoch_metrics()["latent_r2"])
+
+
 def test_the_loss_is_the_density_of_the_latents(dreaming):
     trainer, batch = dreaming
     lesson, model = trainer.lesson, trainer.model
