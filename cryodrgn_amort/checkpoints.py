@@ -1,19 +1,15 @@
-"""The files of a run: written so that none is ever half there, read so that none runs code."""
+"""Pickles and checkpoints, the host's and ours: read so that none runs code."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
+import errno
 import io
-import json
-import math
 import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,25 +18,20 @@ import torch
 
 from cryodrgn_amort import __version__
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import check_intact, check_plain, replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Mapping
 
 __all__ = [
-    "CHECKSUMS",
     "INTERRUPTED",
     "OWN_KEY",
-    "check_intact",
     "epochs",
     "latest_z",
-    "locked",
     "read_pickle",
     "read_weights",
     "read_z",
-    "recorded",
-    "replacing",
     "to_array",
-    "write_json",
     "write_pickle",
     "write_weights",
     "write_z",
@@ -51,12 +42,8 @@ OWN_KEY = "amort"
 OWN_PARTS = frozenset({"encoder", "encoder_state_dict", "input_state", "norm", "random"})
 """What a checkpoint holds under ``OWN_KEY``."""
 
-CHECKSUMS = "checksums.sha256"
-"""File of a run's folder with the checksums of its others, as ``sha256sum --check`` reads it."""
-
 INTERRUPTED = ".interrupted.pkl"
 """Checkpoint within an epoch; named unlike what the host takes for its own."""
-_LOCK = ".lock"
 _ARRAY_NAMES = {
     "numpy": {"ndarray", "dtype"},
     "numpy.core.multiarray": {"_reconstruct", "scalar"},
@@ -73,8 +60,11 @@ def _storage_from_bytes(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=True)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays, torch tensors and plain Python containers, and nothing else."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """Admits numpy arrays, torch tensors and plain Python containers, and nothing else.
+
+    In Python: the one in C makes room for whatever number of objects a file claims to have.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.storage", "_load_from_bytes"):
@@ -103,12 +93,12 @@ def read_pickle(path: str | os.PathLike[str], flag: str, count: int = 1) -> Any:
     try:
         with open(path, "rb") as handle:
             parts = [_ArrayUnpickler(handle).load() for _ in range(count)]
-    except FileNotFoundError:
-        raise InputError(f"{flag} {path}: no such file") from None
     except OSError as err:
-        raise InputError(f"{flag} {path}: {err.strerror}") from None
+        raise InputError(f"{flag} {path}: {err.strerror or 'cannot be read'}") from None
     except Exception as err:  # a damaged pickle can raise anything
-        raise InputError(f"{flag} {path}: not a usable pickle ({err})") from None
+        reason = " ".join(str(err).split())[:200]
+        raise InputError(f"{flag} {path}: not a usable pickle ({reason})") from None
+    check_plain(parts, os.path.getsize(path), f"{flag} {path}")
     return parts[0] if count == 1 else parts
 
 
@@ -146,14 +136,13 @@ def read_weights(path: str | os.PathLike[str], flag: str) -> dict[str, Any]:
         If the file is missing, damaged, or no checkpoint.
     """
     check_intact(path, flag)
+    _check_archive(path, flag)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd pickles, which are refused below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{flag} {path}: no such file") from None
     except OSError as err:
-        raise InputError(f"{flag} {path}: {err.strerror}") from None
+        raise InputError(f"{flag} {path}: {err.strerror or 'cannot be read'}") from None
     except Exception:  # torch raises many kinds for damaged or foreign files
         raise InputError(f"{flag} {path}: not a checkpoint (a weights.pkl is needed)") from None
     parts = checkpoint if isinstance(checkpoint, dict) else {}
@@ -161,135 +150,25 @@ def read_weights(path: str | os.PathLike[str], flag: str) -> dict[str, Any]:
         isinstance(parts.get("epoch"), int) and isinstance(parts.get("model_state_dict"), dict)
     ):
         raise InputError(f"{flag} {path}: not a checkpoint (a weights.pkl is needed)")
+    state = parts["model_state_dict"]
+    if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+        raise InputError(f"{flag} {path}: a damaged checkpoint (its model_state_dict)")
     own = parts.get(OWN_KEY, {})
     if not isinstance(own, dict) or (own and not own.keys() >= OWN_PARTS):
         raise InputError(f"{flag} {path}: a damaged checkpoint (its part {OWN_KEY!r})")
+    check_plain(parts, os.path.getsize(path), f"{flag} {path}")
     return parts
 
 
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a file whole or not at all.
-
-    Yields a temporary path in the same folder, named with a leading dot (the host's search for
-    the latest checkpoint trips over other names); it takes the place of ``path`` on success.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+def _check_archive(path: str | os.PathLike[str], flag: str) -> None:
+    """Refuse a checkpoint that is compressed, as PyTorch's are not: it could be without end."""
     try:
-        yield temporary
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    """Read the checksums of a folder's files by name; what is no such line is passed over."""
-    try:
-        lines = (folder / CHECKSUMS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return {}
-    found = (re.fullmatch(r"([0-9a-f]{64})  ([^/]+)", line) for line in lines)
-    return {m[2]: m[1] for m in found if m}
-
-
-@contextlib.contextmanager
-def recorded(folder: Path, *names: str) -> Iterator[None]:
-    """Keep the checksums of files that are written meanwhile, for ``check_intact``.
-
-    Until all are written, none is held against the checksum of what was there before. A name whose
-    file is not there afterwards has none.
-    """
-
-    def write(sums: dict[str, str]) -> None:
-        kept = (f"{value}  {name}\n" for name, value in sums.items() if (folder / name).is_file())
-        with replacing(folder / CHECKSUMS) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
-
-    sums = _checksums(folder)
-    if sums.keys() & set(names):
-        sums = {name: value for name, value in sums.items() if name not in names}
-        write(sums)
-    yield
-    write(sums | {name: _digest(folder / name) for name in names if (folder / name).is_file()})
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def check_intact(path: str | os.PathLike[str], flag: str) -> None:
-    """Hold a file against its checksum, if its folder has one of it.
-
-    Raises
-    ------
-    InputError
-        If it is not what was written.
-    """
-    path = Path(path)
-    known = _checksums(path.parent).get(path.name)
-    if known is None or not path.is_file():
-        return
-    try:
-        found = _digest(path)
-    except OSError as err:
-        raise InputError(f"{flag} {path}: {err.strerror}") from None
-    if found != known:
-        raise InputError(
-            f"{flag} {path}: damaged: it is not what {CHECKSUMS} beside it says (if you changed it "
-            "yourself, remove its line there)"
-        )
-
-
-@contextlib.contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Keep others from working in the same folder at the same time.
-
-    Raises
-    ------
-    InputError
-        If another process does: ``what`` names it.
-    """
-    path = folder / _LOCK
-    with open(path, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = os.path.samestat(os.fstat(handle.fileno()), path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            free = False
-        except OSError:  # a file system without locks
-            free = True
-        if not free:  # held, or just given back: its owner removes it
-            raise InputError(f"-o {folder}: {what}")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def write_json(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
-    """Write strict JSON: arrays become lists, what is not finite becomes null."""
-    text = json.dumps(_plain(facts), indent=2, allow_nan=False)
-    with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
+        with zipfile.ZipFile(path) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # of another kind, or damaged: PyTorch says so
+    if packed:
+        raise InputError(f"{flag} {path}: not a checkpoint (it is compressed)")
 
 
 def write_pickle(path: str | os.PathLike[str], *values: Any) -> None:
@@ -323,7 +202,11 @@ def write_weights(
         OWN_KEY: {"version": __version__, **rest, **own},
     }
     with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
+        try:
+            torch.save(checkpoint, temporary)
+        except RuntimeError as err:  # PyTorch writes without Python, and hides what went wrong
+            reason = f"cannot be written ({str(err).splitlines()[0]}): is the disk full?"
+            raise OSError(errno.EIO, reason, str(path)) from None
 
 
 def write_z(path: str | os.PathLike[str], mean: np.ndarray, logvar: np.ndarray) -> None:

@@ -102,6 +102,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Imports only the command that is asked for.
     """
+    try:
+        _main(argv)
+    except KeyboardInterrupt:
+        sys.stderr.write("cryodrgn cryodrgn_amort: interrupted\n")
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _main(argv: Sequence[str] | None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = load_plugins().commands()
     parser = argparse.ArgumentParser(

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from cryodrgn_amort import metrics
-from cryodrgn_amort.checkpoints import write_json
 from cryodrgn_amort.definitions import DEFINITIONS, text_row, text_table
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import write_json
 from cryodrgn_amort.metrics import Measure, measure
 
 if TYPE_CHECKING:

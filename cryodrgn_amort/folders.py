@@ -8,26 +8,19 @@ import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from cryodrgn_amort.checkpoints import (
-    CHECKSUMS,
-    INTERRUPTED,
-    check_intact,
-    epochs,
-    read_weights,
-    recorded,
-    replacing,
-)
+from cryodrgn_amort.checkpoints import INTERRUPTED, OWN_KEY, epochs, read_weights
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import CHECKSUMS, check_intact, read_table, read_yaml, recorded, replacing
 from cryodrgn_amort.runs import HOLDOUT, TRAINED
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["NOISE", "RunFolder"]
+__all__ = ["METRICS", "NOISE", "RunFolder"]
 
-NOISE = "noise.json"
+METRICS, NOISE = "metrics.csv", "noise.json"
 _FILES = (
-    "z.pkl", "weights.pkl", "metrics.csv", NOISE, "run.log", HOLDOUT, TRAINED, INTERRUPTED,
+    "z.pkl", "weights.pkl", METRICS, NOISE, "run.log", HOLDOUT, TRAINED, INTERRUPTED,
     CHECKSUMS, "config.yaml",
 )  # fmt: skip
 
@@ -50,6 +43,7 @@ class RunFolder:
         self.path = path
         self.replaced = path / ".replaced"
         self.skipped: list[str] = []
+        self._rows: list[dict[str, Any]] = []
 
     def present(self, after: int = -1) -> list[Path]:
         """Return the files of a run in the folder; of epochs after ``after`` only, if given.
@@ -65,6 +59,19 @@ class RunFolder:
         return [path for path in found if path.exists()]
 
     @property
+    def is_bare(self) -> bool:
+        """Whether all that is there is what a training of ours left that made no checkpoint."""
+        names = {path.name for path in self.present()}
+        if self.replaced.exists() or any(n.startswith(("weights", INTERRUPTED)) for n in names):
+            return False
+        if not (self.path / "config.yaml").exists():  # which is written after these
+            return names <= {HOLDOUT, TRAINED, CHECKSUMS}
+        try:
+            return OWN_KEY in read_yaml(self.path / "config.yaml", "-o")
+        except (InputError, TypeError):
+            return False
+
+    @property
     def is_orphaned(self) -> bool:
         """Whether its run was moved aside by a training that was killed before a checkpoint."""
         return self.replaced.is_dir() and not epochs(self.path)
@@ -74,6 +81,9 @@ class RunFolder:
         if (self.replaced / "config.yaml").exists() and epochs(self.path):
             shutil.rmtree(self.replaced)  # killed just after the first checkpoint
         self.put_back()  # or before it
+        if self.is_bare:
+            for path in self.present():
+                path.unlink()
         stale = self.present() if overwrite else []
         if after and not overwrite:  # later epochs will be trained again
             stale = self.present(after)
@@ -122,16 +132,31 @@ class RunFolder:
 
     def write_metrics(self, row: dict[str, float]) -> None:
         """Append to metrics.csv; epochs that are trained again replace their old rows."""
-        path, epoch = self.path / "metrics.csv", row["epoch"]
-        rows: list[dict[str, Any]] = []
-        if path.exists() and epoch > 1:
-            with open(path, newline="") as handle:
-                rows = [r for r in csv.DictReader(handle) if int(r["epoch"]) < epoch]
-        rows.append(row)
-        with replacing(path) as temporary, open(temporary, "w", newline="") as handle:
+        self._rows = [r for r in self._rows if float(r["epoch"]) < row["epoch"]]
+        self._rows.append(row)
+        path = self.path / METRICS
+        with (
+            recorded(self.path, METRICS),
+            replacing(path) as temporary,
+            open(temporary, "w", newline="") as handle,
+        ):
             writer = csv.DictWriter(handle, list(row), extrasaction="ignore", restval="")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self._rows)
+
+    def read_metrics(self) -> None:
+        """Read what metrics.csv has of a run that goes on.
+
+        Raises
+        ------
+        InputError
+            If it is damaged.
+        """
+        path = self.path / METRICS
+        rows = read_table(path, "-o") if path.exists() else []
+        if any("epoch" not in row for row in rows):
+            raise InputError(f"-o {path}: damaged (it has no column epoch)")
+        self._rows = list(rows)
 
     def finish(self, epoch: int) -> None:
         """Put the final weights.pkl and z.pkl beside the last epoch's, which they equal."""

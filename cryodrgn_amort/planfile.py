@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cryodrgn_amort.checkpoints import replacing
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import read_text, replacing
 from cryodrgn_amort.plan import INPUTS, KNOWN, PLAN, Plan
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def changed_plan(
         if preset is not None:
             raise InputError(f"--preset {preset}: {path} is there already; edit it, or choose "
                              "another folder")  # fmt: skip
-        text = path.read_text()
+        text = read_text(path, "STUDY")
     else:
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"-o {folder}: is not empty, and no study")
@@ -77,7 +77,7 @@ def _preset_text(name: str) -> str:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise InputError(f"--preset {name}: neither {' nor '.join(PRESETS)} nor a plan (.yaml)")
-    return path.read_text()
+    return read_text(path, "--preset")
 
 
 def _with_section(text: str, section: str, value: Any) -> str:

@@ -18,16 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cryodrgn_amort import __version__
-from cryodrgn_amort.checkpoints import (
-    recorded,
-    replacing,
-    write_json,
-    write_pickle,
-    write_weights,
-    write_z,
-)
+from cryodrgn_amort.checkpoints import write_pickle, write_weights, write_z
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.feed import Feed
+from cryodrgn_amort.files import recorded, replacing, write_json
 from cryodrgn_amort.inference import (
     FitOptions,
     Fitted,
@@ -345,10 +339,10 @@ class _Inference:
     def prepare_folder(self) -> None:
         """Keep the parts of an interrupted call with the same options; drop those of others."""
         plan = self.parts / "plan.json"
-        if not plan.is_file() or plan.read_text() != self.plan:
+        if not plan.is_file() or plan.read_bytes() != self.plan.encode():
             shutil.rmtree(self.parts, ignore_errors=True)
             self.parts.mkdir(parents=True)
-            plan.write_text(self.plan)
+            plan.write_text(self.plan, encoding="utf-8")
 
     def fit(self, yardstick: Yardstick) -> None:
         """Fit what is not done yet, as far as it falls to this process."""
@@ -356,7 +350,7 @@ class _Inference:
         todo = [
             (number, index)
             for number, index in enumerate(chunks)
-            if number % self.team.size == self.team.rank and not self._part(number).is_file()
+            if number % self.team.size == self.team.rank and self._done(number, len(index)) is None
         ]
         done = len(range(self.team.rank, len(chunks), self.team.size)) - len(todo)
         if done and self.team.leads:
@@ -369,16 +363,28 @@ class _Inference:
             with replacing(self._part(number)) as temporary, open(temporary, "wb") as handle:
                 np.savez(handle, **dict(zip(_RESULTS, arrays, strict=True)))  # type: ignore[arg-type]
 
+    def _done(self, number: int, count: int) -> dict[str, np.ndarray] | None:
+        """Read a part of ``count`` particles; None: it is not there, or not whole."""
+        try:
+            with np.load(self._part(number), allow_pickle=False) as part:
+                found = {name: part[name] for name in _RESULTS}
+        except Exception:  # zip, numpy and the system have many for a damaged one
+            return None
+        return found if all(len(values) == count for values in found.values()) else None
+
     def _part(self, number: int) -> Path:
         return self.parts / f"{number:06d}.npz"
 
     def collect(self, yardstick: Yardstick) -> Inferred:
         """Put the parts together."""
         found: dict[str, list[np.ndarray]] = {name: [] for name in _RESULTS}
-        for number in range(-(-self.particles.n // self.options.batch_size)):
-            with np.load(self._part(number), allow_pickle=False) as part:
-                for name, arrays in found.items():
-                    arrays.append(part[name])
+        chunks = torch.arange(self.particles.n).split(self.options.batch_size)
+        for number, index in enumerate(chunks):
+            part = self._done(number, len(index))
+            if part is None:
+                raise InputError(f"-o {self._part(number)}: damaged; the same call fits it anew")
+            for name, arrays in found.items():
+                arrays.append(part[name])
         whole = {name: np.concatenate(arrays) for name, arrays in found.items()}
         return Inferred(**whole, starts=self.names, yardstick=yardstick)
 

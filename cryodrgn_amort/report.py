@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryodrgn_amort import __version__, figures, host
-from cryodrgn_amort.checkpoints import write_json, write_pickle, write_z
+from cryodrgn_amort.checkpoints import write_pickle, write_z
 from cryodrgn_amort.definitions import (
     DEFINITIONS,
     MODE_NOTES,
@@ -26,6 +25,7 @@ from cryodrgn_amort.definitions import (
     verdict,
 )
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import locked, read_json, recorded, write_json
 from cryodrgn_amort.metrics import MOST_QUERIES
 from cryodrgn_amort.pages import Picture, environment, picture
 from cryodrgn_amort.pictures import pictures_of
@@ -156,13 +156,16 @@ def _staging(out: Path) -> Iterator[Path]:
     """Make a folder within ``out``, named with a dot, that is gone afterwards."""
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    staging = out / f".amort.{os.getpid()}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    staging = out / ".amort.tmp"
     try:
-        yield staging
+        with locked(out, "another eval_amort writes to it"):
+            shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
+            staging.mkdir()
+            try:
+                yield staging
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         if made and not any(out.iterdir()):
             out.rmdir()
 
@@ -172,17 +175,18 @@ def _move(staging: Path, out: Path, files: Sequence[str]) -> None:
     if blocked:
         raise InputError(f"-o {out}: a folder {blocked[0]} is in the way")
     stale = {name for name in _earlier_files(out) if _OURS.fullmatch(name)} - set(files)
-    for name in files:
-        os.replace(staging / name, out / name)
+    with recorded(out, *files):
+        for name in files:
+            os.replace(staging / name, out / name)
     for name in stale:
         (out / name).unlink(missing_ok=True)
 
 
 def _earlier_files(out: Path) -> list[str]:
     try:
-        listed = json.loads((out / "amortization.json").read_text(encoding="utf-8"))["files"]
+        listed = read_json(out / "amortization.json", "-o")["files"]
         return [name for name in listed if os.path.basename(name) == name]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # InputError among them
         return []
 
 

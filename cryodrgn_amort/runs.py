@@ -13,17 +13,16 @@ import yaml
 from cryodrgn_amort import host
 from cryodrgn_amort.checkpoints import (
     OWN_KEY,
-    check_intact,
     epochs,
     read_pickle,
     read_weights,
     read_z,
-    replacing,
     to_array,
     write_pickle,
 )
 from cryodrgn_amort.encoders import EncoderSpec
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import read_yaml, replacing
 from cryodrgn_amort.model import TOKEN_ENCODER, AmortVAE, build_model
 from cryodrgn_amort.settings import TrainSettings, flag_name
 from cryodrgn_amort.sources import ParticleSource, load_particles
@@ -335,9 +334,8 @@ def load_run(
     config_path = path / "config.yaml"
     if not config_path.is_file():
         raise InputError(f"{flag} {folder}: not a run folder (it has no config.yaml)")
-    check_intact(config_path, flag)
+    config = read_yaml(config_path, flag)
     try:
-        config = yaml.safe_load(config_path.read_text())
         settings = _settings_of(config, path)
     except InputError:
         raise

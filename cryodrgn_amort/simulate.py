@@ -23,8 +23,9 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from cryodrgn_amort import __version__, host
-from cryodrgn_amort.checkpoints import read_pickle, replacing, write_pickle
+from cryodrgn_amort.checkpoints import read_pickle, write_pickle
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import recorded, replacing
 from cryodrgn_amort.sources import load_ctf, load_poses
 from cryodrgn_amort.specimens import BlobModel, VolumeModel, clean_images, read_volume
 
@@ -364,10 +365,11 @@ def _write_tables(
     write_pickle(folder / "ind_train.pkl", train)
     if len(held):
         write_pickle(folder / "ind_heldout.pkl", held)
-    for name, volume in model.volumes():
-        host.write_mrc(str(folder / "volumes" / f"{name}.mrc"), volume, is_vol=True, Apix=apix)
-    mean = model.mean(truth.labels, truth.coordinate)
-    host.write_mrc(str(folder / "volumes" / "mean.mrc"), mean, is_vol=True, Apix=apix)
+    volumes = {**dict(model.volumes()), "mean": model.mean(truth.labels, truth.coordinate)}
+    with recorded(folder / "volumes", *(f"{name}.mrc" for name in volumes)):
+        for name, volume in volumes.items():
+            path = folder / "volumes" / f"{name}.mrc"
+            host.write_mrc(str(path), volume, is_vol=True, Apix=apix)
 
 
 def simulate(options: SimulateOptions) -> Simulation:
@@ -404,7 +406,8 @@ def simulate(options: SimulateOptions) -> Simulation:
     with contextlib.ExitStack() as stack:
         paths = {k: stack.enter_context(replacing(folder / f"{k}.mrcs")) for k in names}
         _write_stacks(paths, imager, apix, sigma, options.noise, streams["noise"], options.chunk)
-        _write_tables(folder, truth, imager, apix, train, held)
+        with recorded(folder, *(name for name in _OUTPUTS if name.endswith(".pkl"))):
+            _write_tables(folder, truth, imager, apix, train, held)
     settings: dict[str, Any] = {**asdict(options), "n": len(train), "D": D, "apix": apix}
     if options.poses is None:
         settings["shift_px"] = _shift_px(options, D)
@@ -422,7 +425,7 @@ def simulate(options: SimulateOptions) -> Simulation:
         "settings": settings, "classes": classes, "signal_variance": variance,
         "noise_sigma": sigma, "versions": versions,
     }  # fmt: skip
-    with replacing(folder / "simulation.yaml") as temporary:
+    with recorded(folder, "simulation.yaml"), replacing(folder / "simulation.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(summary, sort_keys=False))
     logger.info(f"Wrote {len(train)} particles for training, {len(held)} held out, to {folder}")
     return Simulation(folder, len(train), len(held), D, variance, sigma)

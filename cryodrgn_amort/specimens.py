@@ -18,6 +18,7 @@ from scipy.spatial.transform import Rotation
 
 from cryodrgn_amort import host
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import check_intact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -244,6 +245,7 @@ def read_volume(path: str, flag: str = "--volumes") -> tuple[np.ndarray, float]:
         If it is no finite, cubic, even-sized, positive density, or stored in an unusual way.
     """
     what = f"{flag} {path}"
+    check_intact(path, flag)
     try:
         volume, header = host.parse_mrc(path)
     except OSError as err:

@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cryodrgn_amort import checkpoints
-from cryodrgn_amort.checkpoints import epochs, replacing
+from cryodrgn_amort import checkpoints, files
+from cryodrgn_amort.checkpoints import epochs
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import replacing
 from cryodrgn_amort.plan import parse
 from cryodrgn_amort.results import EvalOptions
 from cryodrgn_amort.runs import default_device, source_of
@@ -68,7 +69,7 @@ def locked(folder: Path) -> Iterator[None]:
         If another process runs it.
     """
     other = "another study_amort is running it"
-    with checkpoints.locked(folder, other), open(folder / ".workers", "w") as workers:
+    with files.locked(folder, other), open(folder / ".workers", "w") as workers:
         fcntl.flock(workers, fcntl.LOCK_EX)  # what is left of a killed one ends within a moment
         fcntl.flock(workers, fcntl.LOCK_UN)
         yield

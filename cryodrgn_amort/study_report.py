@@ -13,9 +13,9 @@ import numpy as np
 import yaml
 
 from cryodrgn_amort import __version__, figures, host, study_figures, surfaces
-from cryodrgn_amort.checkpoints import replacing, write_json
 from cryodrgn_amort.claims import Found, agreement_rows, claims, row, truth_rows
 from cryodrgn_amort.definitions import DEFINITIONS, TIMED, number, plain_number, text_table
+from cryodrgn_amort.files import replacing, write_json
 from cryodrgn_amort.pages import Picture, capital, environment, picture, turnable
 from cryodrgn_amort.plan import PLAN
 from cryodrgn_amort.report import CITATION, measure_facts

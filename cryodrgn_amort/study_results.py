@@ -5,8 +5,6 @@ Only steps that are done for the present plan count.
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,8 @@ import numpy as np
 from cryodrgn_amort import host, metrics
 from cryodrgn_amort.checkpoints import read_pickle, to_array
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import check_intact, read_json, read_table
+from cryodrgn_amort.folders import METRICS
 from cryodrgn_amort.metrics import Measure, measure
 from cryodrgn_amort.study import is_done
 
@@ -81,6 +81,8 @@ class Member:
         """
         end = f".{transform}.mrc" if transform else ".mrc"
         paths = [self.folder / f"vol.{name}{end}" for name in self.facts["labelled"]]
+        for path in paths:
+            check_intact(path, "STUDY")
         return np.stack([host.parse_mrc(str(path))[0] for path in paths])
 
 
@@ -199,9 +201,9 @@ def read_study(plan: Plan) -> Study:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as err:
-        raise InputError(f"{path}: damaged ({err}); delete it to have it made anew") from None
+        found: dict[str, Any] = read_json(path, "STUDY")
+    except InputError as err:
+        raise InputError(f"{err}; delete it to have it made anew") from None
     return found
 
 
@@ -228,8 +230,7 @@ def _member(plan: Plan, name: str, seed: int) -> Member:
     }
     losses: dict[str, np.ndarray] = {}
     if plan.recipe(name).command == "train_amort":
-        with open(plan.run_folder(name, seed) / "metrics.csv", newline="") as handle:
-            rows = list(csv.DictReader(handle))
+        rows = read_table(plan.run_folder(name, seed) / METRICS, "STUDY")
         names = ("epoch", "gen_loss", "kld", "loss")
         losses = {n: np.array([float(row[n]) for row in rows]) for n in names}
     measures = _measures(facts["measures"])

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from cryodrgn_amort.checkpoints import write_json
 from cryodrgn_amort.definitions import text_table
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import write_json
 from cryodrgn_amort.runs import default_device, source_of
 from cryodrgn_amort.training import Trainer
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm  # tqdm.auto would start an iterator of its own: one more random draw
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -23,15 +22,13 @@ from cryodrgn_amort.checkpoints import (
     INTERRUPTED,
     OWN_KEY,
     epochs,
-    locked,
     read_weights,
-    recorded,
-    write_json,
     write_weights,
     write_z,
 )
 from cryodrgn_amort.errors import InputError, Stopped
 from cryodrgn_amort.feed import Feed
+from cryodrgn_amort.files import locked, read_yaml, recorded, write_json
 from cryodrgn_amort.folders import NOISE, RunFolder
 from cryodrgn_amort.interrupts import Requests
 from cryodrgn_amort.latent import NotFiniteError, adam, train_step
@@ -238,7 +235,8 @@ class Trainer:
 
     def _compare_images(self) -> None:
         """Write how alike the images made up and the particles are, and warn if they are not."""
-        if not isinstance(self.lesson, Sleep) or not self.team.leads:
+        known = (self.epoch or self._part) and (self.folder / NOISE).is_file()
+        if known or not isinstance(self.lesson, Sleep) or not self.team.leads:
             return
         self.lesson.epoch_start(self.epoch + 1)
         found = self.lesson.agreement()
@@ -574,13 +572,16 @@ class Trainer:
                 f"-o {self.folder}: its run was about to be replaced when training was killed; "
                 f"it is whole in {self.files.replaced}: move it back, or go on with --overwrite"
             )
-        if self.files.present() and not here and not self.settings.overwrite:
+        replaces = self.settings.overwrite or self.files.is_bare
+        if self.files.present() and not here and not replaces:
             raise InputError(
                 f"-o {self.folder}: holds a run already; continue it with --load latest, "
                 "or replace it with --overwrite"
             )
         if not load:
             return {}, {}
+        if here:
+            self.files.read_metrics()
         if load == "latest":
             load, checkpoint = self.files.latest()
         else:
@@ -633,16 +634,27 @@ class Trainer:
                 raise InputError(f"{name}: {err}") from None
         self._random = own.get("random", {})
         self.epoch = int(checkpoint["epoch"])
-        if "part" in own:
-            self._part = _Part(**own["part"])
-            if self.team.size > 1:
-                raise InputError(f"{name}: stopped within an epoch: goes on in one process only")
-            for was, now in zip(self._part.given, self._given(), strict=True):
-                if was != now:
-                    raise InputError(f"{name}: stopped within an epoch, with {was}, not {now}")
-            self._part.sums, self._part.moments = (
-                kept.to(self.device) for kept in (self._part.sums, self._part.moments)
-            )
+        if "part" in own and self.team.size > 1:
+            raise InputError(f"{name}: stopped within an epoch: goes on in one process only")
+        try:
+            if "torch" in self._random:
+                torch.Generator().set_state(self._random["torch"])  # it is one
+            self._part = self._restored(own["part"], name) if "part" in own else None
+        except InputError:
+            raise
+        except Exception as err:  # whatever a damaged one leads to
+            reason = f"{type(err).__name__}: {err}".splitlines()[0]
+            raise InputError(f"{name}: a damaged checkpoint ({reason})") from None
+
+    def _restored(self, kept: dict[str, Any], name: str) -> _Part:
+        """Take up the part of an epoch that a checkpoint holds."""
+        part = _Part(**kept)
+        for was, now in zip(part.given, self._given(), strict=True):
+            if was != now:
+                raise InputError(f"{name}: stopped within an epoch, with {was}, not {now}")
+        torch.Generator().set_state(part.begin["torch"])
+        part.sums, part.moments = part.sums.to(self.device), part.moments.to(self.device)
+        return part
 
     def _random_state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"torch": torch.get_rng_state()}
@@ -734,18 +746,25 @@ def _on_terminal() -> bool:
 def _norm_beside(checkpoint: Path) -> list[float] | None:
     """Return the normalisation in the config.yaml beside a checkpoint of the host, if there."""
     try:
-        config = yaml.safe_load((checkpoint.parent / "config.yaml").read_text())
+        config = read_yaml(checkpoint.parent / "config.yaml", "--load")
         offset, scale = config["dataset_args"]["norm"]
         return [float(offset), float(scale)]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):  # InputError among them
         return None
+
+
+class _LogFile(logging.FileHandler):
+    """Lines that cannot be written, as on a full disk, are lost; a checkpoint then says why."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Go on."""
 
 
 class _logging_to:
     """Copy our log lines into a file for a while, and keep them clear of the progress bar."""
 
     def __init__(self, path: Path, verbose: bool, team: Team) -> None:
-        self._handler = logging.FileHandler(path) if team.leads else logging.NullHandler()
+        self._handler = _LogFile(path) if team.leads else logging.NullHandler()
         self._handler.setFormatter(
             logging.Formatter("(%(levelname)s) (%(asctime)s) %(message)s", "%d-%b-%Y %H:%M:%S")
         )

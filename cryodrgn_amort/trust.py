@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cryodrgn_amort import metrics
-from cryodrgn_amort.checkpoints import replacing, write_pickle
+from cryodrgn_amort.checkpoints import write_pickle
 from cryodrgn_amort.definitions import is_control
+from cryodrgn_amort.files import replacing
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 from scipy.integrate import trapezoid
 from scipy.interpolate import CubicSpline
 
 from cryodrgn_amort.checkpoints import read_pickle, to_array
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import read_yaml
 from cryodrgn_amort.specimens import BlobModel, VolumeModel, clean_images, read_volume
 
 if TYPE_CHECKING:
@@ -154,8 +154,9 @@ def load_truth(folder: str, particles: Particles) -> Truth:
     what, path = f"--truth {folder}", Path(folder)
     if not (path / "simulation.yaml").is_file():
         raise InputError(f"{what}: not a folder of simulate_amort (it has no simulation.yaml)")
+    found = read_yaml(path / "simulation.yaml", "--truth")
     try:
-        settings = yaml.safe_load((path / "simulation.yaml").read_text())["settings"]
+        settings = found["settings"]
         box, files = int(settings["D"]), list(settings["volumes"])
         made = () if files else (int(settings["classes"]), float(settings["hinge_deg"]))
         blobs = BlobModel(box, *made) if made else None

@@ -14,15 +14,9 @@ from cryodrgn.mrcfile import write_mrc
 from helpers import read_pickles, write_pickle, write_stack
 from test_training import metrics, same
 
-from cryodrgn_amort.checkpoints import (
-    CHECKSUMS,
-    INTERRUPTED,
-    epochs,
-    locked,
-    read_weights,
-    recorded,
-)
+from cryodrgn_amort.checkpoints import INTERRUPTED, epochs, read_weights
 from cryodrgn_amort.errors import InputError, Stopped
+from cryodrgn_amort.files import CHECKSUMS, locked, recorded
 
 
 @pytest.fixture
@@ -212,7 +206,7 @@ def test_a_flipped_bit_in_any_file_of_a_run_is_seen(train, flags, plugins, tmp_p
     sums = (run / CHECKSUMS).read_text()
     assert {line.split("  ")[1] for line in sums.splitlines()} == {
         "weights.1.pkl", "z.1.pkl", "weights.pkl", "z.pkl", "config.yaml", "ind_heldout.pkl",
-        "ind_train.pkl",
+        "ind_train.pkl", "metrics.csv",
     }  # fmt: skip
     done = subprocess.run(["sha256sum", "--check", "--quiet", CHECKSUMS], cwd=run, check=False)
     assert done.returncode == 0

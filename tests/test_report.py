@@ -20,6 +20,7 @@ from cryodrgn_amort import figures, hookimpl, report, surfaces
 from cryodrgn_amort.definitions import DEFINITIONS, number, verdict
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.evaluation import EvalOptions, evaluate
+from cryodrgn_amort.files import CHECKSUMS, recorded, write_json
 from cryodrgn_amort.plugins import Plugins
 from cryodrgn_amort.report import Section, summary, write_evaluation
 from cryodrgn_amort.runs import load_run
@@ -163,7 +164,7 @@ def test_the_json_is_strict_and_complete(written, evaluation):
     assert facts["options"]["bootstrap"] == 5
     assert facts["labelled"] == {"1": 0, "2": 1}
     assert {"cryodrgn", "cryodrgn_amort"} <= set(facts)
-    assert sorted(facts["files"]) == sorted(p.name for p in written.iterdir())
+    assert {*facts["files"], CHECKSUMS} == {p.name for p in written.iterdir()}
 
 
 def test_what_is_not_finite_becomes_null_and_a_dash(light, tmp_path):
@@ -294,7 +295,7 @@ def test_a_table_gets_no_score(table_evaluation, tmp_path):
     assert set(facts["measures"]) == LATENTS == set(facts["definitions"]) - FITTED
     names = {p.name for p in (tmp_path / "out").iterdir()}
     files = {"amortization.json", "report.html", "reconstruction.pkl", "vol.1.mrc", "vol.2.mrc",
-             "trust.csv", "gap.pkl"}  # fmt: skip
+             "trust.csv", "gap.pkl", CHECKSUMS}  # fmt: skip
     assert names == files | {
         f"{name}.{kind}" for name in ("latents", "map.pca") for kind in ("png", "pdf")
     }
@@ -334,7 +335,8 @@ def test_writing_again_removes_what_is_stale_and_nothing_else(light, tmp_path):
     assert list(out.glob("*rotate-90*"))
     facts = json.loads((out / "amortization.json").read_text())
     facts["files"] += ["notes.txt", "../outside.held.pkl", "weights.1.pkl"]
-    (out / "amortization.json").write_text(json.dumps(facts))
+    with recorded(out, "amortization.json"):
+        write_json(out / "amortization.json", facts)
     others = [out / "notes.txt", tmp_path / "outside.held.pkl", out / "weights.1.pkl"]
     for path in others:
         path.write_text("mine")

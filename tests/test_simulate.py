@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 from cryodrgn_amort import host
 from cryodrgn_amort import simulate as module
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import CHECKSUMS
 from cryodrgn_amort.simulate import SimulateOptions, simulate
 from cryodrgn_amort.sources import ParticleSource, load_particles
 from cryodrgn_amort.specimens import BlobModel, VolumeModel
@@ -228,7 +229,7 @@ def test_labels_follow_the_shares(tmp_path):
 def test_truth_on_disk(tmp_path):
     sim = make(tmp_path / "sim", n=64)
     model = BlobModel(D)
-    names = {path.stem for path in (sim.folder / "volumes").iterdir()}
+    names = {path.stem for path in (sim.folder / "volumes").glob("*.mrc")}
     times = ("0.00", "0.25", "0.50", "0.75", "1.00")
     assert names == {"mean"} | {f"class{c}_t{t}" for c in range(5) for t in times}
     np.testing.assert_allclose(
@@ -245,7 +246,7 @@ def test_homogeneous_set_has_no_motion(tmp_path):
     sim = make(tmp_path / "sim", n=10, classes=1, hinge_deg=0.0)
     assert not sim.labels.any()
     assert not hasattr(sim, "coordinate")
-    assert {p.name for p in (sim.folder / "volumes").iterdir()} == {"class0.mrc", "mean.mrc"}
+    assert {p.name for p in (sim.folder / "volumes").glob("*.mrc")} == {"class0.mrc", "mean.mrc"}
 
 
 def test_user_volumes(tmp_path, mrc):
@@ -405,7 +406,8 @@ def test_overwrite_leaves_nothing_of_the_earlier_simulation(tmp_path):
     make(tmp_path / "sim", n=10, classes=1, hinge_deg=0.0, use_ctf=False, overwrite=True)
     assert {str(p.relative_to(tmp_path / "sim")) for p in (tmp_path / "sim").rglob("*")} == {
         "particles.mrcs", "poses.pkl", "labels.pkl", "ind_train.pkl", "simulation.yaml",
-        "volumes", "volumes/class0.mrc", "volumes/mean.mrc", "volumes/own.mrc",
+        "volumes", "volumes/class0.mrc", "volumes/mean.mrc", "volumes/own.mrc", CHECKSUMS,
+        f"volumes/{CHECKSUMS}",
     }  # fmt: skip
 
 
@@ -460,7 +462,7 @@ def test_inputs_are_never_replaced(tmp_path):
         (["--noise", "pink"], "--noise"),
         (["--poses", "missing.pkl"], "--poses missing.pkl: no such file"),
         (["--ctf", "missing.pkl"], "--ctf missing.pkl: no such file"),
-        (["--volumes", "missing.mrc"], "--volumes missing.mrc: No such file"),
+        (["--volumes", "missing.mrc"], "--volumes missing.mrc: no such file"),
     ],
 )
 def test_bad_flags(tmp_path, monkeypatch, cli, argv, message):

@@ -38,6 +38,7 @@ LAYERS = [  # each may import from those below it
     {"sources", "feed", "noise"},
     {"particles", "metrics", "objective", "parallel", "decoding", "products"},
     {"checkpoints", "host"},
+    {"files"},
     {"errors", "machine", "recipes", "interrupts"},
 ]
 

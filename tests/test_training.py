@@ -10,8 +10,9 @@ import torch
 import yaml
 from helpers import read_pickles, run_host, write_pickle
 
-from cryodrgn_amort.checkpoints import epochs, read_weights, replacing
+from cryodrgn_amort.checkpoints import epochs, read_weights
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import replacing
 from cryodrgn_amort.particles import Particles
 from cryodrgn_amort.training import Trainer
 

@@ -15,6 +15,7 @@ from scipy.spatial.distance import cdist
 from cryodrgn_amort import host, truth
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.evaluation import EvalOptions, evaluate
+from cryodrgn_amort.files import CHECKSUMS
 from cryodrgn_amort.model import AmortVAE
 from cryodrgn_amort.plugins import Plugins
 from cryodrgn_amort.runs import load_run
@@ -339,15 +340,15 @@ def table(folder, name, change):
     [
         (lambda f: shutil.rmtree(f), "not a folder of simulate_amort"),
         (lambda f: (f / "simulation.yaml").unlink(), "has no simulation.yaml"),
-        (lambda f: (f / "simulation.yaml").write_text("a: [\nb"), "simulation.yaml is damaged"),
-        (lambda f: (f / "simulation.yaml").write_text("!!python/name:os.system"), "is damaged"),
-        (lambda f: (f / "simulation.yaml").write_text("5"), "simulation.yaml is damaged"),
-        (lambda f: settings(f, classes="many"), "simulation.yaml is damaged"),
-        (lambda f: settings(f, classes=99), "simulation.yaml is damaged"),
-        (lambda f: settings(f, volumes=3), "simulation.yaml is damaged"),
+        (lambda f: (f / "simulation.yaml").write_text("a: [\nb"), "damaged"),
+        (lambda f: (f / "simulation.yaml").write_text("!!python/name:os.system"), "damaged"),
+        (lambda f: (f / "simulation.yaml").write_text("5"), "damaged"),
+        (lambda f: settings(f, classes="many"), "damaged"),
+        (lambda f: settings(f, classes=99), "damaged"),
+        (lambda f: settings(f, volumes=3), "damaged"),
         (lambda f: settings(f, D=32), "of 32 px, but the run's particles have 16 px"),
         (lambda f: settings(f, hinge_deg=20), "class0_t0.00.mrc is not what simulation.yaml"),
-        (lambda f: settings(f, volumes=["gone.mrc"] * 5), "class0.mrc: No such file"),
+        (lambda f: settings(f, volumes=["gone.mrc"] * 5), "class0.mrc: no such file"),
         (lambda f: (f / "labels.pkl").unlink(), "labels.pkl: no such file"),
         (lambda f: table(f, "labels", lambda v: v[:5]), "of 5 particles, the run's stack of 102"),
         (lambda f: table(f, "labels", lambda v: v + 1), "numbers from 0 to 4"),
@@ -365,13 +366,24 @@ def table(folder, name, change):
 )
 def test_folders_that_do_not_fit(damage, says, data, particles, tmp_path):
     folder = tmp_path / "copy"
-    shutil.copytree(data, folder)
+    shutil.copytree(data, folder, ignore=shutil.ignore_patterns(CHECKSUMS))
     damage(folder)
     with pytest.raises(InputError) as caught:
         load_truth(str(folder), particles)
     assert str(caught.value).startswith(f"--truth {folder}")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["labels.pkl", "simulation.yaml", "volumes/class0_t0.00.mrc"])
+def test_a_truth_that_was_changed_is_refused(name, data, particles, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(data, folder)
+    content = bytearray((folder / name).read_bytes())
+    content[-3] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"--truth .*{name}: damaged: it is not what"):
+        load_truth(str(folder), particles)
 
 
 def test_a_truth_that_does_not_fit_is_one_line(runs, cli, tmp_path):

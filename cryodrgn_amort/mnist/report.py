@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from cryodrgn_amort import __version__, host
-from cryodrgn_amort.checkpoints import replacing, write_json
 from cryodrgn_amort.definitions import DEFINITIONS, Definition, text_row, text_table
+from cryodrgn_amort.files import replacing, write_json
 from cryodrgn_amort.mnist import figures
 from cryodrgn_amort.mnist.evaluation import SHIFTS
 from cryodrgn_amort.mnist.training import METHODS

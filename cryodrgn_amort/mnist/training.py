@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import logging
 import math
 import re
@@ -17,15 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from cryodrgn_amort.checkpoints import (
-    OWN_KEY,
-    read_weights,
-    replacing,
-    write_json,
-    write_weights,
-    write_z,
-)
+from cryodrgn_amort.checkpoints import OWN_KEY, read_weights, write_weights, write_z
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import read_json, read_table, recorded, replacing, write_json
 from cryodrgn_amort.inputs import EncoderInput, Noise, Twin
 from cryodrgn_amort.latent import adam, train_step
 from cryodrgn_amort.mnist.data import BOX, LEAST_TRAINING
@@ -230,8 +223,8 @@ def _stale(folder: Path, settings: MnistSettings, data: DigitSets) -> bool:
 
 def _read_settings(folder: Path) -> Any:
     try:
-        return json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / "settings.json", "-o")
+    except InputError:  # damaged: trained anew
         return None
 
 
@@ -249,7 +242,8 @@ def train(
     folder.mkdir(parents=True)
     history = _train(model, shown, settings, digits, folder.name, seed)
     found = Trained(method, seed, model, shown, history, *encode(model, digits, shown))
-    _write(found, settings, folder)
+    with recorded(folder, "metrics.csv", "weights.pkl", "z.pkl"):
+        _write(found, settings, folder)
     write_json(folder / "settings.json", wanted)  # the last one: the run is whole
     return found
 
@@ -364,8 +358,8 @@ def _restore(model: DigitVAE, shown: EncoderInput | None, folder: Path) -> list[
         model.amort.load_state_dict(checkpoint[OWN_KEY]["encoder_state_dict"])
         if shown is not None:
             shown.load_state_dict(checkpoint[OWN_KEY]["input_state"])
-        with open(folder / "metrics.csv", newline="") as handle:
-            return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(handle)]
+        rows = read_table(folder / "metrics.csv", "-o")
+        return [{k: float(v) for k, v in row.items()} for row in rows]
     except (KeyError, RuntimeError, ValueError) as err:
         reason = str(err).splitlines()[0]
         raise InputError(f"-o {folder}: damaged ({reason}); remove this folder") from None
