@@ -96,7 +96,7 @@ def read_pickle(path: str | os.PathLike[str], flag: str, count: int = 1) -> Any:
     except OSError as err:
         raise InputError(f"{flag} {path}: {err.strerror or 'cannot be read'}") from None
     except Exception as err:  # a damaged pickle can raise anything
-        reason = " ".join(str(err).split())[:200]
+        reason = " ".join(str(err).split())[:200] or type(err).__name__
         raise InputError(f"{flag} {path}: not a usable pickle ({reason})") from None
     check_plain(parts, os.path.getsize(path), f"{flag} {path}")
     return parts[0] if count == 1 else parts

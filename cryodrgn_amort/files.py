@@ -26,6 +26,7 @@ __all__ = [
     "CHECKSUMS",
     "check_intact",
     "check_plain",
+    "is_recorded",
     "locked",
     "read_json",
     "read_table",
@@ -94,6 +95,11 @@ def recorded(folder: Path, *names: str) -> Iterator[None]:
     write(sums | {name: _digest(folder / name) for name in names if (folder / name).is_file()})
 
 
+def is_recorded(folder: Path, *names: str) -> bool:
+    """Tell whether the checksums of all these files are kept, if the folder has checksums."""
+    return not (folder / CHECKSUMS).exists() or _checksums(folder).keys() >= set(names)
+
+
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
@@ -115,13 +121,16 @@ def check_intact(path: str | os.PathLike[str], flag: str) -> None:
         what = "not a file" if path.exists() else "no such file"
         raise InputError(f"{flag} {path}: {what}")
     known = _checksums(path.parent).get(path.name)
-    if known is None:
-        return
-    try:
-        found = _digest(path)
-    except OSError as err:
-        raise InputError(f"{flag} {path}: {err.strerror}") from None
-    if found != known:
+    while known is not None:
+        try:
+            found = _digest(path)
+        except OSError as err:
+            raise InputError(f"{flag} {path}: {err.strerror}") from None
+        before, known = known, _checksums(path.parent).get(path.name)
+        if found in (before, known):
+            return
+        if before != known:  # it is being written
+            continue
         raise InputError(
             f"{flag} {path}: damaged: it is not what {CHECKSUMS} beside it says (if you changed it "
             "yourself, remove its line there)"

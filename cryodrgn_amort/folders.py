@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from cryodrgn_amort.checkpoints import INTERRUPTED, OWN_KEY, epochs, read_weights
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.files import CHECKSUMS, check_intact, read_table, read_yaml, recorded, replacing
+from cryodrgn_amort.files import (
+    CHECKSUMS,
+    check_intact,
+    is_recorded,
+    read_table,
+    read_yaml,
+    recorded,
+    replacing,
+)
 from cryodrgn_amort.runs import HOLDOUT, TRAINED
 
 if TYPE_CHECKING:
@@ -167,6 +175,7 @@ class RunFolder:
 
     def lacks_the_end_alone(self, load: str, last: int) -> bool:
         """Tell whether all that is missing is what ``finish`` does after epoch ``last``."""
-        final = (self.path / "weights.pkl", self.path / "z.pkl")
+        final = ("weights.pkl", "z.pkl")
         is_last = os.path.realpath(load) == os.path.realpath(self.path / f"weights.{last}.pkl")
-        return is_last and not all(p.exists() for p in final)
+        there = all((self.path / name).exists() for name in final)
+        return is_last and not (there and is_recorded(self.path, *final))

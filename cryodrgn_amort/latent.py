@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +19,9 @@ if TYPE_CHECKING:
     from cryodrgn_amort.particles import Batch
 
 __all__ = ["LatentModel", "Lesson", "NotFiniteError", "adam", "train_step"]
+
+
+_MOST = 1e9  # of a loss: images are normalised, so that those that learn have losses near 1
 
 
 class LatentModel(ABC):
@@ -128,7 +130,7 @@ class Lesson(Protocol):
 
 
 class NotFiniteError(Exception):
-    """The loss of a batch is not a number; nothing was changed."""
+    """The loss of a batch is not a number, or beyond all bounds; nothing was changed."""
 
 
 def train_step(
@@ -149,14 +151,14 @@ def train_step(
     Raises
     ------
     NotFiniteError
-        With ``check``: if the loss is not finite, before anything is changed.
+        With ``check``: if the loss is not finite or above 1e9, before anything is changed.
     """
     optimizer.zero_grad()
     if lesson is None:
         result, mean = model.loss(batch, beta, beta_control)
     else:
         result, mean = lesson.loss(model, batch, beta, beta_control)
-    if check and not math.isfinite(result.total.item()):
+    if check and not abs(result.total.item()) <= _MOST:
         raise NotFiniteError
     result.total.backward()
     if model.amort is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.files import read_text, replacing
+from cryodrgn_amort.files import check_plain, read_text, replacing
 from cryodrgn_amort.plan import INPUTS, KNOWN, PLAN, Plan
 
 if TYPE_CHECKING:
@@ -138,6 +138,9 @@ def load_plan(
         found = yaml.safe_load(text)
     except yaml.YAMLError as err:
         raise fail(f"not YAML ({' '.join(str(err).split())})") from None
+    except RecursionError:
+        raise fail("nested too deeply") from None
+    check_plain(found, len(text), str(where))
     if not isinstance(found, dict):
         raise fail(f"not a plan: sections {', '.join(_SECTIONS)} are needed")
     for name in found:

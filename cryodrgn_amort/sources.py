@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["ParticleSource", "load_ctf", "load_particles", "load_poses"]
 
 _HOLDOUT_STREAM = 0x401D
+_LEAST_DEFOCUS = 20  # median in angstroms; less would be micrometres
 _SCANNED = 1000  # images at a time
+_HEADER_BYTES = 1024
+_STACKS = (".mrcs", ".mrc")
 _EXTENSIONS = (".mrcs", ".mrc", ".star", ".cs", ".txt")
 
 
@@ -174,8 +177,32 @@ def load_ctf(path: str, n: int, ind: np.ndarray | None, box: int) -> np.ndarray:
         raise InputError(f"{what}: the row of particle {i} is not finite")
     if not (table[:, :2] > 0).all() or not (table[:, 5] > 0).all():
         raise InputError(f"{what}: image size, pixel size and voltage must be positive")
+    for name, values, least, most, unit in (
+        ("a voltage", table[:, 5], 10, 2000, "kV"),
+        ("a defocus", np.median(np.abs(table[:, 2:4]), 0), _LEAST_DEFOCUS, np.inf, "angstroms"),
+        ("a spherical aberration", table[:, 6], -100, 100, "mm"),
+        ("an amplitude contrast", table[:, 7], 0, 1, "(a fraction)"),
+    ):
+        odd = values[(values < least) | (values > most)]
+        if len(odd):
+            raise InputError(f"{what}: {name} of {odd[0]:g} {unit}: is it in another unit?")
     apix = table[:, 0] * table[:, 1] / box
     return np.column_stack([apix, table[:, 2:]]).astype(np.float32)
+
+
+def _check_header(path: str) -> None:
+    """Check that a stack is as long as its header says: the host makes room for all that it says.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    header = host.MRCHeader.parse(path)
+    nx, ny, nz, more = (int(header.fields[name]) for name in ("nx", "ny", "nz", "next"))
+    needed = _HEADER_BYTES + more + nx * ny * nz * np.dtype(header.dtype).itemsize
+    if min(nx, ny, nz) < 1 or more < 0 or os.path.getsize(path) < needed:
+        raise ValueError(f"its header tells of {nz} images of {nx} x {ny} px, which are not there")
 
 
 def load_particles(
@@ -199,6 +226,8 @@ def load_particles(
     if not os.path.isfile(source.particles):
         raise InputError(f"{what}: no such file (a folder does not count)")
     try:
+        if source.particles.endswith(_STACKS):
+            _check_header(source.particles)
         with host.quiet():
             stack = host.ImageSource.from_file(
                 source.particles, lazy=True, datadir=source.datadir or ""

@@ -385,7 +385,7 @@ class Trainer:
     def _diverged(self) -> str:
         kept = f"epoch {epochs(self.folder)[-1]}" if epochs(self.folder) else "none"
         return (
-            f"the loss of epoch {self.epoch} is not a number: training has diverged (last good "
+            f"the loss of epoch {self.epoch} is no usable number: training has diverged (last good "
             f"checkpoint: {kept}); try a smaller --lr"
         )
 

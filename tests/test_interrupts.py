@@ -193,6 +193,19 @@ def test_the_newest_checkpoint_that_is_whole_is_taken(train, flags, tmp_path, na
     assert epochs(again.folder) == [1, 2, 3, 4]
 
 
+def test_an_end_that_was_not_recorded_is_made_again(train, flags, tmp_path):
+    """A full disk, as it may be: both final files are there, their checksums are not."""
+    train(flags, num_epochs=2, encoder="vlt")
+    sums = tmp_path / "run" / CHECKSUMS
+    whole = sums.read_text()
+    final = (" weights.pkl", " z.pkl")
+    sums.write_text("".join(k for k in whole.splitlines(True) if not k.rstrip().endswith(final)))
+    train(flags, num_epochs=2, encoder="vlt", load="latest")
+    assert sorted(sums.read_text().splitlines()) == sorted(whole.splitlines())
+    with pytest.raises(InputError, match="leaves nothing to train"):
+        train(flags, num_epochs=2, encoder="vlt", load="latest")
+
+
 def test_no_checkpoint_is_whole(train, flags, tmp_path):
     train(flags, num_epochs=1, encoder="vlt")
     damage(tmp_path / "run/weights.1.pkl")
@@ -225,6 +238,22 @@ def open_all(run, plugins):
     opened = load_run(run, plugins)
     opened.z()
     opened.load(opened.particles())
+    return opened
+
+
+def test_a_run_can_be_read_while_it_trains(flags, plugins, tmp_path):
+    argv = [
+        sys.executable, "-m", "cryodrgn_amort", "train_amort", flags["particles"], "--poses",
+        flags["poses"], "--ctf", flags["ctf"], "--zdim", "2", "--encoder", "vlt", "--dec-dim", "8",
+        "--no-analysis", "-n", "60", "-o", str(tmp_path / "run"),
+    ]  # fmt: skip
+    child = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+    seen = set()
+    while child.poll() is None:
+        if epochs(tmp_path / "run"):
+            seen.add(open_all(tmp_path / "run", plugins).epoch)
+    assert child.returncode == 0
+    assert len(seen) > 2
 
 
 def test_a_second_training_in_the_same_folder_is_refused(train, flags, tmp_path):
@@ -284,6 +313,11 @@ def test_a_loss_that_is_no_number_stops_before_the_batch_and_names_the_particle(
     assert all(np.isfinite(float(row["loss"])) for row in metrics(again.folder))
     whole = train(spoilt, outdir=str(tmp_path / "whole"), on_nan="skip")
     assert metrics(whole.folder) == metrics(again.folder)
+
+
+def test_a_loss_beyond_all_bounds_is_caught_before_the_step(train, flags):
+    with pytest.raises(InputError, match="loss of epoch 1 is no usable number"):
+        train(flags, norm=(0.0, 1e-6))
 
 
 def test_several_processes_neither_skip_nor_roll_back(train, flags, monkeypatch):
