@@ -26,6 +26,7 @@ __all__ = [
     "CHECKSUMS",
     "check_intact",
     "check_plain",
+    "forget",
     "is_recorded",
     "locked",
     "read_json",
@@ -81,18 +82,23 @@ def recorded(folder: Path, *names: str) -> Iterator[None]:
     Until all are written, none is held against the checksum of what was there before. A name whose
     file is not there afterwards has none.
     """
+    forget(folder, *names)
+    yield
+    new = {name: _digest(folder / name) for name in names if (folder / name).is_file()}
+    _write_checksums(folder, _checksums(folder) | new)
 
-    def write(sums: dict[str, str]) -> None:
-        kept = (f"{value}  {name}\n" for name, value in sums.items() if (folder / name).is_file())
-        with replacing(folder / CHECKSUMS) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
 
+def forget(folder: Path, *names: str) -> None:
+    """Keep no checksums of files, which will be written; until they are ``recorded``."""
     sums = _checksums(folder)
     if sums.keys() & set(names):
-        sums = {name: value for name, value in sums.items() if name not in names}
-        write(sums)
-    yield
-    write(sums | {name: _digest(folder / name) for name in names if (folder / name).is_file()})
+        _write_checksums(folder, {k: v for k, v in sums.items() if k not in names})
+
+
+def _write_checksums(folder: Path, sums: dict[str, str]) -> None:
+    kept = (f"{value}  {name}\n" for name, value in sums.items() if (folder / name).is_file())
+    with replacing(folder / CHECKSUMS) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def is_recorded(folder: Path, *names: str) -> bool:

@@ -13,6 +13,7 @@ from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import (
     CHECKSUMS,
     check_intact,
+    forget,
     is_recorded,
     read_table,
     read_yaml,
@@ -139,15 +140,15 @@ class RunFolder:
         raise InputError(f"{none} that is whole ({self.skipped[0]})" if self.skipped else none)
 
     def write_metrics(self, row: dict[str, float]) -> None:
-        """Append to metrics.csv; epochs that are trained again replace their old rows."""
+        """Append to metrics.csv; epochs that are trained again replace their old rows.
+
+        Its checksum is kept with the next checkpoint's.
+        """
         self._rows = [r for r in self._rows if float(r["epoch"]) < row["epoch"]]
         self._rows.append(row)
+        forget(self.path, METRICS)
         path = self.path / METRICS
-        with (
-            recorded(self.path, METRICS),
-            replacing(path) as temporary,
-            open(temporary, "w", newline="") as handle,
-        ):
+        with replacing(path) as temporary, open(temporary, "w", newline="") as handle:
             writer = csv.DictWriter(handle, list(row), extrasaction="ignore", restval="")
             writer.writeheader()
             writer.writerows(self._rows)

@@ -29,7 +29,7 @@ from cryodrgn_amort.checkpoints import (
 from cryodrgn_amort.errors import InputError, Stopped
 from cryodrgn_amort.feed import Feed
 from cryodrgn_amort.files import locked, read_yaml, recorded, write_json
-from cryodrgn_amort.folders import NOISE, RunFolder
+from cryodrgn_amort.folders import METRICS, NOISE, RunFolder
 from cryodrgn_amort.interrupts import Requests
 from cryodrgn_amort.latent import NotFiniteError, adam, train_step
 from cryodrgn_amort.machine import available_memory
@@ -480,7 +480,7 @@ class Trainer:
         if self.model.amort is not None:
             part.encoder = self.model.amort.epoch_state()
         part.lesson = self._lesson_state()
-        with recorded(self.folder, INTERRUPTED):
+        with recorded(self.folder, INTERRUPTED, METRICS):
             self._write_weights(INTERRUPTED, self.epoch - 1, self._random_state(), part)
         self.files.drop_replaced()
 
@@ -530,7 +530,7 @@ class Trainer:
         if not self.team.leads:
             return
         names = f"z.{self.epoch}.pkl", f"weights.{self.epoch}.pkl"
-        with recorded(self.folder, *names):
+        with recorded(self.folder, *names, METRICS):
             write_z(self.folder / names[0], *z)
             self._write_weights(names[1], self.epoch, random, own_state=own_state)
         (self.folder / INTERRUPTED).unlink(missing_ok=True)
