@@ -37,6 +37,7 @@ COLUMNS = {
     "hostile files": ("refused", "harmless", "executed"),
 }
 """What is counted of each kind of fault; tracebacks, crashes and hangs of all."""
+_ROOM = 1 << 30
 _FAULTS = ("traceback", "crash", "hang", "exit")
 
 
@@ -129,15 +130,14 @@ def main() -> None:
     torch.set_num_threads(1)
     _import_all()
     memory = Path("/dev/shm")
+    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > _ROOM
     started = time.monotonic()
 
     def wanted(things: Sequence[Any]) -> list[Any]:
         chosen = [t for t in things if not args.only or t.name.startswith(tuple(args.only))]
         return [t for t in chosen if not (args.quick and t.slow)]
 
-    with tempfile.TemporaryDirectory(
-        dir=memory if os.access(memory, os.W_OK) else None, prefix="faults"
-    ) as work:
+    with tempfile.TemporaryDirectory(dir=memory if roomy else None, prefix="faults") as work:
         trials = _Trials(Path(work), args.jobs)
         build(trials.stage, quick=args.quick)
         kills.prepare(trials.stage)

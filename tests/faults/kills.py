@@ -90,6 +90,8 @@ def expected(work: Work, folder: Path) -> tuple[dict[str, str], float, int]:
 
 
 def _can_mount() -> bool:
+    if not (shutil.which("mount") and shutil.which("umount")):
+        return False
     with tempfile.TemporaryDirectory() as folder:
         mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder]
         if subprocess.run(mount, capture_output=True, check=False).returncode:

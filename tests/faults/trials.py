@@ -10,7 +10,6 @@ import os
 import pickle
 import re
 import resource
-import select
 import signal
 import sys
 import time
@@ -96,20 +95,19 @@ def run(
     if not child:
         _child(argv, folder, said, file_bytes)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    hung, sent = False, kill_after is None
-    with open(os.pidfd_open(child), "rb", buffering=0) as handle:
-        ended = select.poll()
-        ended.register(handle, select.POLLIN)
-        while True:
-            due = started + (limit if sent else kill_after or 0)
-            if ended.poll(max(0, due - time.monotonic()) * 1000):
-                break
+    hung, sent, status = False, kill_after is None, None
+    while status is None:
+        ended, found = os.waitpid(child, os.WNOHANG)
+        if ended:
+            status = found
+        elif time.monotonic() - started < (limit if sent else kill_after or 0):
+            time.sleep(0.002)
+        else:
             if sent:
                 hung, signum = True, signal.SIGKILL
             sent = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signum)
-    _, status = os.waitpid(child, 0)
     with contextlib.suppress(ProcessLookupError):  # what it has started
         os.killpg(child, signal.SIGKILL)
     text = said.read_text(errors="replace")
