@@ -23,7 +23,7 @@ import yaml
 _MEMORY = 6 << 30  # bytes of address space beyond what the imports take
 _DROPPED = {  # of JSON: what no second run gives again, and paths
     "encoding_cost", "seconds", "seconds_per_epoch", "time", "times", "created", "command",
-    "fingerprint", "load", "holdout", "version", "timing", "sha256",
+    "fingerprint", "load", "holdout", "overwrite", "version", "timing", "sha256",
 }  # fmt: skip
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _UNREAD = re.compile(r"run\.log|\.lock|\.workers|.*\.(?:png|pdf|svg|html|log|sha256)")
