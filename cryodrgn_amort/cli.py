@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _main(argv)
     except KeyboardInterrupt:
-        sys.stderr.write("cryodrgn cryodrgn_amort: interrupted\n")
+        sys.stderr.write("cryodrgn_amort: interrupted\n")
         raise SystemExit(INTERRUPTED) from None
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "read_table",
     "read_text",
     "read_yaml",
+    "record",
     "recorded",
     "replacing",
     "write_json",
@@ -84,6 +85,11 @@ def recorded(folder: Path, *names: str) -> Iterator[None]:
     """
     forget(folder, *names)
     yield
+    record(folder, *names)
+
+
+def record(folder: Path, *names: str) -> None:
+    """Keep the checksums of files, for ``check_intact``; a name without a file has none."""
     new = {name: _digest(folder / name) for name in names if (folder / name).is_file()}
     _write_checksums(folder, _checksums(folder) | new)
 
@@ -144,7 +150,7 @@ def check_intact(path: str | os.PathLike[str], flag: str) -> None:
 
 
 def check_plain(value: Any, size: int, what: str) -> None:
-    """Check what was read from a file of ``size`` bytes: plain data, and not far more of it.
+    """Check that plain data, read from ``size`` bytes, are not far more than these can hold.
 
     Few bytes can stand for very many parts: references to the same ones, over and over.
 

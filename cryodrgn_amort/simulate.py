@@ -8,6 +8,7 @@ image: what it spreads beyond one edge comes back at the opposite one.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from cryodrgn_amort import __version__, host
 from cryodrgn_amort.checkpoints import read_pickle, write_pickle
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.files import recorded, replacing
+from cryodrgn_amort.files import forget, record, recorded, replacing
 from cryodrgn_amort.sources import load_ctf, load_poses
 from cryodrgn_amort.specimens import BlobModel, VolumeModel, clean_images, read_volume
 
@@ -352,6 +353,7 @@ def _write_tables(
             (folder / name).unlink(missing_ok=True)
     (folder / "volumes").mkdir(exist_ok=True)
     for old in [*folder.glob("volumes/class*.mrc"), *folder.glob("volumes/mean.mrc")]:
+        forget(folder / "volumes", old.name)
         old.unlink()
     D, model = imager.D, imager.model
     # the host multiplies translations by D + 1
@@ -365,11 +367,13 @@ def _write_tables(
     write_pickle(folder / "ind_train.pkl", train)
     if len(held):
         write_pickle(folder / "ind_heldout.pkl", held)
-    volumes = {**dict(model.volumes()), "mean": model.mean(truth.labels, truth.coordinate)}
-    with recorded(folder / "volumes", *(f"{name}.mrc" for name in volumes)):
-        for name, volume in volumes.items():
-            path = folder / "volumes" / f"{name}.mrc"
-            host.write_mrc(str(path), volume, is_vol=True, Apix=apix)
+    mean = ("mean", model.mean(truth.labels, truth.coordinate))
+    written = []
+    for name, volume in itertools.chain(model.volumes(), [mean]):  # one at a time in memory
+        written.append(f"{name}.mrc")
+        path = str(folder / "volumes" / written[-1])
+        host.write_mrc(path, volume, is_vol=True, Apix=apix)
+    record(folder / "volumes", *written)
 
 
 def simulate(options: SimulateOptions) -> Simulation:

@@ -177,9 +177,10 @@ def load_ctf(path: str, n: int, ind: np.ndarray | None, box: int) -> np.ndarray:
         raise InputError(f"{what}: the row of particle {i} is not finite")
     if not (table[:, :2] > 0).all() or not (table[:, 5] > 0).all():
         raise InputError(f"{what}: image size, pixel size and voltage must be positive")
+    defocus = np.median(np.abs(table[:, 2:4]), 0)
     for name, values, least, most, unit in (
         ("a voltage", table[:, 5], 10, 2000, "kV"),
-        ("a defocus", np.median(np.abs(table[:, 2:4]), 0), _LEAST_DEFOCUS, np.inf, "angstroms"),
+        ("a defocus", defocus[defocus != 0], _LEAST_DEFOCUS, np.inf, "angstroms"),
         ("a spherical aberration", table[:, 6], -100, 100, "mm"),
         ("an amplitude contrast", table[:, 7], 0, 1, "(a fraction)"),
     ):

@@ -433,14 +433,15 @@ class Trainer:
         """Begin the epoch, or go on in one that training was stopped in."""
         part, self._part = self._part, None
         amort, lesson, done = self.model.amort, self.lesson, self.epoch - 1
+        stopped_at = self._random_state()
         if lesson is not None:
             lesson.epoch_start(self.epoch)
         if amort is not None:
             amort.epoch_start(done / self.settings.num_epochs)
         self._set_rate(done / self.settings.num_epochs)
         if part is not None:
-            self._random = self._random_state()
-            self._random.pop("shuffle", None)  # the loader draws these itself, ahead
+            stopped_at.pop("shuffle", None)  # the loader draws these itself, ahead
+            self._random = stopped_at
             self._restore_random(part.begin)  # it draws what it drew
             if amort is not None:
                 amort.set_epoch_state(part.encoder)

@@ -53,6 +53,9 @@ class Particles:
         self.feed = SimpleNamespace(read=self.read)
         self.generator = torch.Generator().manual_seed(2)
 
+    def answer(self, batch):
+        return self.model.posterior(batch)
+
     def read(self, index):
         z = self.share * torch.randn(len(index), 3, generator=self.generator)
         return SimpleNamespace(
@@ -100,7 +103,7 @@ def test_particles_gain_what_they_have_of_what_the_decoder_shows(calibrated):
         assert ratio.null == 0
 
 
-def test_an_image_that_is_no_number_has_an_answer_and_no_gain(calibrated, monkeypatch):
+def test_an_image_that_is_no_number_has_no_gain(calibrated, monkeypatch):
     read = Particles.read
 
     def spoilt(self, index):
@@ -110,10 +113,34 @@ def test_an_image_that_is_no_number_has_an_answer_and_no_gain(calibrated, monkey
 
     monkeypatch.setattr(Particles, "read", spoilt)
     found = calibrated()
-    assert np.isfinite(found.means).all()
     assert np.isnan(found.particle_gains).sum() == 8  # one in each batch
     ratio = calibration_measures(found, {"rounds": 100, "seed": 0})[-1]
     assert 0.9 < ratio.value < 1.1
+
+
+def test_a_held_out_image_that_is_no_number_spoils_no_measure(train, flags, plugins, tmp_path):
+    """Its answer is the mean of all latents, and so are its neighbours'."""
+    from cryodrgn.mrcfile import write_mrc
+    from helpers import write_pickle, write_stack
+
+    from cryodrgn_amort.evaluation import evaluate
+    from cryodrgn_amort.results import EvalOptions
+    from cryodrgn_amort.runs import load_run
+
+    stack = write_stack(tmp_path / "in", 70)
+    labels = write_pickle(tmp_path / "labels.pkl", np.arange(70) % 3)
+    held = np.arange(8)
+    files = {"particles": stack.particles, "poses": stack.poses, "ctf": stack.ctf}
+    train({**flags, **files}, qdim=8, holdout=write_pickle(tmp_path / "held.pkl", held))
+    images = stack.images.copy()
+    images[2, 3, 3] = np.nan
+    write_mrc(stack.particles, images)
+    options = EvalOptions(
+        transforms=(), umap=False, volumes=2, labelled=2, fit=2, bootstrap=5, labels=labels
+    )
+    measures = evaluate(load_run(tmp_path / "run", plugins), options).measures
+    assert np.isfinite(measures["class_knn_held_out"].value)
+    assert measures["class_knn_held_out"].n == 8
 
 
 def test_samples_are_resampled_each_for_itself():

@@ -124,6 +124,14 @@ def test_ctfs_in_other_units_are_refused(given, tmp_path, column, value, says):
         load_particles(ParticleSource(given.paths[".mrcs"], given.made.poses, path))
 
 
+def test_particles_in_focus_are_none_in_other_units(given, tmp_path):
+    table = given.made.ctf_table.copy()
+    table[:, 2:4] = 0
+    path = write_pickle(tmp_path / "ctf.pkl", table)
+    found = load_particles(ParticleSource(given.paths[".mrcs"], given.made.poses, path))
+    assert (found.ctf_params[:, 1:3] == 0).all()
+
+
 def test_training_leaves_its_inputs_as_they_are(train, flags, stack):
     """The host's poses divide their translations in place when they are saved."""
     before = {p: p.read_bytes() for p in stack.folder.iterdir()}

@@ -81,6 +81,14 @@ def test_what_an_epoch_goes_on_with(train, flags, tmp_path, stop_after, monkeypa
     from cryodrgn_amort.parallel import Team
     from cryodrgn_amort.table import LookupTable
 
+    begun, start = [], LookupTable.epoch_start
+
+    def epoch_start(self, done):  # as a plugin's may: with random numbers
+        begun.append(done)
+        torch.rand(3)
+        start(self, done)
+
+    monkeypatch.setattr(LookupTable, "epoch_start", epoch_start)
     flags = {**flags, "encoder": "vlt", "shuffle_seed": 4, "num_epochs": 3}
     whole = train(flags, outdir=str(tmp_path / "whole"))
     undo = stop_after(8)
@@ -104,10 +112,7 @@ def test_what_an_epoch_goes_on_with(train, flags, tmp_path, stop_after, monkeypa
     stopped["amort"]["random"]["shuffle"] = torch.Generator().manual_seed(77).get_state()
     with recorded(tmp_path / "run", INTERRUPTED):
         torch.save(stopped, tmp_path / "run" / INTERRUPTED)
-    begun, start = [], LookupTable.epoch_start
-    monkeypatch.setattr(
-        LookupTable, "epoch_start", lambda self, done: (begun.append(done), start(self, done))
-    )
+    begun.clear()
     parts = train(flags, load="latest")
     assert begun == [1 / 3, 2 / 3]
     a, b = (read_weights(t.folder / "weights.pkl", "") for t in (whole, parts))
