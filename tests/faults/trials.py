@@ -182,7 +182,10 @@ def _lasting(value: object, where: str) -> object:
         return {k: _lasting(v, where) for k, v in value.items() if k not in _DROPPED}
     if isinstance(value, list):
         return [_lasting(part, where) for part in value]
-    return value.replace(where, "") if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    # what is done anew lies in the copy, what was done before in the stage that it is of
+    return value.replace(where, "").replace(str(Path(where).with_name("stage")), "")
 
 
 def _add(sums: hashlib._Hash, value: object) -> None:
