@@ -81,9 +81,20 @@ class Member:
         """
         end = f".{transform}.mrc" if transform else ".mrc"
         paths = [self.folder / f"vol.{name}{end}" for name in self.facts["labelled"]]
-        for path in paths:
-            check_intact(path, "STUDY")
-        return np.stack([host.parse_mrc(str(path))[0] for path in paths])
+        found = [_volume(path) for path in paths]
+        for path, volume in zip(paths, found, strict=True):
+            if volume.shape != found[0].shape:
+                raise InputError(f"STUDY {path}: damaged (another size than the others)")
+        return np.stack(found)
+
+
+def _volume(path: Path) -> np.ndarray:
+    check_intact(path, "STUDY")
+    try:
+        volume: np.ndarray = host.parse_mrc(str(path))[0]
+    except Exception as err:  # whatever the host's reader raises for damaged files
+        raise InputError(f"STUDY {path}: damaged ({type(err).__name__}: {err})") from None
+    return volume
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,10 @@ import pytest
 import yaml
 from helpers import write_pickle
 
+from cryodrgn_amort import host
 from cryodrgn_amort.cli import main
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.study_results import Member
 
 PLAN = {
     "data": {"simulate": {"n": 60, "heldout": 4, "D": 16, "seed": 0}},
@@ -280,6 +283,15 @@ def test_a_step_that_fails_spares_the_others(tmp_path):
     assert "eval.vlt.seed0: left out" in last
     assert numbers(folder)["missing"] == ["vlt"]
     assert numbers(folder)["recipes"]["baseline"]["seeds"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 2000])
+def test_damaged_volumes_without_a_checksum_are_named(damage, tmp_path):
+    host.write_mrc(str(tmp_path / "vol.0.mrc"), np.ones((16, 16, 16), np.float32), is_vol=True)
+    member = Member("vlt", 0, tmp_path, {"labelled": [0, 1]}, {}, {})
+    (tmp_path / "vol.1.mrc").write_bytes(damage)
+    with pytest.raises(InputError, match=r"vol\.1\.mrc: damaged"):
+        member.volumes()
 
 
 def test_two_at_a_time_are_refused(finished):
