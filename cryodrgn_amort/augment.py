@@ -98,5 +98,10 @@ class Augmented:
             y = host.symmetrize_ht(host.ht2_center(real)).view(-1, p.D, p.D)
         rolled = p.centre(y, shift_px.to(y))
         return Batch(
-            index, p.masked(p.centre(y, None)), p.flip(rolled, ctf), rot, p.half(ctf), batch.part
+            index,
+            p.masked(p.centre(y, None)),
+            p.flip(rolled, ctf),
+            rot,
+            p.half(ctf, index),
+            batch.part,
         )

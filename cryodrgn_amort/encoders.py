@@ -111,6 +111,7 @@ class EncoderSpec:
 
 SLEEP_DEFAULTS: Mapping[str, Any] = {"qdim": 256, "lr": 1e-3, "lr_end": 2e-5, "batch_size": 128}
 _NETWORK_FLAGS = frozenset({"encode_mode", "qlayers", "qdim", "enc_mask", "from_run"})
+_TILT_FLAGS = frozenset({"t_emb_dim", "tlayers", "tdim"})
 
 
 def _network(name: str, summary: str) -> EncoderSpec:
@@ -122,4 +123,10 @@ def _network(name: str, summary: str) -> EncoderSpec:
 NETWORKS = (
     _network("resid", "the host's residual network (default)"),
     _network("mlp", "the host's plain network"),
+    EncoderSpec(
+        "tilt",
+        "the host's network for tilt series",
+        host_mode="tilt",
+        flags=(_NETWORK_FLAGS | _TILT_FLAGS) - {"from_run"},
+    ),
 )

@@ -25,6 +25,7 @@ from cryodrgn_amort.particles import Batch
 from cryodrgn_amort.posteriors import Fitter
 from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.results import MODES, EvalOptions, Evaluation, TransformResult
+from cryodrgn_amort.runs import INPUTS
 from cryodrgn_amort.truth import Known, load_known, volume_errors, volume_fve
 
 if TYPE_CHECKING:
@@ -126,9 +127,9 @@ def assist(run: Run, options: EvalOptions, team: Team) -> None:
         evaluator.encode(transforms)
 
 
-def _moved(options: EvalOptions) -> dict[str, str | None]:
+def _moved(options: EvalOptions) -> dict[str, Any]:
     """Return where the run's inputs are now."""
-    return {n: getattr(options, n) for n in ("particles", "poses", "ctf", "ind", "datadir")}
+    return {name: getattr(options, name) for name in INPUTS}
 
 
 def _known_like(known: Known, options: EvalOptions, held: Particles) -> Known:
@@ -206,6 +207,7 @@ class _Evaluator:
         self.run, self.options, self.particles = run, options, particles
         self.model, self.shown, self.known = model, shown, known
         self.clock = _Clock()
+        self.at_once = max(1, options.batch_size // particles.ntilts)  # particles
         rng = np.random.default_rng(options.seed)
         # samples depend on the number of particles and the seed alone, so that runs can be
         # compared particle by particle
@@ -232,17 +234,17 @@ class _Evaluator:
         keys = [("", "held")] + [(name, mode) for name, _ in transforms for mode in MODES]
         parts: dict[tuple[str, str], list[Tensor]] = {key: [] for key in keys}
         own = torch.arange(team.rank, particles.n, team.size)
-        for index in _bar(own.split(self.options.batch_size), "encoding"):
-            rows = self.shown.rows(index)
-            raw = self.shown.raw(index)
+        for index in _bar(own.split(self.at_once), "encoding"):
+            rows = particles.rows_of(self.shown.rows(index))
+            raw = self.shown.raw(particles.rows_of(index))
             raw = particles.raw(rows) if raw is None else raw
             y, held = particles.hartley(raw), self._tables(rows, None)
-            parts[("", "held")].append(self._posterior(index, y, held))
+            parts[("", "held")].append(self._posterior(index, rows, y, held))
             for name, transform in transforms:
                 copy = self._copy(raw, y, transform)
                 for mode in MODES:
                     tables = self._tables(rows, transform, held) if mode == "follow" else held
-                    parts[(name, mode)].append(self._posterior(index, copy, tables))
+                    parts[(name, mode)].append(self._posterior(index, rows, copy, tables))
         zdim = self.run.settings.zdim
         joined = {
             key: team.collect(torch.cat(parts.pop(key)), particles.n).cpu().numpy() for key in keys
@@ -276,14 +278,16 @@ class _Evaluator:
                 return rot, trans, held[2]
         return rot, trans, p.ctf_of(params)
 
-    def _posterior(self, index: Tensor, hartley: Tensor, tables: _Tables) -> Tensor:
-        return torch.cat(self.model.posterior(self._batch(index, hartley, tables)), 1).float()
+    def _posterior(self, index: Tensor, rows: Tensor, hartley: Tensor, tables: _Tables) -> Tensor:
+        batch = self._batch(index, rows, hartley, tables)
+        return torch.cat(self.model.posterior(batch), 1).float()
 
-    def _batch(self, index: Tensor, hartley: Tensor, tables: _Tables) -> Batch:
+    def _batch(self, index: Tensor, rows: Tensor, hartley: Tensor, tables: _Tables) -> Batch:
+        """Make a batch of particles `(B,)` from images of ``rows`` and their tables."""
         rot, trans, ctf = tables
         p = self.particles
         y = p.centre(hartley, trans)
-        return Batch(index, p.masked(y), p.flip(y, ctf), rot, p.half(ctf))
+        return Batch(index, p.masked(y), p.flip(y, ctf), rot, p.half(ctf, rows))
 
     @torch.no_grad()
     def reconstruction(
@@ -295,13 +299,14 @@ class _Evaluator:
         """
         p, model = self.particles, self.model
         found: dict[str, list[np.ndarray]] = {name: [] for name in zs}
-        for index in torch.from_numpy(self.sample).split(self.options.batch_size):
-            raw = p.raw(index)
+        for index in torch.from_numpy(self.sample).split(self.at_once):
+            rows = p.rows_of(index)
+            raw = p.raw(rows)
             y = p.hartley(raw)
             y = y if transform is None else self._copy(raw, y, transform)
-            rot, trans, ctf = self._tables(index, transform)
+            rot, trans, ctf = self._tables(rows, transform)
             y = p.masked(p.centre(y, trans))
-            batch = Batch(index, y, None, rot, p.half(ctf))
+            batch = Batch(index, y, None, rot, p.half(ctf, rows))
             for name, z in zs.items():
                 latent = torch.from_numpy(z[index.numpy()]).float().to(p.device)
                 # in units of the noise's standard deviation (the host's normalisation): nats
@@ -335,10 +340,14 @@ class _Evaluator:
         """Measure what neighbours in latent space tell of pose, defocus and shift."""
         p, seed = self.particles, self.options.seed
         opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": seed}
-        trans, ctf = (None if t is None else t.cpu().numpy() for t in (p.trans, p.ctf_params))
+        first = p.rows_of(torch.arange(p.n))[:: p.ntilts]  # of a tilt series, the first image
+        rots, trans, ctf = (
+            None if t is None else t[first].cpu().numpy() for t in (p.rots, p.trans, p.ctf_params)
+        )
+        assert rots is not None
         mixed = np.random.default_rng(seed).permutation(p.n)
         found = []
-        for name, values in metrics.nuisances(p.rots.cpu().numpy(), trans, ctf).items():
+        for name, values in metrics.nuisances(rots, trans, ctf).items():
             told, other = (metrics.knn_coordinate(near.own, v) for v in (values, values[mixed]))
             truth = values[near.rows]
             null = metrics.coordinate_r2(other, values[mixed][near.rows])
@@ -360,10 +369,12 @@ class _Evaluator:
         opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": self.options.seed}
         noisy, parts = np.roll(rows, 1), []
         both = torch.from_numpy(np.stack([rows, noisy], 1))
-        for index, other in (pair.unbind(1) for pair in both.split(self.options.batch_size)):
-            signal = self._batch(index, p.hartley(truth.clean(p, index)), self._tables(index, None))
-            noise = p.hartley(p.raw(other)) - p.hartley(truth.clean(p, other))
-            shown = self._batch(other, noise, self._tables(other, None)).image
+        for index, other in (pair.unbind(1) for pair in both.split(self.at_once)):
+            own, theirs = p.rows_of(index), p.rows_of(other)
+            clean = p.hartley(truth.clean(p, own))
+            signal = self._batch(index, own, clean, self._tables(own, None))
+            noise = p.hartley(p.raw(theirs)) - p.hartley(truth.clean(p, theirs))
+            shown = self._batch(other, theirs, noise, self._tables(theirs, None)).image
             assert signal.image is not None
             assert shown is not None
             signal.image = signal.image + shown
@@ -377,7 +388,7 @@ class _Evaluator:
 
     def calibrate(self, result: Evaluation) -> None:
         """Measure how far the encoder's intervals, and the decoder's images, can be believed."""
-        if self.particles.whole:  # the decoder makes up no corners
+        if self.particles.whole or self.particles.tilts:  # it makes up no corners, nor tilts
             return
         seed = self.run.settings.seed + 1  # not what an encoder may have been trained on
         others = self.fitters.get("held-out", self.fitters["training"])

@@ -8,6 +8,7 @@ import tempfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Feed"]
 
+_Read = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Particles of a whole batch, images of this process's share of it, and what was read of these."""
+
 logger = logging.getLogger("cryodrgn_amort")
 
 _CHUNK_PIXELS = 1 << 20
@@ -39,7 +43,7 @@ _GB = 1e9
 
 @dataclass
 class _Store:
-    """Preprocessed particles. Row r holds particle ``rows[r]``.
+    """Preprocessed images. Row r holds image ``rows[r]``.
 
     Attributes
     ----------
@@ -50,7 +54,7 @@ class _Store:
     shown
         What the encoder is shown instead of particles `(n, S)`, phases flipped; or None.
     where
-        Row of each particle of the data set, `(N,)`; None: all particles are here, in order.
+        Row of each image of the data set, `(N,)`; None: all images are here, in order.
     """
 
     images: np.ndarray
@@ -127,12 +131,12 @@ class Feed:
         """Preprocess the particles of this process, wherever there is room for them."""
         p, shown = self.particles, self.shown
         own = torch.arange(self.team.rank, p.n, self.team.size)
-        others = shown is not None and shown.raw(own[:1]) is not None
-        rows, where = own, None
-        if self.team.size > 1:
-            if shown is not None and not others:
-                rows = torch.cat([own, shown.rows(own)]).unique()
-            where = np.full(p.n, -1, np.int64)
+        others = shown is not None and shown.raw(p.rows_of(own[:1])) is not None
+        rows, where = own if p.tilts is None else p.tilts.usable(own), None
+        if self.team.size > 1 and shown is not None and not others:
+            rows = torch.cat([rows, p.rows_of(shown.rows(own))]).unique()
+        if len(rows) != p.images.N or p.tilts is not None:
+            where = np.full(p.images.N, -1, np.int64)
             where[rows.numpy()] = np.arange(len(rows))
         size, half, shared = len(p.pixels), len(p.mask) // 2, p.prepared
         values = len(rows) * size * ((shared is None) + others)
@@ -176,23 +180,23 @@ class Feed:
         if self.team.size == 1:
             p.prepared = store
 
-    def _fill(self, store: _Store, at: np.ndarray, index: Tensor, *, particles: bool) -> None:
+    def _fill(self, store: _Store, at: np.ndarray, rows: Tensor, *, particles: bool) -> None:
         """Preprocess what the encoder is shown, and the ``particles``, unless that was done."""
         p = self.particles
-        ctf = p.ctf(index) if store.ctf is not None or store.shown is not None else None
+        ctf = p.ctf(rows) if store.ctf is not None or store.shown is not None else None
         if particles:
-            raw = p.raw(index)
-            store.images[at] = p.centred(index, raw).cpu().numpy()
+            raw = p.raw(rows)
+            store.images[at] = p.centred(rows, raw).cpu().numpy()
             span = spans(raw)
-            self._odd["not finite"] += index[~span.isfinite()].tolist()
-            self._odd["constant"] += index[span == 0].tolist()
+            self._odd["not finite"] += rows[~span.isfinite()].tolist()
+            self._odd["constant"] += rows[span == 0].tolist()
         if particles and store.ctf is not None and store.flips is not None and ctf is not None:
-            half = p.half(ctf)
+            half = p.half(ctf, rows)
             assert half is not None
             store.ctf[at] = half.cpu().numpy()
             store.flips[at] = np.packbits(ctf.cpu().numpy() < 0, axis=1)
         if store.shown is not None and self.shown is not None:
-            image = p.centred(index, self.shown.raw(index))
+            image = p.centred(rows, self.shown.raw(rows))
             store.shown[at] = p.flip(image, ctf).cpu().numpy()
 
     def _report_odd(self) -> None:
@@ -200,15 +204,15 @@ class Feed:
         for what, found in self._odd.items():
             if not found:
                 continue
-            ind = self.particles.ind
-            text = odd_images(found if ind is None else ind[found].tolist(), what)
+            stack = self.particles.images.ind
+            text = odd_images(found if stack is None else stack[found].tolist(), what)
             if what != "constant":
                 raise InputError(f"PARTICLES: {text}; leave them out by --ind")
             logger.warning(f"PARTICLES: {text}")
 
     def read(self, index: Tensor) -> Batch:
         """Return some particles, by their positions in the data set `(B,)`."""
-        return self._batch(*self._read(index))
+        return self._batch(*self._read(index, self.particles.rows_of(index)))
 
     def batches(
         self,
@@ -217,10 +221,16 @@ class Feed:
         shuffle: bool,
         shuffle_seed: int | None = None,
         threads: int = 1,
+        rng: np.random.RandomState | None = None,
     ) -> Batches:
         """Go through all particles, in the host's order: its own loader draws the indices.
 
-        ``threads``: how many batches are read at a time, if they are read from the stack.
+        Parameters
+        ----------
+        threads
+            How many batches are read at a time, if they are read from the stack.
+        rng
+            Draws tilts; None: the first ones are used.
         """
         with host.quiet():
             loader = host.make_dataloader(
@@ -229,27 +239,44 @@ class Feed:
                 shuffle=shuffle,
                 seed=shuffle_seed,
             )
-        return Batches(loader, self._read, self._batch, threads if self.from_stack else 1)
+        threads = threads if self.from_stack else 1
+        return Batches(
+            loader, partial(self.particles.rows_of, rng=rng), self._read, self._batch, threads
+        )
 
-    def _read(self, whole: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Read what the batch of particles ``whole`` needs. Runs in several threads."""
-        index = whole[self.team.own(whole)] if self.team.size > 1 else whole
-        rows = None if self.shown is None else self.shown.rows(index)
+    def _read(self, whole: Tensor, rows: Tensor) -> _Read:
+        """Read what the batch of particles ``whole`` needs, images ``rows``.
+
+        Runs in several threads.
+        """
+        if self.team.size > 1:
+            own = self.team.own(whole)
+            index, rows = whole[own], rows.view(len(whole), -1)[own].flatten()
+        else:
+            index = whole
+        seen = None if self.shown is None else self._rows_shown(index, rows)
         if self._store is not None:
-            return whole, self._store.read(index.numpy(), None if rows is None else rows.numpy())
+            found = self._store.read(rows.numpy(), None if seen is None else seen.numpy())
+            return whole, rows, found
         images = self.particles.images
         if not len(index):  # all of the batch is other processes'
-            return whole, {"raw": torch.zeros(0, images.D, images.D)}
-        read = {"raw": host.preprocess(images, images.src.images(index.numpy()))}
-        if rows is not None and self.shown is not None:
-            raw = self.shown.raw(index)
-            if raw is None and not torch.equal(rows, index):
-                raw = images.src.images(rows.numpy())
+            return whole, rows, {"raw": torch.zeros(0, images.D, images.D)}
+        found = {"raw": host.preprocess(images, images.src.images(rows.numpy()))}
+        if seen is not None and self.shown is not None:
+            raw = self.shown.raw(rows)
+            if raw is None and not torch.equal(seen, rows):
+                raw = images.src.images(seen.numpy())
             if raw is not None:
-                read["raw_image"] = host.preprocess(images, raw)
-        return whole, read
+                found["raw_image"] = host.preprocess(images, raw)
+        return whole, rows, found
 
-    def _batch(self, index: Tensor, read: dict[str, Tensor]) -> Batch:
+    def _rows_shown(self, index: Tensor, rows: Tensor) -> Tensor:
+        """Return which images a network is shown for particles `(B,)` with images ``rows``."""
+        assert self.shown is not None
+        others = self.shown.rows(index)
+        return rows if torch.equal(others, index) else self.particles.rows_of(others)
+
+    def _batch(self, index: Tensor, rows: Tensor, read: dict[str, Tensor]) -> Batch:
         """Finish on the device what was read."""
         p, team = self.particles, self.team
         part = None
@@ -259,30 +286,31 @@ class Feed:
             part = Part(team.rows(index), places, size)
         read = {name: value.to(p.device, non_blocking=True) for name, value in read.items()}
         if "raw" in read:
-            y = p.centre(read["raw"], None if p.trans is None else p.trans[index])
+            y = p.centre(read["raw"], None if p.trans is None else p.trans[rows])
         else:
             y = read["y"]
         ctf, half = None, read.get("ctf")
         if half is None:
-            ctf = p.ctf(index)
-            half = p.half(ctf)
+            ctf = p.ctf(rows)
+            half = p.half(ctf, rows)
         image = read.get("image")
         if self.shown is not None and image is None:
-            image = self._shown(index, y, ctf, read.get("raw_image"))
-        return Batch(index, p.masked(y), image, p.rots[index], half, part)
+            image = self._shown(index, rows, y, ctf, read.get("raw_image"))
+        return Batch(index, p.masked(y), image, p.rots[rows], half, part)
 
-    def _shown(self, index: Tensor, y: Tensor, ctf: Tensor | None, raw: Tensor | None) -> Tensor:
+    def _shown(
+        self, index: Tensor, rows: Tensor, y: Tensor, ctf: Tensor | None, raw: Tensor | None
+    ) -> Tensor:
         """Return what a network is shown if it was not prepared: `(B, S)`."""
         p = self.particles
-        assert self.shown is not None
-        rows = self.shown.rows(index)
-        if not torch.equal(rows, index):
-            ctf = p.ctf(rows)
+        seen = self._rows_shown(index, rows)
+        if not torch.equal(seen, rows):
+            ctf = p.ctf(seen)
         if raw is not None:
-            y = p.centre(raw, None if p.trans is None else p.trans[rows])
-        elif not torch.equal(rows, index):
+            y = p.centre(raw, None if p.trans is None else p.trans[seen])
+        elif not torch.equal(seen, rows):
             assert self._store is not None
-            y = self._store.read(rows.numpy(), None)["y"].to(p.device)
+            y = self._store.read(seen.numpy(), None)["y"].to(p.device)
         return p.flip(y, ctf)
 
 
@@ -291,21 +319,23 @@ class Batches:
     """A loader's batches, some read while others are worked on."""
 
     loader: Any
-    read: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
-    finish: Callable[[Tensor, dict[str, Tensor]], Batch]
+    rows_of: Callable[[Tensor], Tensor]
+    read: Callable[[Tensor, Tensor], _Read]
+    finish: Callable[[Tensor, Tensor, dict[str, Tensor]], Batch]
     threads: int
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Generator[Batch]:
-        positions = iter(self.loader)  # draws random numbers: in none of the threads
+        # draws random numbers: in none of the threads
+        positions = ((at, self.rows_of(at)) for at in iter(self.loader))
         # in these PyTorch starts no further ones
         with ThreadPoolExecutor(self.threads, "read", torch.set_num_threads, (1,)) as pool:
-            coming = deque(pool.submit(self.read, at) for at in islice(positions, self.threads))
+            coming = deque(pool.submit(self.read, *at) for at in islice(positions, self.threads))
             while coming:
                 read = coming.popleft().result()
-                coming.extend(pool.submit(self.read, at) for at in islice(positions, 1))
+                coming.extend(pool.submit(self.read, *at) for at in islice(positions, 1))
                 yield self.finish(*read)
 
     @property

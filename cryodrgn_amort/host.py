@@ -15,12 +15,12 @@ with warnings.catch_warnings():  # the host's imports warn of their own dependen
     from cryodrgn import __version__ as VERSION
     from cryodrgn.beta_schedule import get_beta_schedule
     from cryodrgn.ctf import compute_ctf
-    from cryodrgn.dataset import ImageDataset, make_dataloader
+    from cryodrgn.dataset import ImageDataset, TiltSeriesData, make_dataloader
     from cryodrgn.fft import fftn_center, ht2_center, iht2_center, ihtn_center, symmetrize_ht
     from cryodrgn.lattice import Lattice
     from cryodrgn.models import FTPositionalDecoder, HetOnlyVAE, ResidLinearMLP
     from cryodrgn.mrcfile import MRCHeader, parse_mrc, write_mrc
-    from cryodrgn.source import ImageSource
+    from cryodrgn.source import ImageSource, parse_star
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +37,7 @@ __all__ = [
     "Lattice",
     "MRCHeader",
     "ResidLinearMLP",
+    "TiltSeriesData",
     "add_train_vae_args",
     "analyze",
     "compute_ctf",
@@ -47,6 +48,7 @@ __all__ = [
     "iht2_center",
     "make_dataloader",
     "parse_mrc",
+    "parse_star",
     "preprocess",
     "quiet",
     "save_config",

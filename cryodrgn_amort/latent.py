@@ -49,8 +49,8 @@ class LatentModel(ABC):
         """Compare the images that latents `(B, zdim)` decode to with those of the batch.
 
         By -2 log p(x | z), up to a constant, at noise of variance 1: for Gaussian noise, squared
-        errors. Returns their total, which can be differentiated, and that of each image, `(B,)`,
-        which cannot.
+        errors. Returns their total, which can be differentiated, and that of each particle, over
+        all its images, `(B,)`, which cannot.
         """
 
     def sample(self, mean: Tensor, logvar: Tensor, batch: Batch) -> Tensor:
@@ -84,7 +84,7 @@ class LatentModel(ABC):
         Draws a latent from it.
         """
         error, _ = self.errors(batch, self.sample(mean, logvar, batch))
-        pixels = batch.y.shape[1]
+        error, pixels = error / batch.tilts, batch.y.shape[1]
         return losses(mean, logvar, error, pixels, batch.size, beta, beta_control)
 
     def own_state_dict(self) -> dict[str, Any]:

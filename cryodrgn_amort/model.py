@@ -75,16 +75,29 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
         """Return mean and log variance of q(z) for the batch, each `(B, zdim)`."""
         if self.amort is not None:
             mean, logvar = self.amort(batch)
+            if len(mean) != len(batch.index):
+                raise InputError(
+                    f"--encoder: its answers are for {len(mean)} images, not for the "
+                    f"{len(batch.index)} particles that they are of; it cannot read tilt series"
+                )
             return mean, logvar
         assert batch.image is not None
         image = batch.image if self._shown is None else batch.image[:, self._shown]
-        both = self.encoder(image.to(next(self.encoder.parameters()).dtype))
+        image = image.to(next(self.encoder.parameters()).dtype)
+        if self.encode_mode == "tilt" and not len(image):  # the host's cannot
+            image = self.encoder.encoder1(image).view(0, self.encoder.in_dim2)
+            both = self.encoder.encoder2(image)
+        else:
+            both = self.encoder(image)
         return both[:, : self.zdim], both[:, self.zdim :]
 
     def errors(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
         """Compare by squared errors of the masked pixels; see ``LatentModel.errors``."""
         assert batch.rot is not None
-        return self.fast.squared_errors(batch.rot, batch.y, batch.ctf, z)
+        tilts = batch.tilts
+        z = z if tilts == 1 else z.repeat_interleave(tilts, 0)
+        total, each = self.fast.squared_errors(batch.rot, batch.y, batch.ctf, z)
+        return total, each if tilts == 1 else each.view(-1, tilts).sum(1)
 
     @torch.no_grad()
     def decode_volumes(self, z: Tensor, norm: tuple[float, float]) -> Iterator[Tensor]:
@@ -185,6 +198,7 @@ def build_model(
         domain=model_args["domain"],
         activation=_ACTIVATION[model_args["activation"]],
         feat_sigma=model_args["feat_sigma"],
+        tilt_params=model_args.get("tilt_params", {}),
     )
     model.to(lattice.device)
     return model

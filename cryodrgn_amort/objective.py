@@ -75,8 +75,8 @@ def losses(
     mean, logvar
         The posterior, `(B, zdim)`.
     error
-        -2 log p(x | z) up to a constant, summed over the images, a scalar: of particles the squared
-        error of their masked pixels.
+        -2 log p(x | z) up to a constant, summed over the particles, a scalar: the squared error of
+        their masked pixels, and of a tilt series its mean over the tilts, as the host has it.
     pixels, size
         Masked pixels of an image; particles in the whole batch.
     beta_control

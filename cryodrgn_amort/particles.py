@@ -14,6 +14,8 @@ from cryodrgn_amort.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from cryodrgn_amort.tilts import TiltSeries
+
 __all__ = ["Batch", "Part", "Particles", "odd_images", "spans"]
 
 _NAMED = 10  # positions in a message
@@ -23,19 +25,21 @@ _NAMED = 10  # positions in a message
 class Batch:
     """Some particles or other images. `P` masked pixels; `S` stored ones: ``Particles.pixels``.
 
+    `M` images: one per particle, or ``tilts`` of each, those of a particle together.
+
     Attributes
     ----------
     index
         Positions in the data set, after ``--ind``: `(B,)` int64, on the CPU.
     y
-        Masked pixels of the centred Hartley images, which the decoder has to explain: `(B, P)`.
+        Masked pixels of the centred Hartley images, which the decoder has to explain: `(M, P)`.
     image
-        What a network is shown, centred and phase-flipped: `(B, S)`. None for tables.
+        What a network is shown, centred and phase-flipped: `(M, S)`. None for tables.
     rot
-        Rotations `(B, 3, 3)`. None: these images have no pose.
+        Rotations `(M, 3, 3)`. None: these images have no pose.
     ctf
-        CTF at the first half of the masked pixels (the other half is its mirror image):
-        `(B, P / 2)`; None without CTF.
+        CTF at the first half of the masked pixels (the other half is its mirror image), and what
+        dose and tilt leave of them: `(M, P / 2)`; None without CTF.
     part
         Which part of a batch these are, when several processes share it.
     """
@@ -50,10 +54,16 @@ class Batch:
     def of(self, places: Tensor) -> Batch:
         """Return some of the particles, by their places `(M,)` in the batch."""
         rest = (self.y, self.image, self.rot, self.ctf)
-        at = places.to(self.y.device)
+        of_particle = torch.arange(self.tilts, device=places.device)
+        at = (places[:, None] * self.tilts + of_particle).flatten().to(self.y.device)
         y, image, rot, ctf = (None if part is None else part[at] for part in rest)
         assert y is not None
         return Batch(self.index[places.cpu()], y, image, rot, ctf)
+
+    @property
+    def tilts(self) -> int:
+        """Number of images of each particle."""
+        return len(self.y) // len(self.index) if len(self.index) else 1
 
     @property
     def rows(self) -> Tensor:
@@ -88,12 +98,19 @@ class Part:
 class Particles:
     """Images in a stack, and what is known of each.
 
+    Whatever takes ``rows`` wants positions of images; those of a particle are ``rows_of`` it.
+
     Parameters
     ----------
     images
         The host's data set, reading lazily.
     rots, trans_px, ctf_params
-        `(N, 3, 3)`, `(N, 2)` or None, `(N, 8)` or None: see ``load_poses`` and ``load_ctf``.
+        `(N, 3, 3)`, `(N, 2)` or None, `(N, 8)` or None: see ``load_poses`` and ``load_ctf``. Of
+        tilt series, CTFs have their scale as a ninth number.
+    ind
+        Which of the ``total`` particles these are, `(n,)`; None: all.
+    tilts
+        Which images belong together; None: each is a particle.
     whole
         Whether the corners outside the circular mask, and the origin, are wanted too.
 
@@ -115,6 +132,8 @@ class Particles:
         ctf_params: np.ndarray | None,
         *,
         ind: np.ndarray | None = None,
+        total: int | None = None,
+        tilts: TiltSeries | None = None,
         whole: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -122,7 +141,9 @@ class Particles:
         self.ind = ind
         self.held_out: np.ndarray | None = None
         """Positions in the stack of what training leaves out; None: nothing is left out."""
-        self.n, self.D, self.box = images.N, images.D, images.D - 1
+        self.tilts = tilts
+        self.n, self.D, self.box = images.N if tilts is None else tilts.n, images.D, images.D - 1
+        self.total = self.n if total is None else total
         self.device = torch.device(device)
         self.lattice = host.Lattice(self.D, extent=0.5, device=self.device)
         self.mask = self.lattice.get_circular_mask(self.D // 2).nonzero()[:, 0]
@@ -143,6 +164,15 @@ class Particles:
     def raw_mean_std(self) -> tuple[float, float]:
         """Mean and standard deviation of the real-space images, as the host estimates them."""
         return self.images.norm_real[0], self.images.norm_real[1]
+
+    @property
+    def ntilts(self) -> int:
+        """Number of images of a particle that are used."""
+        return 1 if self.tilts is None else self.tilts.ntilts
+
+    def rows_of(self, index: Tensor, rng: np.random.RandomState | None = None) -> Tensor:
+        """Return the images of particles `(B,)`: `(B * ntilts,)`. See ``TiltSeries.rows``."""
+        return index if self.tilts is None else self.tilts.rows(index, rng)
 
     def raw(self, rows: Tensor) -> Tensor:
         """Read real-space images `(B, box, box)` from the stack."""
@@ -188,9 +218,15 @@ class Particles:
         """Pick the masked pixels `(B, P)` of stored ones `(B, S)`."""
         return values[:, self.mask] if self.whole else values
 
-    def half(self, ctf: Tensor | None) -> Tensor | None:
-        """Pick from stored pixels `(B, S)` what ``Batch.ctf`` holds, `(B, P / 2)`."""
-        return None if ctf is None else self.masked(ctf)[:, : len(self.mask) // 2]
+    def half(self, ctf: Tensor | None, rows: Tensor) -> Tensor | None:
+        """Make of the CTFs `(B, S)` of ``rows`` what ``Batch.ctf`` holds, `(B, P / 2)`."""
+        if ctf is None:
+            return None
+        half = self.masked(ctf)[:, : len(self.mask) // 2]
+        if self.tilts is None or not self.tilts.weighted or self.ctf_params is None:
+            return half
+        weights = self.tilts.weights(rows, self.lattice, float(self.ctf_params[0, 0]))
+        return half * weights[:, self.mask[: half.shape[1]]]
 
     @staticmethod
     def flip(y: Tensor, ctf: Tensor | None) -> Tensor:
@@ -207,9 +243,9 @@ def spans(raw: Tensor) -> Tensor:
     return found
 
 
-def odd_images(positions: list[int], what: str) -> str:
-    """Say which images of a stack are ``what``."""
+def odd_images(positions: list[int], what: str, noun: str = "image") -> str:
+    """Say which images (or whatever ``noun`` says) of a stack are ``what``."""
     some = ", ".join(map(str, sorted(positions)[:_NAMED]))
     more = ", ..." if len(positions) > _NAMED else ""
-    count = "1 image is" if len(positions) == 1 else f"{len(positions)} images are"
+    count = f"1 {noun} is" if len(positions) == 1 else f"{len(positions)} {noun}s are"
     return f"{count} {what}, at {some}{more} of the stack (from 0)"

@@ -158,7 +158,8 @@ class Plan:
         """Return the particles' inputs by flag."""
         if "simulate" not in self.data:
             return {name: self.data[name] for name in INPUTS if self.data.get(name)}
-        files = {"particles": "particles.mrcs", "poses": "poses.pkl"}
+        stack = "particles.star" if self.data["simulate"].get("tilts") else "particles.mrcs"
+        files = {"particles": stack, "poses": "poses.pkl"}
         if not self.data["simulate"].get("no-ctf"):
             files["ctf"] = "ctf.pkl"
         if self.data["simulate"].get("heldout"):

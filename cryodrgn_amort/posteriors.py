@@ -36,7 +36,7 @@ from cryodrgn_amort.model import build_model
 from cryodrgn_amort.parallel import Team
 from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.repair import cluster_centres
-from cryodrgn_amort.runs import model_args, write_config
+from cryodrgn_amort.runs import INPUT_FILES, INPUTS, model_args, write_config
 from cryodrgn_amort.table import VLT, LookupTable
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class InferOptions:
     ----------
     particles, poses, ctf, ind, datadir
         New particles; without ``particles``, new places of the run's own inputs.
+    dose_per_tilt, angle_per_tilt
+        Of tilt series, for runs that do not tell: those of ``train_vae``.
     held_out
         Whether the particles that were held out from the training are wanted.
     starts
@@ -84,6 +86,8 @@ class InferOptions:
     ctf: str | None = None
     ind: str | None = None
     datadir: str | None = None
+    dose_per_tilt: float | None = None
+    angle_per_tilt: float | None = None
     held_out: bool = False
     starts: tuple[str, ...] | None = None
     beta: str = "train"
@@ -221,8 +225,9 @@ class Fitter:
         """
         if beta == "implied":
             return Yardstick.implied(self.variance)
+        tilts = self.particles.ntilts  # errors add up over them; training takes their mean
         if beta != "train":
-            return Yardstick(float(beta))
+            return Yardstick(float(beta) * tilts)
         settings = self.run.settings
         value = settings.beta_value()
         if settings.beta_control is not None or isinstance(value, str):
@@ -230,7 +235,7 @@ class Fitter:
                 f"--beta train: RUN {self.run.folder} was trained with --beta-control, which "
                 "weighs no single particle; give a number, or implied"
             )
-        return Yardstick(value)
+        return Yardstick(value * tilts)
 
     @cached_property
     def anchors(self) -> Tensor:
@@ -255,7 +260,7 @@ class Fitter:
                 errors = anchored(self.model, batch, self.anchors, 1.0)[1]
             sound = errors[errors.isfinite()]
             total += float(sound.double().sum())
-            pixels += len(sound) * batch.y.shape[1]
+            pixels += len(sound) * batch.tilts * batch.y.shape[1]
         if not pixels:
             raise InputError(f"PARTICLES {self.particles.images.src.filenames[0]}: no loss of a "
                              "sample of them is a number")  # fmt: skip
@@ -430,8 +435,7 @@ def infer_run(
 
 def _particles(run: Run, options: InferOptions) -> Particles:
     """Open the particles that are asked for, and check that the run's decoder can explain them."""
-    names = ("particles", "poses", "ctf", "ind", "datadir")
-    given = {name: getattr(options, name) for name in names}
+    given = {name: getattr(options, name) for name in INPUTS}
     if options.particles is None:
         if not options.held_out:
             return run.particles(**given)
@@ -481,9 +485,11 @@ def _write_files(
     particles, epoch = work.particles, run.epoch
     given: dict[str, Any] = {
         name: None if path is None else str(Path(path).absolute())
-        for name in ("particles", "poses", "ctf", "ind", "datadir")
+        for name in INPUT_FILES
         if (path := getattr(options, name)) is not None or options.particles is not None
     }
+    doses = {name: getattr(options, name) for name in INPUTS if name not in INPUT_FILES}
+    given |= {name: value for name, value in doses.items() if value is not None}
     if options.particles is None and run.settings.holdout is not None:
         write_pickle(out / "ind.pkl", particles.ind)
         given["ind"] = str((out / "ind.pkl").absolute())
@@ -513,7 +519,8 @@ def _write_files(
 
 def _write_log(out: Path, work: _Inference, found: Inferred) -> None:
     """Write run.log, from which ``cryodrgn analyze`` reads the losses of epochs."""
-    sound, pixels = np.isfinite(found.elbo), len(work.particles.mask)
+    sound = np.isfinite(found.elbo)
+    pixels = len(work.particles.mask) * work.particles.ntilts
     total = float(-2 * found.yardstick.variance * found.elbo[sound].mean() / pixels)
     kld = float(kl_by_dimension(found.mean[sound], found.logvar[sound]).sum(1).mean())
     gen_loss = total - found.yardstick.beta * kld / pixels

@@ -49,6 +49,8 @@ class EvalOptions:
         The first so many particles are shown by number, with their volumes.
     particles, poses, ctf, ind, datadir
         New places of the run's inputs, if they have moved.
+    dose_per_tilt, angle_per_tilt
+        Of tilt series, for runs that do not tell: those of ``train_vae``.
     """
 
     transforms: tuple[str, ...] = ("roll:1", "rotate:90")
@@ -70,6 +72,8 @@ class EvalOptions:
     ctf: str | None = None
     ind: str | None = None
     datadir: str | None = None
+    dose_per_tilt: float | None = None
+    angle_per_tilt: float | None = None
 
     def __post_init__(self) -> None:
         least_of = {"sample": 2, "volumes": 2, "truth_volumes": 2, "labelled": 1, "batch_size": 1}

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HOLDOUT",
+    "INPUTS",
+    "INPUT_FILES",
     "TRAINED",
     "Run",
     "default_device",
@@ -57,7 +59,8 @@ def default_device() -> torch.device:
 def source_of(settings: TrainSettings) -> ParticleSource:
     """Return which particles the settings ask for."""
     names = {f.name for f in fields(ParticleSource)} & {f.name for f in fields(TrainSettings)}
-    return ParticleSource(**{name: getattr(settings, name) for name in names})
+    source = ParticleSource(**{name: getattr(settings, name) for name in names})
+    return source if settings.tilted else replace(source, ntilts=None)
 
 
 _MODEL_ARGS = frozenset({
@@ -65,6 +68,13 @@ _MODEL_ARGS = frozenset({
     "feat_sigma", "pe_dim", "domain", "activation",
 })  # fmt: skip
 
+
+_TILT_PARAMS = ("tdim", "tlayers", "t_emb_dim", "ntilts")
+
+
+INPUT_FILES = ("particles", "poses", "ctf", "ind", "datadir")
+INPUTS = (*INPUT_FILES, "dose_per_tilt", "angle_per_tilt")
+"""What may be given anew for a run: files that have moved, and what host's configs do not say."""
 
 HOLDOUT, TRAINED = "ind_heldout.pkl", "ind_train.pkl"
 """Files in a run folder: positions in the stack of the particles held out, and of the others."""
@@ -76,6 +86,7 @@ _OF_DECODER = (
 )  # fmt: skip
 _DREAMS = 500_000  # synthetic images that an encoder learns from unless told otherwise
 _OF_PARTICLES = ("particles", "poses", "ctf", "ind", "datadir", "holdout", "norm", "beta")
+_OF_TILTS = ("encode_mode", "ntilts", "random_tilts", "dose_per_tilt", "angle_per_tilt")
 
 
 def with_run(given: Mapping[str, Any], plugins: Plugins) -> dict[str, Any]:
@@ -119,7 +130,7 @@ def inherited(
             raise InputError(
                 f"{flag_name(name)} {values[name]}: --from {values['from_run']} has {own}"
             )
-    for name in _OF_PARTICLES:
+    for name in (*_OF_PARTICLES, *(_OF_TILTS if had.tilted else ())):
         if (known := getattr(had, name)) is not None:
             values.setdefault(name, known)
     spec = plugins.encoder(values.get("encoder", recipe.get("encoder", "resid")))
@@ -134,6 +145,8 @@ def model_args(settings: TrainSettings, encoder: EncoderSpec, D: int) -> dict[st
     args = {name: getattr(settings, name) for name in sorted(_MODEL_ARGS)}
     if args["enc_mask"] is None:
         args["enc_mask"] = D // 2
+    if settings.tilted:
+        args["tilt_params"] = {name: getattr(settings, name) for name in _TILT_PARAMS}
     if encoder.host_mode is None:
         args.update(TOKEN_ENCODER)
     return args
@@ -180,7 +193,8 @@ def _settings_of(config: dict[str, Any], folder: Path) -> TrainSettings:
     if OWN_KEY in config:
         values = {k: v for k, v in config[OWN_KEY]["settings"].items() if k in known}
     else:  # a run of the host's
-        together = {**config["dataset_args"], **_vae_args(config["model_args"])}
+        args = _vae_args(config["model_args"])
+        together = {**args.get("tilt_params", {}), **config["dataset_args"], **args}
         values = {k: v for k, v in together.items() if k in known}
         mode = config["model_args"].get("encode_mode")
         values.update(encoder=mode or "vlt", seed=config.get("seed", 0))
@@ -248,17 +262,17 @@ class Run:
             raise InputError(f"RUN {path}: not a z file (an array, N x zdim)")
         return mean, np.full_like(mean, np.nan)
 
-    def particles(self, **moved: str | None) -> Particles:
+    def particles(self, **moved: Any) -> Particles:
         """Open the particles that it was trained on.
 
         Parameters
         ----------
         moved
-            New places of ``particles``, ``poses``, ``ctf``, ``ind``, ``datadir``, if not None.
+            ``INPUTS`` that are others now, if not None.
         """
         return self.open(**{name: path for name, path in moved.items() if path is not None})
 
-    def held_out(self, **moved: str | None) -> Particles | None:
+    def held_out(self, **moved: Any) -> Particles | None:
         """Open the particles that were held out from it, if there are any."""
         if self.settings.holdout is None:
             return None
@@ -267,6 +281,11 @@ class Run:
 
     def open(self, **given: Any) -> Particles:
         """Open particles as it sees them; ``given`` are fields of ``ParticleSource``."""
+        for name in ("dose_per_tilt", "angle_per_tilt"):
+            if given.get(name) is None:
+                given.pop(name, None)
+            elif not self.settings.tilted:
+                raise InputError(f"{flag_name(name)}: RUN {self.folder} is not of tilt series")
         source = replace(source_of(self.settings), **given)
         return load_particles(source, self.device, whole=self.settings.enc_mask == -1)
 

@@ -22,16 +22,8 @@ __all__ = ["ON_NAN", "TrainSettings", "flag_name", "settings_from_flags"]
 
 ON_NAN = ("stop", "skip", "rollback")
 # Flags of train_vae that this version refuses, and what to say.
-_TILT = "tilt series are not supported yet"
 _POSE = "pose refinement is not supported yet: poses stay as given"
 REFUSED = {
-    "ntilts": _TILT,
-    "random_tilts": _TILT,
-    "t_emb_dim": _TILT,
-    "tlayers": _TILT,
-    "tdim": _TILT,
-    "dose_per_tilt": _TILT,
-    "angle_per_tilt": _TILT,
     "do_pose_sgd": _POSE,
     "pretrain": _POSE,
     "emb_type": _POSE,
@@ -58,12 +50,14 @@ _FLAG = {  # argument name -> flag, where the host's parser names them different
 
 _WINDOW_EDGE = 0.99  # outer radius of the host's window
 _PATHS = ("particles", "outdir", "poses", "ctf", "ind", "datadir", "from_run")
-_REFUSED_MODES = {"tilt": _TILT, "conv": REFUSED["use_real"]}
+_OF_TILTS = (
+    "ntilts", "random_tilts", "t_emb_dim", "tlayers", "tdim", "dose_per_tilt", "angle_per_tilt",
+)  # fmt: skip
 
 
 def _check_mode(mode: str) -> None:
-    if mode in _REFUSED_MODES:
-        raise InputError(f"--encode-mode {mode}: {_REFUSED_MODES[mode]}")
+    if mode == "conv":
+        raise InputError(f"--encode-mode {mode}: {REFUSED['use_real']}")
 
 
 def flag_name(dest: str) -> str:
@@ -140,6 +134,13 @@ class TrainSettings:
     precision: str | None = None
     on_nan: str = "stop"
     memory: float | None = None
+    ntilts: int = 10
+    random_tilts: bool = False
+    dose_per_tilt: float | None = None
+    angle_per_tilt: float = 3.0
+    t_emb_dim: int = 64
+    tlayers: int = 3
+    tdim: int = 1024
     qlayers: int = 3
     qdim: int = 1024
     encode_mode: str = "resid"
@@ -156,7 +157,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         at_least_one = (
             "zdim", "num_epochs", "batch_size", "checkpoint", "log_interval", "qdim", "players",
-            "pdim", "pe_dim",
+            "pdim", "pe_dim", "ntilts", "t_emb_dim", "tdim",
         )  # fmt: skip
         for name in at_least_one:
             value = getattr(self, name)
@@ -169,6 +170,7 @@ class TrainSettings:
             raise InputError(f"--lr-end {self.lr_end}: must be positive")
         for name in (
             "qlayers", "wd", "seed", "shuffle_seed", "num_workers", "augment", "consistency",
+            "dose_per_tilt", "angle_per_tilt", "tlayers",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63:
@@ -204,6 +206,11 @@ class TrainSettings:
         if self.memory is not None and self.lazy:
             raise InputError("--memory and --lazy exclude each other: --lazy keeps nothing")
         self.beta_value()
+
+    @property
+    def tilted(self) -> bool:
+        """Whether the particles are tilt series."""
+        return self.encode_mode == "tilt"
 
     def matmul_precision(self, device: str) -> str:
         """Return the precision to use: single on CPUs; bfloat16 on GPUs, where --amp is on."""
@@ -286,8 +293,21 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Plugins) -> TrainSett
     for name in ("particles", "poses", "zdim"):
         if name not in values:
             raise InputError(f"{flag_name(name)}: required")
+    tilted = values.get("encode_mode") == "tilt" or values.get("encoder") == "tilt"
+    for dest in _OF_TILTS:
+        if dest in given and not tilted:
+            raise InputError(f"{flag_name(dest)}: is for tilt series, --encode-mode tilt")
     named = plugins.encoder(values.get("encoder", "resid"))
     if isinstance(named, EncoderSpec):
+        if tilted and named.host_mode is not None and "encoder" not in given:
+            named = plugins.encoder("tilt")  # of the host's networks, the one that can read them
+            assert isinstance(named, EncoderSpec)
+            values["encoder"] = named.name
+        if tilted and named.sleeps and named.host_mode is None:
+            raise InputError(
+                f"--encoder {named.name}: learns from single images made up, and cannot read tilt "
+                "series"
+            )
         if named.second_stage and not values.get("from_run"):
             raise InputError(f"--encoder {named.name}: needs a finished run, --from RUN")
         if values.get("from_run"):
@@ -314,6 +334,8 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Plugins) -> TrainSett
         if encoder.host_mode is None or shown is None or shown.name != "particle":
             raise InputError(f"--augment: does not apply to --encoder {settings.encoder}, only to "
                              "networks that are shown the particle")  # fmt: skip
+        if settings.tilted:
+            raise InputError("--augment: does not apply to tilt series")
     _refuse_foreign(given, settings.encoder, encoder, shown, plugins)
     return settings
 
@@ -329,5 +351,7 @@ def _refuse_foreign(
     owned = set().union(*(entry.item.flags for entry in known.values()))
     mine = encoder.flags | (shown.flags if shown is not None else frozenset())
     for dest in given:
+        if dest == "encode_mode" and given[dest] == "tilt":  # says what the particles are, too
+            continue
         if dest in owned - mine:
             raise InputError(f"{flag_name(dest)}: does not apply to --encoder {name}")

@@ -42,10 +42,11 @@ logger = logging.getLogger("cryodrgn_amort")
 _BLOCK = 64
 """Particles computed together, whatever the chunk: rounding can depend on it."""
 _SIGNAL_SAMPLE = 1000
+_STEEPEST_DEG = 70.0
 _STREAMS = ("rotations", "shifts", "ctf", "labels", "coordinate", "split", "signal", "noise")
 _OUTPUTS = (
-    "particles.mrcs", "clean.mrcs", "poses.pkl", "ctf.pkl", "labels.pkl", "coordinate.pkl",
-    "ind_train.pkl", "ind_heldout.pkl", "simulation.yaml", "volumes",
+    "particles.mrcs", "particles.star", "clean.mrcs", "poses.pkl", "ctf.pkl", "labels.pkl",
+    "coordinate.pkl", "ind_train.pkl", "ind_heldout.pkl", "simulation.yaml", "volumes",
 )  # fmt: skip
 
 
@@ -60,7 +61,12 @@ class SimulateOptions:
     D
         Box size in pixels.
     snr
-        Variance of the noise-free images with CTF over that of the noise; ``inf``: no noise.
+        Variance of the noise-free images with CTF over that of the noise; ``inf``: no noise. Of
+        tilt series, that of all images of a particle together: each has but a share of the dose.
+    tilts
+        Images of each particle; None: one, and no tilt series.
+    tilt_step_deg
+        Angle between neighbouring tilts.
     shift_px
         Largest shift along x and y, in pixels of this box.
     apix
@@ -79,6 +85,8 @@ class SimulateOptions:
     heldout: int = 0
     D: int | None = None
     snr: float = 0.3
+    tilts: int | None = None
+    tilt_step_deg: float | None = None
     noise: str = "white"
     classes: int | None = None
     shares: tuple[float, ...] | None = None
@@ -101,6 +109,13 @@ class SimulateOptions:
         most = len(BlobModel.COMPOSITIONS)
         even = "an even box of at least 16 pixels is needed"
         for right, flag, value, wanted in (
+            (inside(self.tilts, 1), "--tilts", self.tilts, "at least 1 is needed"),
+            (
+                inside(self.tilt_step_deg, 0, 60),
+                "--tilt-step-deg",
+                self.tilt_step_deg,
+                "0 to 60 is needed",
+            ),
             (inside(self.n, 1), "-n", self.n, "at least 1 is needed"),
             (inside(self.heldout, 0), "--heldout", self.heldout, "must not be negative"),
             (inside(self.seed, 0), "--seed", self.seed, "must not be negative"),
@@ -119,11 +134,30 @@ class SimulateOptions:
             ("--classes", self.classes, self.volumes, "with --volumes, each volume is a class"),
             ("--hinge-deg", self.hinge_deg, self.volumes, "there is no hinge with --volumes"),
             ("--ctf", self.ctf, not self.use_ctf, "contradicts --no-ctf"),
+            ("--tilts", self.tilts, not self.use_ctf, "the scale of a tilt is part of its CTF"),
+            ("--tilt-step-deg", self.tilt_step_deg, self.tilts is None, "is for --tilts"),
             ("--apix", self.apix, self.ctf, "with --ctf, its pixel sizes are used"),
             ("--shift-px", self.shift_px, self.poses, "with --poses, its translations are used"),
         ):
             if given is not None and other:
                 raise InputError(f"{flag} {given}: {why}")
+        if self.tilts is not None and np.abs(self.tilt_angles_deg).max() > _STEEPEST_DEG:
+            raise InputError(
+                f"--tilts {self.tilts}: would tilt by {np.abs(self.tilt_angles_deg).max():g} "
+                f"degrees; at most {_STEEPEST_DEG:g} (--tilt-step-deg)"
+            )
+
+    @property
+    def tilt_angles_deg(self) -> np.ndarray:
+        """Angles in the order in which they are taken: 0, then by turns up and down.
+
+        Dose-symmetric: Hagen, Wan & Briggs, J. Struct. Biol. 197, 191 (2017).
+        """
+        order = np.arange(self.tilts or 1)
+        sign = np.where(order % 2, 1, -1)
+        step = 3.0 if self.tilt_step_deg is None else self.tilt_step_deg
+        angles: np.ndarray = step * sign * ((order + 1) // 2)
+        return angles
 
 
 @dataclass(frozen=True)
@@ -148,13 +182,21 @@ class Simulation:
 
 @dataclass(frozen=True)
 class _Truth:
-    """What was drawn for, or given of, each particle; see ``load_poses``, ``load_ctf``."""
+    """What was drawn for, or given of, each image and particle.
 
-    rots: np.ndarray  # (N, 3, 3)
-    trans_px: np.ndarray  # (N, 2)
-    ctf: np.ndarray | None  # (N, 8)
+    See ``load_poses``, ``load_ctf``. The images of a tilt series follow each other.
+    """
+
+    rots: np.ndarray  # (M, 3, 3)
+    trans_px: np.ndarray  # (M, 2)
+    ctf: np.ndarray | None  # (M, 8), of tilt series (M, 9): their scale
     labels: np.ndarray  # (N,)
     coordinate: np.ndarray  # (N,)
+
+    @property
+    def tilts(self) -> int:
+        """Images per particle."""
+        return len(self.rots) // len(self.labels)
 
 
 def _load_model(options: SimulateOptions) -> tuple[BlobModel | VolumeModel, float]:
@@ -244,14 +286,40 @@ def _draw(
         defocus = draw(10000, 25000, N)
         ctf = np.tile(np.array([apix, 0, 0, 0, 300, 2.7, 0.1, 0], np.float32), (N, 1))
         ctf[:, 1], ctf[:, 2], ctf[:, 3] = defocus + draw(0, 300, N), defocus, draw(0, 180, N)
+    if options.tilts is not None:
+        rots, trans, ctf = _tilted(options, rots, trans, ctf, streams["shifts"])
     labels = streams["labels"].choice(len(shares), N, p=shares / shares.sum())
     moves = isinstance(model, BlobModel) and model.hinge_deg
     coordinate = streams["coordinate"].random(N) if moves else np.full(N, 0.5)
     return _Truth(rots, trans, ctf, labels, coordinate)
 
 
+def _tilted(
+    options: SimulateOptions, rots: np.ndarray, trans: np.ndarray, ctf: np.ndarray | None,
+    shifts: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:  # fmt: skip
+    """Make of each particle's table rows those of its tilts, `(N * tilts, ...)`.
+
+    The stage turns about the image's y axis. Each tilt has its own shift, unless they are given;
+    its path through the ice is longer: the signal falls with the cosine of the angle.
+    """
+    angles = np.deg2rad(options.tilt_angles_deg)
+    stage = Rotation.from_rotvec(angles[:, None] * [0, 1, 0]).as_matrix()
+    rots = np.einsum("tij,njk->ntik", stage, rots).reshape(-1, 3, 3).astype(np.float32)
+    repeated = np.repeat(trans, len(angles), axis=0)
+    if options.poses is None and len(angles) > 1:
+        most = np.abs(trans).max(initial=0.0)
+        drawn = shifts.uniform(-most, most, repeated.shape).astype(np.float32)
+        first = np.arange(len(repeated)) % len(angles) == 0
+        repeated = np.where(first[:, None], repeated, drawn)
+    if ctf is not None:
+        scale = np.tile(np.cos(angles), len(ctf))
+        ctf = np.column_stack([np.repeat(ctf, len(angles), axis=0), scale]).astype(np.float32)
+    return rots, repeated, ctf
+
+
 class _Imager:
-    """Makes the images of particles, noise-free or not, in blocks."""
+    """Makes images, noise-free or not, in blocks."""
 
     def __init__(self, model: BlobModel | VolumeModel, truth: _Truth) -> None:
         self.model, self.truth, self.D = model, truth, model.D
@@ -260,8 +328,9 @@ class _Imager:
         """Return noise-free raw images `(B, D, D)`."""
         t = self.truth
         ctf = None if t.ctf is None else t.ctf[rows]
+        of = rows // t.tilts
         return clean_images(
-            self.model, t.rots[rows], t.trans_px[rows], t.labels[rows], t.coordinate[rows], ctf
+            self.model, t.rots[rows], t.trans_px[rows], t.labels[of], t.coordinate[of], ctf
         )
 
     def noise(self, count: int, colour: str, stream: np.random.Generator) -> Tensor:
@@ -276,9 +345,9 @@ class _Imager:
         return coloured
 
     def signal_variance(self, stream: np.random.Generator) -> float:
-        """Measure the variance of noise-free images over all pixels, on a sample."""
-        N = len(self.truth.rots)
-        rows = np.sort(stream.permutation(N)[:_SIGNAL_SAMPLE])
+        """Measure the variance of noise-free images, not tilted, over all pixels, on a sample."""
+        N = len(self.truth.labels)
+        rows = np.sort(stream.permutation(N)[:_SIGNAL_SAMPLE]) * self.truth.tilts
         blocks = (self.clean(part).double() for part in _split(rows))
         sums = np.array([(block.sum().item(), block.square().sum().item()) for block in blocks])
         mean, square = sums.sum(0) / (len(rows) * self.D**2)
@@ -290,18 +359,16 @@ def _split(rows: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _chunks(total: int, size: int) -> Iterator[np.ndarray]:
-    """Yield the rows of each chunk; shows a bar on a terminal, a line every 10 % elsewhere."""
+    """Yield the images of each chunk; shows a bar on a terminal, a line every 10 % elsewhere."""
     size, tenths = -(-size // _BLOCK) * _BLOCK, 0
-    with tqdm(
-        total=total, desc="Simulating", unit="particle", disable=not sys.stderr.isatty()
-    ) as bar:
+    with tqdm(total=total, desc="Simulating", unit="image", disable=not sys.stderr.isatty()) as bar:
         for start in range(0, total, size):
             stop = min(start + size, total)
             yield np.arange(start, stop)
             bar.update(stop - start)
             if bar.disable and 10 * stop // total > tenths:
                 tenths = 10 * stop // total
-                logger.info(f"{stop}/{total} particles simulated")
+                logger.info(f"{stop}/{total} images simulated")
 
 
 def _check_outdir(options: SimulateOptions) -> None:
@@ -360,7 +427,9 @@ def _write_tables(
     write_pickle(folder / "poses.pkl", (truth.rots, truth.trans_px / np.float32(D + 1)))
     if truth.ctf is not None:
         box = np.full((len(truth.ctf), 1), D, np.float32)
-        write_pickle(folder / "ctf.pkl", np.hstack([box, truth.ctf]))
+        write_pickle(folder / "ctf.pkl", np.hstack([box, truth.ctf[:, :8]]))
+    if truth.ctf is not None and truth.ctf.shape[1] > 8:
+        _write_star(folder / "particles.star", truth.ctf[:, 8], truth.tilts)
     write_pickle(folder / "labels.pkl", truth.labels)
     if isinstance(model, BlobModel) and model.hinge_deg:
         write_pickle(folder / "coordinate.pkl", truth.coordinate)
@@ -374,6 +443,17 @@ def _write_tables(
         path = str(folder / "volumes" / written[-1])
         host.write_mrc(path, volume, is_vol=True, Apix=apix)
     record(folder / "volumes", *written)
+
+
+def _write_star(path: Path, scale: np.ndarray, tilts: int) -> None:
+    """Write which images are of one particle, and their scale."""
+    lines = [
+        f"{row + 1:07d}@particles.mrcs p{row // tilts:06d} {value:.6f}"
+        for row, value in enumerate(scale)
+    ]
+    columns = ("_rlnImageName #1", "_rlnGroupName #2", "_rlnCtfScalefactor #3")
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(["data_", "", "loop_", *columns, *lines, "", ""]))
 
 
 def simulate(options: SimulateOptions) -> Simulation:
@@ -396,13 +476,16 @@ def simulate(options: SimulateOptions) -> Simulation:
         if options.volumes and abs(truth.ctf[0, 0] / apix - 1) > 0.01:
             logger.warning(f"--ctf has {truth.ctf[0, 0]:.4g} angstroms per pixel, not {apix:.4g}")
         apix = round(float(truth.ctf[0, 0]), 6)
-    N, D = len(truth.rots), model.D
+    N, D = len(truth.labels), model.D
     mixed = streams["split"].permutation(N)
     train, held = np.sort(mixed[: N - options.heldout]), np.sort(mixed[N - options.heldout :])
     imager = _Imager(model, truth)
     variance = imager.signal_variance(streams["signal"])
-    sigma = math.sqrt(variance / options.snr)
-    logger.info(f"{N} particles of {D} px; signal variance {variance:.6g}, noise sigma {sigma:.6g}")
+    sigma = math.sqrt(variance * truth.tilts / options.snr)
+    each = "" if options.tilts is None else f" in {options.tilts} tilts each"
+    logger.info(
+        f"{N} particles of {D} px{each}; signal variance {variance:.6g}, noise sigma {sigma:.6g}"
+    )
 
     folder = Path(options.outdir)
     os.makedirs(folder, exist_ok=True)
@@ -410,7 +493,7 @@ def simulate(options: SimulateOptions) -> Simulation:
     with contextlib.ExitStack() as stack:
         paths = {k: stack.enter_context(replacing(folder / f"{k}.mrcs")) for k in names}
         _write_stacks(paths, imager, apix, sigma, options.noise, streams["noise"], options.chunk)
-        with recorded(folder, *(name for name in _OUTPUTS if name.endswith(".pkl"))):
+        with recorded(folder, *(n for n in _OUTPUTS if n.endswith((".pkl", ".star")))):
             _write_tables(folder, truth, imager, apix, train, held)
     settings: dict[str, Any] = {**asdict(options), "n": len(train), "D": D, "apix": apix}
     if options.poses is None:

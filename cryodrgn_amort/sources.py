@@ -12,6 +12,7 @@ from cryodrgn_amort import host
 from cryodrgn_amort.checkpoints import read_pickle, to_array
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.particles import Particles, odd_images, spans
+from cryodrgn_amort.tilts import TiltSeries
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,9 @@ class ParticleSource:
         indices in the stack.
     held_out
         Whether those are wanted, and not the others.
+    ntilts
+        Images of a tilt series that are used of each particle; None: every image is a particle.
+        ``ind``, ``holdout`` are then about particles, poses and CTFs still about images.
     """
 
     particles: str
@@ -54,6 +58,10 @@ class ParticleSource:
     holdout: str | None = None
     seed: int = 0
     held_out: bool = False
+    ntilts: int | None = None
+    random_tilts: bool = False
+    dose_per_tilt: float | None = None
+    angle_per_tilt: float = 3.0
 
 
 def _load_ind(path: str, n: int, flag: str = "--ind") -> np.ndarray:
@@ -244,34 +252,30 @@ def load_particles(
         )
     if box % 2:
         raise InputError(f"{what}: the box of {box} pixels is odd; the host needs an even one")
-    ind = _load_ind(source.ind, n) if source.ind else None
-    rots, trans = load_poses(source.poses, n, ind, box)
-    ctf = load_ctf(source.ctf, n, ind, box) if source.ctf else None
+    members = None if source.ntilts is None else _members(source)
+    total = n if members is None else len(members)
+    ind = _load_ind(source.ind, total) if source.ind else None
+    rows = _images_of(members, ind)
+    rots, trans = load_poses(source.poses, n, rows, box)
+    ctf = load_ctf(source.ctf, n, rows, box) if source.ctf else None
     held = None
     if source.holdout is not None:
-        ind = np.arange(n) if ind is None else ind
-        chosen = _held_out(source, ind, n)
+        ind = np.arange(total) if ind is None else ind
+        chosen = _held_out(source, ind, total)
         held, wanted = ind[chosen], chosen if source.held_out else ~chosen
-        ind, rots = ind[wanted], rots[wanted]
-        trans = None if trans is None else trans[wanted]
-        ctf = None if ctf is None else ctf[wanted]
+        had = np.arange(n) if rows is None else rows
+        ind, rows = ind[wanted], _images_of(members, ind[wanted])
+        assert rows is not None
+        kept = _places(had, rows)
+        rots = rots[kept]
+        trans, ctf = (None if t is None else t[kept] for t in (trans, ctf))
     try:
         with host.quiet():
-            images = host.ImageDataset(
-                source.particles,
-                lazy=True,
-                norm=source.norm,
-                invert_data=source.invert_data,
-                ind=ind,
-                window=source.window,
-                datadir=source.datadir,
-                window_r=source.window_r,
-                max_threads=source.max_threads,
-            )
+            images = _open(source, rows)
     except Exception as err:
         raise InputError(f"{what}: images cannot be read ({type(err).__name__}: {err})") from err
     if not np.isfinite(images.norm).all() or not images.norm[1] > 0:
-        rows = np.arange(images.N) if ind is None else ind
+        rows = np.arange(images.N) if rows is None else rows
         chunks = (np.arange(images.N)[first : first + _SCANNED]
                   for first in range(0, images.N, _SCANNED))  # fmt: skip
         odd = [
@@ -282,6 +286,93 @@ def load_particles(
         if not odd:
             raise InputError(f"{what}: the images are constant")
         raise InputError(f"{what}: {odd_images(odd, 'not finite')}; leave them out by --ind")
-    found = Particles(images, rots, trans, ctf, ind=ind, whole=whole, device=device)
+    tilts = None
+    if source.ntilts is not None:
+        tilts, ctf = _tilt_series(source, images, ctf)
+    found = Particles(
+        images, rots, trans, ctf, ind=ind, total=total, tilts=tilts, whole=whole, device=device
+    )
     found.held_out = held
     return found
+
+
+def _open(source: ParticleSource, rows: np.ndarray | None) -> host.ImageDataset:
+    given = {
+        "lazy": True,
+        "norm": source.norm,
+        "invert_data": source.invert_data,
+        "ind": rows,
+        "window": source.window,
+        "datadir": source.datadir,
+        "window_r": source.window_r,
+        "max_threads": source.max_threads,
+    }
+    if source.ntilts is None:
+        return host.ImageDataset(source.particles, **given)
+    return host.TiltSeriesData(
+        source.particles,
+        source.ntilts,
+        dose_per_tilt=source.dose_per_tilt,
+        angle_per_tilt=source.angle_per_tilt,
+        **given,
+    )
+
+
+def _members(source: ParticleSource) -> list[np.ndarray]:
+    """Return the images of each particle of a tilt series, as positions in the stack."""
+    what = f"PARTICLES {source.particles}"
+    if not source.particles.endswith(".star"):
+        raise InputError(f"{what}: a tilt series needs a .star file, which groups its images")
+    try:
+        with host.quiet():
+            members, _ = host.TiltSeriesData.parse_particle_tilt(source.particles)
+            table = host.parse_star(source.particles)[0]
+            scale = np.asarray(table.get("_rlnCtfScalefactor", np.nan), float)
+    except Exception as err:  # whatever the host's reader raises
+        raise InputError(f"{what}: not a tilt series ({err})") from None
+    if not scale.ndim:
+        raise InputError(f"{what}: not a tilt series (it has no column _rlnCtfScalefactor)")
+    if not np.isfinite(scale).all():
+        bad = int(np.flatnonzero(~np.isfinite(scale))[0])
+        raise InputError(f"{what}: _rlnCtfScalefactor of image {bad} is no finite number")
+    assert source.ntilts is not None
+    counts = np.array([len(own) for own in members])
+    if counts.min() < source.ntilts:
+        few = int(counts.argmin())
+        raise InputError(
+            f"--ntilts {source.ntilts}: particle {few} of {source.particles} has {counts[few]} "
+            f"images only ({(counts < source.ntilts).sum()} particles have too few)"
+        )
+    return list(members)
+
+
+def _images_of(members: list[np.ndarray] | None, ind: np.ndarray | None) -> np.ndarray | None:
+    """Return the positions in the stack of the images of particles ``ind``; None: all."""
+    if ind is None or members is None:
+        return ind
+    return np.concatenate([members[i] for i in ind])
+
+
+def _places(had: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return where the numbers ``wanted`` are among those ``had``."""
+    order = np.argsort(had)
+    return order[np.searchsorted(had, wanted, sorter=order)]
+
+
+def _tilt_series(
+    source: ParticleSource, images: host.TiltSeriesData, ctf: np.ndarray | None
+) -> tuple[TiltSeries, np.ndarray | None]:
+    """Return what makes a tilt series of images, and their CTFs with their scale, `(N, 9)`."""
+    assert source.ntilts is not None
+    if source.dose_per_tilt is not None:
+        if ctf is None:
+            raise InputError(f"--dose-per-tilt {source.dose_per_tilt}: needs --ctf")
+        if len(set(ctf[:, 4])) > 1 or ctf[0, 4] not in (200, 300):
+            raise InputError(
+                f"--dose-per-tilt {source.dose_per_tilt}: known for 200 and 300 kV alone, "
+                f"--ctf {source.ctf} has {ctf[0, 4]:g}"
+            )
+        images.voltage = float(ctf[0, 4])
+    if ctf is not None:
+        ctf = np.column_stack([ctf, images.ctfscalefactor]).astype(np.float32)
+    return TiltSeries(images, source.ntilts, random=source.random_tilts), ctf

@@ -162,6 +162,10 @@ class Trainer:
             _keep_own_rows(amort, self.team)
         self.shown = input_spec.build(settings, self.particles) if input_spec else None
 
+        tilts = self.particles.tilts
+        self._tilts = (  # the generator that the host draws them from
+            np.random.RandomState(settings.seed % 2**32) if tilts and tilts.random else None
+        )
         torch.manual_seed(settings.seed)
         args = model_args(settings, self.encoder_spec, self.particles.D)
         precision = settings.matmul_precision(self.device.type)
@@ -280,6 +284,7 @@ class Trainer:
             shuffle=True,
             shuffle_seed=settings.shuffle_seed,
             threads=threads,
+            rng=self._tilts,
         )
         self._prepare_lesson()
 
@@ -349,7 +354,7 @@ class Trainer:
             "kld": kld,
             "loss": total,
             "seconds": round(took, 3),
-            "images_per_second": round(part.seen / took, 1),
+            "images_per_second": round(part.seen * self.particles.ntilts / took, 1),
             "active_units": int((variance > _ACTIVE_VARIANCE).sum()),
             **own,
         }
@@ -400,7 +405,8 @@ class Trainer:
         else:
             rows = batch.index[bad].numpy()
             rows = rows if self.particles.ind is None else self.particles.ind[rows]
-            what = f"{odd_images(rows.tolist(), 'without a loss')}, in epoch {self.epoch}"
+            noun = "image" if self.particles.tilts is None else "particle"
+            what = f"{odd_images(rows.tolist(), 'without a loss', noun)}, in epoch {self.epoch}"
         if self.settings.on_nan == "rollback":
             raise _RollbackError(what)
         if self.settings.on_nan == "skip":
@@ -440,7 +446,8 @@ class Trainer:
             amort.epoch_start(done / self.settings.num_epochs)
         self._set_rate(done / self.settings.num_epochs)
         if part is not None:
-            stopped_at.pop("shuffle", None)  # the loader draws these itself, ahead
+            for name in ("shuffle", "tilts"):  # the loader draws these itself, ahead
+                stopped_at.pop(name, None)
             self._random = stopped_at
             self._restore_random(part.begin)  # it draws what it drew
             if amort is not None:
@@ -462,6 +469,8 @@ class Trainer:
             "--augment": settings.augment,
             "--from": None if settings.from_run is None else "RUN",
         }
+        if settings.tilted:
+            flags |= {"--ntilts": settings.ntilts, "--random-tilts": settings.random_tilts}
         texts = (f"no {flag}" if v is None else f"{flag} {v}" for flag, v in flags.items())
         return [f"{self.particles.n} particles", *texts]
 
@@ -515,7 +524,9 @@ class Trainer:
             parts = [torch.cat(known, 1)]
         else:
             # a loader draws a seed from the global generator, as the host's eval_z does
-            batches = self.feed.batches(_ENCODE_BATCH, shuffle=False)
+            batches = self.feed.batches(
+                max(1, _ENCODE_BATCH // self.particles.ntilts), shuffle=False, rng=self._tilts
+            )
             parts = [torch.cat(self.model.posterior(batch), 1).float() for batch in batches]
         both = self.team.collect(torch.cat(parts), self.particles.n).cpu().numpy()
         return both[:, : self.settings.zdim], both[:, self.settings.zdim :]
@@ -664,6 +675,10 @@ class Trainer:
         generator = self.batches.generator
         if generator is not None:
             state["shuffle"] = generator.get_state()
+        if self._tilts is not None:
+            tilts: dict[str, Any] = self._tilts.get_state(legacy=False)
+            words = torch.from_numpy(tilts["state"]["key"].astype(np.int64))
+            state["tilts"] = {**tilts, "state": {**tilts["state"], "key": words}}
         return state
 
     def _restore_random(self, state: dict[str, Any]) -> None:
@@ -674,6 +689,10 @@ class Trainer:
         generator = self.batches.generator
         if generator is not None and "shuffle" in state:
             generator.set_state(state["shuffle"])
+        if self._tilts is not None and "tilts" in state:
+            tilts = state["tilts"]
+            words = tilts["state"]["key"].numpy().astype(np.uint32)
+            self._tilts.set_state({**tilts, "state": {**tilts["state"], "key": words}})
 
     def _prepare_folder(self) -> None:
         """Make room in the run folder. From here on files are written."""
@@ -686,7 +705,8 @@ class Trainer:
         logger.info(f"cryodrgn_amort {__version__}, cryodrgn {host.VERSION}, {self.device}")
         logger.info(self.settings)
         particles, model = self.particles, self.model
-        logger.info(f"{particles.n} particles of {particles.box} px, norm {particles.norm}")
+        each = "" if particles.tilts is None else f" in {particles.ntilts} tilts each"
+        logger.info(f"{particles.n} particles of {particles.box} px{each}, norm {particles.norm}")
         logger.info(f"Particles: {self.feed.description}")
         if particles.held_out is not None:
             logger.info(f"{len(particles.held_out)} more are held out: {self.folder / HOLDOUT}")

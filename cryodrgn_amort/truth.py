@@ -68,8 +68,9 @@ class Truth:
     positions: np.ndarray
 
     def clean(self, particles: Particles, rows: Tensor) -> Tensor:
-        """Return the noise-free raw images of some of the particles, `(B, box, box)`."""
-        at = rows.cpu().numpy()
+        """Return the noise-free raw images of ``rows``, `(B, box, box)`."""
+        owner = rows if particles.tilts is None else particles.tilts.owner(rows)
+        at = owner.cpu().numpy()
         coordinate = np.full(len(at), 0.5) if self.coordinate is None else self.coordinate[at]
         rots = particles.rots[rows].cpu().numpy()
         none = np.zeros((len(at), 2), np.float32)
@@ -131,7 +132,7 @@ def _per_particle(path: str | None, flag: str, particles: Particles) -> np.ndarr
     if path is None:
         return None
     values = to_array(read_pickle(path, flag), f"{flag} {path}")
-    if particles.ind is not None and values.shape == (particles.images.src.orig_n,):
+    if particles.ind is not None and values.shape == (particles.total,):
         values = values[particles.ind]
     if values.shape != (particles.n,):
         raise InputError(f"{flag} {path}: has shape {values.shape}, not one value for each of the "
@@ -198,10 +199,10 @@ def _stored_values(folder: Path, name: str, most: int, particles: Particles) -> 
 
 
 def _check_count(folder: Path, name: str, values: np.ndarray, particles: Particles) -> None:
-    stack = int(particles.images.src.orig_n)
-    if values.ndim and len(values) != stack:
+    if values.ndim and len(values) != particles.total:
         raise InputError(
-            f"--truth {folder}: {name} is of {len(values)} particles, the run's stack of {stack}"
+            f"--truth {folder}: {name} is of {len(values)} particles, the run's stack of "
+            f"{particles.total}"
         )
 
 
@@ -210,10 +211,14 @@ def _check_orientations(folder: Path, particles: Particles) -> None:
     loaded = read_pickle(folder / "poses.pkl", "--truth")
     parts = loaded if isinstance(loaded, (tuple, list)) and loaded else (loaded,)
     rots = to_array(parts[0], f"--truth {folder / 'poses.pkl'}")
-    _check_count(folder, "poses.pkl", rots, particles)
+    images, rows = int(particles.images.src.orig_n), particles.images.ind
+    if rots.ndim and len(rots) != images:
+        raise InputError(
+            f"--truth {folder}: poses.pkl is of {len(rots)} images, the run's stack of {images}"
+        )
     if rots.shape[1:] != (3, 3) or rots.dtype.kind != "f":
         raise InputError(f"--truth {folder}: poses.pkl does not hold rotations")
-    rots = rots if particles.ind is None else rots[particles.ind]
+    rots = rots if rows is None else rots[rows]
     traces = (rots * particles.rots.cpu().numpy()).sum((1, 2))
     apart = float(np.median(np.rad2deg(np.arccos(np.clip((traces - 1) / 2, -1, 1)))))
     if not apart < _MOST_APART_DEG:

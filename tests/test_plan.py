@@ -15,6 +15,7 @@ from cryodrgn_amort.plan import COMMANDS, PLAN, parse
 from cryodrgn_amort.planfile import PRESETS, changed_plan, load_plan
 from cryodrgn_amort.plugins import Plugins
 from cryodrgn_amort.recipes import RECIPES, REPAIR, Recipe
+from cryodrgn_amort.settings import settings_from_flags
 
 
 @pytest.fixture(scope="session")
@@ -242,6 +243,19 @@ def test_what_learns_from_images_made_up_has_its_runs_flags(plan_of):
         plan_of(recipes={"baseline": {}, "anchored": {}})
     with pytest.raises(InputError, match=r"--zdim 3: --from .* has 8"):
         plan_of(recipes={"baseline": {}, "vlt": {}, "anchored": {"zdim": 3}})
+
+
+def test_tilt_series(plan_of, parsers, plugins):
+    plan = plan_of(
+        data={"simulate": {"n": 20, "tilts": 3}},
+        train={"zdim": 2, "encode-mode": "tilt", "ntilts": 3},
+        recipes={"baseline": {"tdim": 8}, "vlt": {}, "twin": {}},
+    )
+    for name, encoder in (("baseline", "tilt"), ("vlt", "vlt"), ("twin", "twin")):
+        argv = plan.steps[f"train.{name}.seed0"].argv
+        settings = settings_from_flags(vars(parsers["train_amort"].parse_args(argv[1:])), plugins)
+        assert (settings.encoder, settings.encode_mode) == (encoder, "tilt")
+        assert settings.particles == str(plan.simulated / "particles.star")
 
 
 def test_only_takes_parents_along(plan_of):

@@ -344,7 +344,7 @@ def test_the_stack_is_streamed(tmp_path, monkeypatch):
 def test_progress_is_plain_lines_without_a_terminal(tmp_path, caplog):
     caplog.set_level(logging.INFO, "cryodrgn_amort")
     make(tmp_path / "sim", n=2000, D=16, chunk=64)
-    lines = [m for m in caplog.messages if m.endswith("particles simulated")]
+    lines = [m for m in caplog.messages if m.endswith("images simulated")]
     assert len(lines) == 10
     assert lines[-1].startswith("2000/2000")
 

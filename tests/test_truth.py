@@ -359,7 +359,7 @@ def table(folder, name, change):
         (lambda f: (f / "coordinate.pkl").unlink(), "coordinate.pkl: no such file"),
         (lambda f: table(f, "poses", lambda v: (v[0][::-1], v[1])), "of other particles"),
         (lambda f: table(f, "poses", lambda v: "poses"), "poses.pkl does not hold rotations"),
-        (lambda f: table(f, "poses", lambda v: v[0][:7]), "of 7 particles"),
+        (lambda f: table(f, "poses", lambda v: v[0][:7]), "of 7 images"),
         (lambda f: (f / "volumes/class0_t0.00.mrc").unlink(), "class0_t0.00.mrc"),
         (lambda f: (f / "volumes/class0_t0.00.mrc").write_bytes(b"x"), "class0_t0.00.mrc"),
     ],

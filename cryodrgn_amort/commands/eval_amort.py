@@ -87,6 +87,9 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     add(group, "--ctf", metavar="PKL", help="CTF parameters")
     add(group, "--ind", metavar="PKL", help="Indices of the particles that were used")
     add(group, "--datadir", metavar="DIR", help="Path prefix of the files in a .star or .cs file")
+    add(group, "-d", "--dose-per-tilt", type=float, metavar="DOSE",
+        help="Of tilt series: as in training. Runs of train_vae do not tell")  # fmt: skip
+    add(group, "-a", "--angle-per-tilt", type=float, metavar="DEG", help="The same")
 
 
 def main(args: argparse.Namespace) -> None:

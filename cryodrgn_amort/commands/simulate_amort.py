@@ -5,6 +5,7 @@ a hinge (continuous motion). Images have CTF, shifts and noise.
 
 Written to the output folder:
 - particles.mrcs, poses.pkl, ctf.pkl: as every cryodrgn command reads them
+- particles.star: which images are of one particle, for --encode-mode tilt (only with --tilts)
 - ind_train.pkl, ind_heldout.pkl: a random split, for --ind
 - labels.pkl: the class of each image, from 0
 - coordinate.pkl: where the arm is, 0 to 1 (only if it moves)
@@ -20,6 +21,10 @@ $ cryodrgn simulate_amort -o sim -n 2000 --heldout 400
 
 # One rigid object with little noise, to test a reconstruction
 $ cryodrgn simulate_amort -o rigid -n 2000 --classes 1 --hinge-deg 0 --snr 100
+
+# Tilt series of ten images, at the dose of one: cryodrgn train_amort tomo/particles.star \
+#                                                         --encode-mode tilt --ntilts 10 ...
+$ cryodrgn simulate_amort -o tomo -n 2000 --tilts 10
 
 # Your own volumes, poses and CTFs: three of the particles in four are of the first volume
 $ cryodrgn simulate_amort -o mine --volumes a.mrc b.mrc --shares 3 1 \
@@ -87,6 +92,21 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="Signal-to-noise ratio: variance of the noise-free images with CTF over all pixels,\n"
         "divided by the variance of the noise; inf: no noise (default: 0.3)",
+    )
+    add(
+        group,
+        "--tilts",
+        type=int,
+        metavar="N",
+        help="Tilt series: N images of each particle, dose-symmetric, about the y axis; each has\n"
+        "an N-th of the dose, N times the variance of the noise (default: single particles)",
+    )
+    add(
+        group,
+        "--tilt-step-deg",
+        type=float,
+        metavar="DEG",
+        help="Angle between neighbouring tilts (default: 3)",
     )
     add(
         group,
