@@ -20,6 +20,7 @@ from cryodrgn_amort import host
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.parallel import Team
 from cryodrgn_amort.particles import Batch, Part, odd_images, spans
+from cryodrgn_amort.shuffler import Shuffler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -222,6 +223,7 @@ class Feed:
         shuffle_seed: int | None = None,
         threads: int = 1,
         rng: np.random.RandomState | None = None,
+        shuffler_size: int = 0,
     ) -> Batches:
         """Go through all particles, in the host's order: its own loader draws the indices.
 
@@ -231,7 +233,17 @@ class Feed:
             How many batches are read at a time, if they are read from the stack.
         rng
             Draws tilts; None: the first ones are used.
+        shuffler_size
+            Of the ``Shuffler`` that reads and orders the particles; 0: none does.
         """
+        threads = threads if self.from_stack else 1
+        rows_of = partial(self.particles.rows_of, rng=rng)
+        if shuffler_size:
+            own = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
+            shuffler = Shuffler(
+                self.particles.n, batch_size, shuffler_size, rows_of, self.particles.raw, own
+            )
+            return Batches(shuffler, own, self._read, self._batch, threads)
         with host.quiet():
             loader = host.make_dataloader(
                 _Positions(self.particles.n),
@@ -239,13 +251,11 @@ class Feed:
                 shuffle=shuffle,
                 seed=shuffle_seed,
             )
-        threads = threads if self.from_stack else 1
-        return Batches(
-            loader, partial(self.particles.rows_of, rng=rng), self._read, self._batch, threads
-        )
+        generator = getattr(loader.sampler.sampler, "generator", None)
+        return Batches(_Loaded(loader, rows_of), generator, self._read, self._batch, threads)
 
-    def _read(self, whole: Tensor, rows: Tensor) -> _Read:
-        """Read what the batch of particles ``whole`` needs, images ``rows``.
+    def _read(self, whole: Tensor, rows: Tensor, raw: Tensor | None = None) -> _Read:
+        """Read what the batch of particles ``whole`` needs, images ``rows``, unless they are there.
 
         Runs in several threads.
         """
@@ -261,7 +271,8 @@ class Feed:
         images = self.particles.images
         if not len(index):  # all of the batch is other processes'
             return whole, rows, {"raw": torch.zeros(0, images.D, images.D)}
-        found = {"raw": host.preprocess(images, images.src.images(rows.numpy()))}
+        raw = images.src.images(rows.numpy()) if raw is None else raw
+        found = {"raw": host.preprocess(images, raw)}
         if seen is not None and self.shown is not None:
             raw = self.shown.raw(rows)
             if raw is None and not torch.equal(seen, rows):
@@ -316,20 +327,28 @@ class Feed:
 
 @dataclass
 class Batches:
-    """A loader's batches, some read while others are worked on."""
+    """Batches, some read while others are worked on.
 
-    loader: Any
-    rows_of: Callable[[Tensor], Tensor]
-    read: Callable[[Tensor, Tensor], _Read]
+    Attributes
+    ----------
+    positions
+        Particles and images of each batch, and perhaps the images themselves. It draws random
+        numbers: in none of the threads.
+    generator
+        The generator that shuffles, if there is one of its own.
+    """
+
+    positions: _Loaded | Shuffler
+    generator: torch.Generator | None
+    read: Callable[..., _Read]
     finish: Callable[[Tensor, Tensor, dict[str, Tensor]], Batch]
     threads: int
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.positions)
 
     def __iter__(self) -> Generator[Batch]:
-        # draws random numbers: in none of the threads
-        positions = ((at, self.rows_of(at)) for at in iter(self.loader))
+        positions = iter(self.positions)
         # in these PyTorch starts no further ones
         with ThreadPoolExecutor(self.threads, "read", torch.set_num_threads, (1,)) as pool:
             coming = deque(pool.submit(self.read, *at) for at in islice(positions, self.threads))
@@ -338,11 +357,19 @@ class Batches:
                 coming.extend(pool.submit(self.read, *at) for at in islice(positions, 1))
                 yield self.finish(*read)
 
-    @property
-    def generator(self) -> torch.Generator | None:
-        """The generator that shuffles, if there is one of its own."""
-        found: torch.Generator | None = getattr(self.loader.sampler.sampler, "generator", None)
-        return found
+
+@dataclass
+class _Loaded:
+    """Positions in the order of the host's loader."""
+
+    loader: Any
+    rows_of: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((at, self.rows_of(at)) for at in iter(self.loader))
 
 
 class _Positions(torch.utils.data.Dataset[Any]):

@@ -31,7 +31,6 @@ REFUSED = {
     "multigpu": "start one process per GPU instead: torchrun --nproc-per-node N -m cryodrgn_amort "
     "train_amort ...",
     "use_real": "real-space encoders are not supported: networks are shown Hartley images",
-    "shuffler_size": "the data shuffler is not supported: --lazy alone reads every particle",
 }
 _FLAG = {  # argument name -> flag, where the host's parser names them differently
     "qlayers": "--enc-layers",
@@ -116,6 +115,7 @@ class TrainSettings:
     window_r: float = 0.85
     datadir: str | None = None
     lazy: bool = False
+    shuffler_size: int = 0
     num_workers: int | None = None
     max_threads: int = 16
     num_epochs: int = 20
@@ -170,7 +170,7 @@ class TrainSettings:
             raise InputError(f"--lr-end {self.lr_end}: must be positive")
         for name in (
             "qlayers", "wd", "seed", "shuffle_seed", "num_workers", "augment", "consistency",
-            "dose_per_tilt", "angle_per_tilt", "tlayers",
+            "shuffler_size", "dose_per_tilt", "angle_per_tilt", "tlayers",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63:
@@ -195,6 +195,12 @@ class TrainSettings:
                 f"--num-workers {self.num_workers}: only with --lazy; otherwise particles are "
                 "preprocessed once"
             )
+        if self.shuffler_size and not self.lazy:
+            raise InputError(f"--shuffler-size {self.shuffler_size}: only with --lazy; otherwise "
+                             "particles are preprocessed once")  # fmt: skip
+        if self.shuffler_size and self.shuffler_size < 2 * self.batch_size:
+            raise InputError(f"--shuffler-size {self.shuffler_size}: at least two batches are "
+                             f"needed, {2 * self.batch_size} particles")  # fmt: skip
         if self.consistency and self.augment is None:
             raise InputError(f"--consistency {self.consistency}: needs copies, --augment")
         if self.precision not in (None, *PRECISIONS):

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -142,6 +143,8 @@ class Trainer:
         self.team = join()
         if self.team.size > 1 and settings.beta_control is not None:
             raise InputError("--beta-control: not with several processes, whose KL it does not add")
+        if self.team.size > 1 and settings.shuffler_size:
+            raise InputError("--shuffler-size: not with several processes")
         if self.team.size > 1 and settings.on_nan != "stop":
             raise InputError(f"--on-nan {settings.on_nan}: not with several processes")
         self.folder = Path(settings.outdir)
@@ -285,6 +288,7 @@ class Trainer:
             shuffle_seed=settings.shuffle_seed,
             threads=threads,
             rng=self._tilts,
+            shuffler_size=settings.shuffler_size,
         )
         self._prepare_lesson()
 
@@ -471,6 +475,8 @@ class Trainer:
         }
         if settings.tilted:
             flags |= {"--ntilts": settings.ntilts, "--random-tilts": settings.random_tilts}
+        if settings.shuffler_size:
+            flags["--shuffler-size"] = settings.shuffler_size
         texts = (f"no {flag}" if v is None else f"{flag} {v}" for flag, v in flags.items())
         return [f"{self.particles.n} particles", *texts]
 
@@ -661,7 +667,7 @@ class Trainer:
     def _restored(self, kept: dict[str, Any], name: str) -> _Part:
         """Take up the part of an epoch that a checkpoint holds."""
         part = _Part(**kept)
-        for was, now in zip(part.given, self._given(), strict=True):
+        for was, now in zip_longest(part.given, self._given(), fillvalue="nothing more"):
             if was != now:
                 raise InputError(f"{name}: stopped within an epoch, with {was}, not {now}")
         torch.Generator().set_state(part.begin["torch"])

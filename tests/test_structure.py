@@ -36,7 +36,7 @@ LAYERS = [  # each may import from those below it
     {"table", "inputs", "transforms", "latent", "sleep"},
     {"encoders"},
     {"sources", "feed", "noise"},
-    {"particles", "tilts", "metrics", "objective", "parallel", "decoding", "products"},
+    {"particles", "tilts", "shuffler", "metrics", "objective", "parallel", "decoding", "products"},
     {"checkpoints", "host"},
     {"files"},
     {"errors", "machine", "recipes", "interrupts"},
