@@ -28,8 +28,7 @@ REFUSED = {
     "pretrain": _POSE,
     "emb_type": _POSE,
     "pose_lr": _POSE,
-    "multigpu": "start one process per GPU instead: torchrun --nproc-per-node N -m cryodrgn_amort "
-    "train_amort ...",
+    "multigpu": "start one process per GPU instead, by torchrun",
     "use_real": "real-space encoders are not supported: networks are shown Hartley images",
 }
 _FLAG = {  # argument name -> flag, where the host's parser names them differently

@@ -199,7 +199,7 @@ def test_pickles_that_run_code_do_not(refused, tmp_path):
         (["--ntilts", "10"], "--ntilts: is for tilt series"),
         (["--do-pose-sgd"], "--do-pose-sgd: pose refinement"),
         (["--pose-lr", "1"], "--pose-lr: pose refinement"),
-        (["--multigpu"], "--multigpu: "),
+        (["--multigpu"], "one process per GPU instead: torchrun --nproc-per-node"),
         (["--use-real"], "--use-real: "),
         (["--lazy", "--shuffler-size", "4"], "--shuffler-size 4: at least two batches"),
         (["--shuffler-size", "64"], "--shuffler-size 64: only with --lazy"),

@@ -30,7 +30,10 @@ $ torchrun --nproc-per-node 4 -m cryodrgn_amort train_amort particles.128.mrcs \
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 
+from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.plugins import load_plugins
 
 
@@ -145,12 +148,24 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         action.default = argparse.SUPPRESS  # also what plugins added
 
 
+def _torchrun() -> str:
+    """Return the command line that does what ``--multigpu`` was to do."""
+    import torch
+
+    words = sys.argv[1:] if "train_amort" in sys.argv else ["train_amort", "..."]
+    words = [word for word in words if word not in ("--multigpu", "--multi")]
+    start = ["torchrun", "--nproc-per-node", str(torch.cuda.device_count() or "N")]
+    return shlex.join([*start, "-m", "cryodrgn_amort", *words])
+
+
 def main(args: argparse.Namespace) -> None:
     """Train."""
     from cryodrgn_amort.runs import with_run
     from cryodrgn_amort.settings import settings_from_flags
     from cryodrgn_amort.training import Trainer
 
+    if "multigpu" in args:
+        raise InputError(f"--multigpu: start one process per GPU instead: {_torchrun()}")
     plugins = load_plugins()
     given = {dest: value for dest, value in vars(args).items() if dest != "func"}
     trainer = Trainer(settings_from_flags(with_run(given, plugins), plugins), plugins)
