@@ -30,8 +30,9 @@ class Encoder(nn.Module, ABC):
     Attributes
     ----------
     per_particle
-        Names of buffers with one row per particle. When several processes train, each holds the
-        rows of its own particles: those of a batch are at ``batch.rows``.
+        Names of buffers, and of tensors in ``epoch_state``, with one row per particle. When several
+        processes train, each holds the rows of its own particles: those of a batch are at
+        ``batch.rows``.
     decoder
         The decoder of the model that it is part of, for encoders that compare images; the model
         puts it here.

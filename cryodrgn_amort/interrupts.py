@@ -17,6 +17,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Requests:
     """Notes SIGTERM and Ctrl-C while it is open, once; a second one acts as usual.
 
+    Of several processes, to which ``torchrun`` passes on what they may have got themselves, all
+    signals are noted.
+
     Outside the main thread, where Python has no signals, it notes nothing.
 
     Attributes
@@ -25,9 +28,10 @@ class Requests:
         The signal that came; None: there was none.
     """
 
-    def __init__(self, *, heed: bool = True) -> None:
+    def __init__(self, *, several: bool = False) -> None:
         self.number: int | None = None
-        self._heed = heed and threading.current_thread() is threading.main_thread()
+        self._several = several
+        self._heed = threading.current_thread() is threading.main_thread()
         self._before: dict[int, Any] = {}
 
     @property
@@ -45,7 +49,8 @@ class Requests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        self._restore()
+        if not self._several:
+            self._restore()
 
     def _restore(self) -> None:
         while self._before:

@@ -158,8 +158,10 @@ def train_step(
         result, mean = model.loss(batch, beta, beta_control)
     else:
         result, mean = lesson.loss(model, batch, beta, beta_control)
-    if check and not abs(result.total.item()) <= _MOST:
-        raise NotFiniteError
+    if check:
+        lost = not abs(result.total.item()) <= _MOST
+        if lost if team is None else team.most(int(lost)):
+            raise NotFiniteError
     result.total.backward()
     if model.amort is not None:
         model.amort.after_backward()

@@ -62,6 +62,23 @@ class Team:
         for tensor, total in zip(parts, flat.split([t.numel() for t in parts]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
+    def most(self, value: int) -> int:
+        """Return the largest of all processes' numbers."""
+        if self.size == 1:
+            return value
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        found = torch.tensor(value, device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def together(self, values: list[int]) -> list[int]:
+        """Return the lists of all processes, one after the other."""
+        if self.size == 1:
+            return values
+        lists: list[list[int]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(lists, values)
+        return [value for part in lists for value in part]
+
     def collect(self, rows: Tensor, n: int) -> Tensor:
         """Put the rows `(n / size, ...)` of all processes together: `(n, ...)`.
 

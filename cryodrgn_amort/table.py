@@ -221,7 +221,7 @@ class LookupTable(Encoder):
         Where each row comes to rest, `(N, 2 zdim)`; ``latents`` tells where it is.
     """
 
-    per_particle = frozenset({"weight", "adam.m", "adam.v", "adam.last"})
+    per_particle = frozenset({"weight", "adam.m", "adam.v", "adam.last", "start"})
     weight: Tensor
 
     def __init__(

@@ -145,8 +145,6 @@ class Trainer:
             raise InputError("--beta-control: not with several processes, whose KL it does not add")
         if self.team.size > 1 and settings.shuffler_size:
             raise InputError("--shuffler-size: not with several processes")
-        if self.team.size > 1 and settings.on_nan != "stop":
-            raise InputError(f"--on-nan {settings.on_nan}: not with several processes")
         self.folder = Path(settings.outdir)
         self.files = RunFolder(self.folder)
         self.device = default_device()
@@ -299,7 +297,7 @@ class Trainer:
         self._restore_random(self._random)
         self._tell("training_start")
         started, first = time.monotonic(), self.epoch + 1
-        with Requests(heed=self.team.size == 1) as requests:
+        with Requests(several=self.team.size > 1) as requests:
             while self.epoch < settings.num_epochs:
                 self.epoch += 1
                 try:
@@ -337,7 +335,7 @@ class Trainer:
                     continue
                 self._train_batch(batch, part)
                 part.seconds = time.monotonic() - started
-                if requests.number is not None and part.batches < len(self.batches):
+                if part.batches < len(self.batches) and self._is_stopped(requests):
                     self._stop(part, requests)
         self.team.add([part.sums, part.moments])
         counted = part.seen - part.left_out
@@ -403,11 +401,12 @@ class Trainer:
         """Do what ``--on-nan`` says about a batch without a loss, before which all is as it was."""
         mean, logvar = self.model.posterior(batch)
         each = self.model.errors(batch, mean)[1] + kl_divergence(mean, logvar)
-        bad = ~each.isfinite().cpu()
-        if bad.all() or not bad.any():  # the weights are to blame, not the particles
+        bad = self.team.together(batch.index[~each.isfinite().cpu()].tolist())
+        named = 0 < len(bad) < batch.size  # else the weights are to blame, not the particles
+        if not named:
             what = self._diverged()
         else:
-            rows = batch.index[bad].numpy()
+            rows = np.array(sorted(bad))
             rows = rows if self.particles.ind is None else self.particles.ind[rows]
             noun = "image" if self.particles.tilts is None else "particle"
             what = f"{odd_images(rows.tolist(), 'without a loss', noun)}, in epoch {self.epoch}"
@@ -418,7 +417,7 @@ class Trainer:
             if part.left_out > _MOST_LEFT_OUT * self.particles.n:
                 raise InputError(f"more than a tenth of the particles have no loss: {what}")
             return
-        if bad.any() and not bad.all():
+        if named:
             self._restore_random(random)
             self._keep(part)
             what += "; --load latest goes on before this batch, with --on-nan skip without it"
@@ -480,12 +479,19 @@ class Trainer:
         texts = (f"no {flag}" if v is None else f"{flag} {v}" for flag, v in flags.items())
         return [f"{self.particles.n} particles", *texts]
 
+    def _is_stopped(self, requests: Requests) -> bool:
+        """Tell whether any process was asked to stop."""
+        requests.number = self.team.most(requests.number or 0) or None
+        return requests.number is not None
+
     def _stop(self, part: _Part, requests: Requests) -> NoReturn:
         """Keep all that is needed to go on with the next batch, and stop."""
         self._keep(part)
+        assert requests.number is not None
+        if not self.team.leads:
+            raise SystemExit(128 + requests.number)
         where = f"in epoch {self.epoch} after {part.batches} of {len(self.batches)} batches"
         logger.info(f"Stopped by {requests.name} {where}")
-        assert requests.number is not None
         raise Stopped(
             f"stopped by {requests.name} {where}; --load latest goes on from there",
             requests.number,
@@ -493,11 +499,16 @@ class Trainer:
 
     def _keep(self, part: _Part) -> None:
         """Write a checkpoint within the epoch."""
-        if self.model.amort is not None:
-            part.encoder = self.model.amort.epoch_state()
+        amort = self.model.amort
+        if amort is not None:
+            part.encoder = self._rows_of_all(amort, amort.epoch_state())
         part.lesson = self._lesson_state()
+        self.team.add([part.sums, part.moments])
+        random, own_state = self._random_state(), self._own_state()
+        if not self.team.leads:
+            return
         with recorded(self.folder, INTERRUPTED, METRICS):
-            self._write_weights(INTERRUPTED, self.epoch - 1, self._random_state(), part)
+            self._write_weights(INTERRUPTED, self.epoch - 1, random, part, own_state)
         self.files.drop_replaced()
 
     def _lesson_state(self) -> dict[str, Any]:
@@ -506,7 +517,7 @@ class Trainer:
     def _step(self, batch: Batch, beta: float) -> tuple[Losses, Tensor]:
         return train_step(
             self.model, self.optimizer, batch, beta, self.settings.beta_control, self.team,
-            self.lesson, check=self.team.size == 1,
+            self.lesson, check=True,
         )  # fmt: skip
 
     def _set_rate(self, done: float) -> None:
@@ -574,11 +585,12 @@ class Trainer:
 
     def _own_state(self) -> dict[str, Any]:
         """Return the state of an encoder of ours, rows of all processes together."""
-        amort, n = self.model.amort, self.particles.n
-        if amort is None:
-            return {}
-        split = amort.per_particle if self.team.size > 1 else ()
-        state = self.model.own_state_dict()
+        amort = self.model.amort
+        return {} if amort is None else self._rows_of_all(amort, self.model.own_state_dict())
+
+    def _rows_of_all(self, amort: Encoder, state: dict[str, Any]) -> dict[str, Any]:
+        """Put the rows of all processes together; only the leading one gets them."""
+        split, n = amort.per_particle if self.team.size > 1 else (), self.particles.n
         return {k: self.team.collect(v, n) if k in split else v for k, v in state.items()}
 
     def _checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -652,8 +664,6 @@ class Trainer:
                 raise InputError(f"{name}: {err}") from None
         self._random = own.get("random", {})
         self.epoch = int(checkpoint["epoch"])
-        if "part" in own and self.team.size > 1:
-            raise InputError(f"{name}: stopped within an epoch: goes on in one process only")
         try:
             if "torch" in self._random:
                 torch.Generator().set_state(self._random["torch"])  # it is one
@@ -672,6 +682,11 @@ class Trainer:
                 raise InputError(f"{name}: stopped within an epoch, with {was}, not {now}")
         torch.Generator().set_state(part.begin["torch"])
         part.sums, part.moments = part.sums.to(self.device), part.moments.to(self.device)
+        if not self.team.leads:  # that has those of all
+            part.sums.zero_()
+            part.moments.zero_()
+        if self.model.amort is not None:
+            part.encoder = _own_rows(part.encoder, self.model.amort, self.team)
         return part
 
     def _random_state(self) -> dict[str, Any]:

@@ -77,8 +77,6 @@ def test_a_training_that_is_stopped_goes_on_with_the_next_batch(
 
 def test_what_an_epoch_goes_on_with(train, flags, tmp_path, stop_after, monkeypatch):
     """The flags that its batches depend on, and what they drew: not what was drawn ahead."""
-    from cryodrgn_amort import training
-    from cryodrgn_amort.parallel import Team
     from cryodrgn_amort.table import LookupTable
 
     begun, start = [], LookupTable.epoch_start
@@ -103,10 +101,6 @@ def test_what_an_epoch_goes_on_with(train, flags, tmp_path, stop_after, monkeypa
     ):
         with pytest.raises(InputError, match=says):
             train(flags, load="latest", **more)
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "join", lambda: Team(0, 2))
-        with pytest.raises(InputError, match="one process only"):
-            train(flags, load="latest")
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     stopped = read_weights(tmp_path / "run" / INTERRUPTED, "")
     stopped["amort"]["random"]["shuffle"] = torch.Generator().manual_seed(77).get_state()
@@ -325,15 +319,6 @@ def test_a_loss_that_is_no_number_stops_before_the_batch_and_names_the_particle(
 def test_a_loss_beyond_all_bounds_is_caught_before_the_step(train, flags):
     with pytest.raises(InputError, match="loss of epoch 1 is no usable number"):
         train(flags, norm=(0.0, 1e-6))
-
-
-def test_several_processes_neither_skip_nor_roll_back(train, flags, monkeypatch):
-    from cryodrgn_amort import training
-    from cryodrgn_amort.parallel import Team
-
-    monkeypatch.setattr(training, "join", lambda: Team(0, 2))
-    with pytest.raises(InputError, match="--on-nan skip: not with several processes"):
-        train(flags, on_nan="skip")
 
 
 def test_rolling_back_halves_the_rate_until_it_works(train, flags, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cryodrgn.mrcfile import parse_mrc, write_mrc
 
 from cryodrgn_amort.checkpoints import read_weights, read_z, write_z
 
@@ -29,7 +31,12 @@ CASES = {
     "anchored": {"encoder": "anchored", "qdim": 12, "anchors": 4, "batch_size": 23},
     "augment": {"qdim": 12, "augment": 1, "batch_size": 23},
     "resumed": {"encoder": "vlt", "num_epochs": 3, "batch_size": 23, "load": "latest"},
+    # the second process gets a signal in the second epoch; all go on from there
+    "stopped": {"encoder": "vlt", "num_epochs": 3, "batch_size": 23, "shuffle_seed": 4},
+    # one process has the particle without a loss
+    "skipped": {"encoder": "vlt", "lazy": True, "on_nan": "skip", "batch_size": 23},
 }
+_STOPPED_AFTER = 6  # batches, of 4 in an epoch
 
 
 EVALUATION = {
@@ -43,6 +50,8 @@ EVALUATION = {
 
 def flags_of(name, flags, folder):
     found = {**flags, "precision": "fp64", "outdir": str(folder / name), **CASES[name]}
+    if name == "skipped":
+        found |= {"particles": str(folder / "holed.mrcs"), "norm": (0.0, 10.0)}
     if name == "anchored":  # the second stage of what "resumed" begins with
         found |= {"from_run": str(folder / "resumed"), "pdim": 16, "players": 1}
     return found
@@ -59,6 +68,10 @@ def both(stack, tmp_path_factory, plugins):
         "do_analysis": False, "seed": 3, "zdim": 3, "pdim": 16, "players": 1, "lr": 1e-3,
     }  # fmt: skip
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    images = parse_mrc(stack.particles)[0].copy()
+    images[7, 3, 4] = np.nan
+    for folder in (one, two):
+        write_mrc(str(folder / "holed.mrcs"), images, is_vol=False)
     for folder in (one, two):  # what "resumed" resumes, written by one process
         start = {**flags_of("resumed", flags, folder), "num_epochs": 1, "load": None}
         Trainer(settings_from_flags(start, plugins), plugins).fit()
@@ -85,7 +98,7 @@ def both(stack, tmp_path_factory, plugins):
 def test_two_processes_train_what_one_does(name, both):
     # images that are read batch by batch, or made up, are transformed in float32 with other
     # neighbours
-    tolerance = 1e-5 if name in ("lazy", "anchored", "augment") else 1e-10
+    tolerance = 1e-5 if name in ("lazy", "anchored", "augment", "skipped") else 1e-10
     one, two = (read_weights(folder / name / "weights.pkl", "") for folder in both)
     for part in (lambda c: c["model_state_dict"], lambda c: c["amort"]["encoder_state_dict"]):
         assert part(one).keys() == part(two).keys()
@@ -125,6 +138,25 @@ def evaluation(folder, plugins):
     write_z(folder / "z.pkl", found.results[0].z, found.z)
 
 
+def stop(trainer):
+    """Train until a signal that one process gets."""
+    from cryodrgn_amort.errors import Stopped
+
+    step, count = trainer._step, iter(range(1, 100))
+
+    def counted(batch, beta):
+        if next(count) == _STOPPED_AFTER and not trainer.team.leads:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(batch, beta)
+
+    trainer._step = counted
+    with pytest.raises(Stopped if trainer.team.leads else SystemExit) as stopped:
+        trainer.fit()
+    said = "SIGTERM in epoch 2 after 2 of 4 batches" if trainer.team.leads else "143"
+    assert said in str(stopped.value)
+    trainer.team.wait()
+
+
 def worker(plans):
     from cryodrgn_amort.plugins import Plugins
     from cryodrgn_amort.settings import settings_from_flags
@@ -136,6 +168,10 @@ def worker(plans):
         assert trainer.team.size == 2
         if trainer.settings.encoder == "vlt":  # each holds the rows of its own particles
             assert len(trainer.model.amort.weight) == 35
+        if Path(trainer.settings.outdir).name == "stopped":
+            stop(trainer)
+            flags = {**flags, "load": "latest"}
+            trainer = Trainer(settings_from_flags(flags, plugins), plugins)
         trainer.fit()
     evaluation(Path(plans["twin"]["outdir"]).parent, plugins)
     trainer.team.leave()

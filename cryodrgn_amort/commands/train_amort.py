@@ -123,8 +123,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         metavar="stop|skip|rollback",
         default=argparse.SUPPRESS,
         help="When the loss of a batch is not a number: stop before it; leave the batch out; or\n"
-        "go back to the last checkpoint with half the --lr, five times at most (default: stop;\n"
-        "several processes stop at the end of the epoch)",
+        "go back to the last checkpoint with half the --lr, five times at most (default: stop)",
     )
     group = parser.add_argument_group("Speed and memory (cryodrgn_amort)")
     group.add_argument(
