@@ -284,6 +284,7 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
             "encoder_kind": run.encoder.name,
             "encoder_input": None if shown is None else shown.name,
             "n": len(evaluation.z),
+            "stack": evaluation.total,
             "zdim": evaluation.z.shape[1],
             "box_px": evaluation.volumes.shape[-1],
             "apix": evaluation.apix,

@@ -183,8 +183,8 @@ class Evaluation:
     ----------
     applicable
         Whether the encoder is shown images, so that amortization can be measured.
-    index
-        Positions of the particles in their stack, `(N,)`.
+    index, total
+        Positions of the particles in their stack, `(N,)`, and how many that has.
     z, logvar
         Posterior of the particles, `(N, zdim)`.
     measures
@@ -217,6 +217,7 @@ class Evaluation:
     logvar: np.ndarray
     apix: float
     index: np.ndarray
+    total: int
     measures: dict[str, Measure]
     labelled: np.ndarray
     volumes: np.ndarray

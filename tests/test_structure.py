@@ -19,7 +19,7 @@ LAYERS = [  # each may import from those below it
     {"study"},
     {"planfile"},
     {"plan", "timing", "mnist"},
-    {"training", "report", "compare", "study_figures"},
+    {"training", "report", "compare", "study_figures", "scores"},
     {"pictures", "trust"},
     {"pages"},
     {"figures", "surfaces", "definitions"},
