@@ -192,6 +192,16 @@ class Particles:
         """Pick from stored pixels `(B, S)` what ``Batch.ctf`` holds, `(B, P / 2)`."""
         return None if ctf is None else self.masked(ctf)[:, : len(self.mask) // 2]
 
+    def real(self, image: Tensor) -> Tensor:
+        """Return what a network is shown, `(B, S)`, in real space: `(B, box, box)`.
+
+        White noise keeps its variance.
+        """
+        whole = image.new_zeros(len(image), self.D**2)
+        whole[:, self.pixels] = image
+        real: Tensor = host.iht2_center(whole.view(-1, self.D, self.D)[:, :-1, :-1]) * self.box
+        return real
+
     @staticmethod
     def flip(y: Tensor, ctf: Tensor | None) -> Tensor:
         """Flip the phases of Hartley images by the sign of their CTF, pixel by pixel."""
