@@ -6,12 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    import torch
 
     from cryodrgn_amort.decoding import FastDecoder
     from cryodrgn_amort.particles import Batch, Particles
@@ -79,8 +78,9 @@ class EncoderSpec:
     name, summary
         The name on the command line, and one line for humans.
     build
-        Makes the encoder from the settings and the particles, without touching the global random
-        state. None: the host's own network of encode mode ``host_mode``.
+        Makes the encoder from the settings and the particles: those trained on, or others that it
+        is to encode. PyTorch's global generator is seeded by ``--seed`` meanwhile, and then as it
+        was before. None: the host's own network of encode mode ``host_mode``.
     shown_images
         Whether it is shown images. A table is not: its amortization is "not applicable".
     flags
@@ -108,6 +108,14 @@ class EncoderSpec:
     def __post_init__(self) -> None:
         if (self.build is None) == (self.host_mode is None):
             raise ValueError(f"encoder {self.name!r}: give either build or host_mode")
+
+    def make(self, settings: TrainSettings, particles: Particles) -> Encoder | None:
+        """Make the encoder; None: it is the host's own network."""
+        if self.build is None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            return self.build(settings, particles)
 
 
 SLEEP_DEFAULTS: Mapping[str, Any] = {"qdim": 256, "lr": 1e-3, "lr_end": 2e-5, "batch_size": 128}

@@ -228,6 +228,16 @@ class Particles:
         weights = self.tilts.weights(rows, self.lattice, float(self.ctf_params[0, 0]))
         return half * weights[:, self.mask[: half.shape[1]]]
 
+    def real(self, image: Tensor) -> Tensor:
+        """Return what a network is shown, `(B, S)`, in real space: `(B, box, box)`.
+
+        White noise keeps its variance.
+        """
+        whole = image.new_zeros(len(image), self.D**2)
+        whole[:, self.pixels] = image
+        real: Tensor = host.iht2_center(whole.view(-1, self.D, self.D)[:, :-1, :-1]) * self.box
+        return real
+
     @staticmethod
     def flip(y: Tensor, ctf: Tensor | None) -> Tensor:
         """Flip the phases of Hartley images by the sign of their CTF, pixel by pixel."""

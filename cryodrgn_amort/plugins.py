@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pluggy
 
 from cryodrgn_amort import builtin, hookspecs
-from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.errors import InputError, Stopped
 
 if TYPE_CHECKING:
     import argparse
@@ -78,6 +79,7 @@ class Plugins:
         for name, plugin in third_party.items():
             self._register(name, plugin)
         self._items: dict[str, dict[str, Owned]] = {}
+        self._failed: set[str] = set()
 
     def _register(self, name: str, plugin: Any) -> None:
         origin = "given"
@@ -86,13 +88,17 @@ class Plugins:
                 dist = plugin.dist
                 origin = f"{dist.name} {dist.version}" if dist else plugin.value
                 plugin = plugin.load()
-            self._manager.register(plugin, name=name)
+            with warnings.catch_warnings(record=True) as said:  # of hooks that are to go
+                warnings.simplefilter("always")
+                self._manager.register(plugin, name=name)
             self._manager.check_pending()  # refuses hooks that do not exist
         except (Exception, SystemExit) as err:
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
             warn(f"plugin {name!r} left out ({type(err).__name__}: {err})")
             return
+        for warning in said:
+            warn(f"plugin {name!r}: {warning.message}")
         self._origin[name] = origin
 
     @property
@@ -173,14 +179,36 @@ class Plugins:
         """Let every plugin add its flags to ``train_amort``; one that fails is left out."""
         for impl in self.hook.train_args.get_hookimpls():
             try:
-                impl.function(parser)
+                _call(impl, {"parser": parser})
             except (Exception, SystemExit) as err:
                 why = f"{type(err).__name__}: {err}"
                 warn(f"plugin {impl.plugin_name!r}: train_args left out ({why})")
 
+    def tell(self, event: str, **facts: Any) -> None:
+        """Call the hook of an event of a training; a plugin that fails is told of none any more.
+
+        An InputError stops the training.
+        """
+        for impl in reversed(getattr(self.hook, event).get_hookimpls()):  # in pluggy's order
+            if impl.plugin_name in self._failed:
+                continue
+            try:
+                _call(impl, facts)
+            except (InputError, Stopped):
+                raise
+            except Exception as err:
+                self._failed.add(impl.plugin_name)
+                why = f"{type(err).__name__}: {err}"
+                warn(f"plugin {impl.plugin_name!r}: {event} failed, left out from here on ({why})")
+
     def commands(self) -> dict[str, CommandSpec]:
         """All subcommands by name."""
         return {name: owned.item for name, owned in self.owned("commands").items()}
+
+
+def _call(impl: pluggy.HookImpl, facts: Mapping[str, Any]) -> None:
+    """Call a hook with those of its arguments that the plugin takes."""
+    impl.function(*(facts[name] for name in impl.argnames))
 
 
 def _installed() -> dict[str, EntryPoint]:

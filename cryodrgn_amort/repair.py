@@ -66,11 +66,9 @@ class SecondStage(Encoder):
         self.register_buffer("usual_defocus", defocus.mean())
         self.register_buffer("centre", torch.zeros(self.zdim))
         self.register_buffer("spread", torch.ones(self.zdim))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            self.network = host.ResidLinearMLP(
-                seen + 10, settings.qlayers, settings.qdim, 2 * self.zdim, torch.nn.ReLU
-            )
+        self.network = host.ResidLinearMLP(
+            seen + 10, settings.qlayers, settings.qdim, 2 * self.zdim, torch.nn.ReLU
+        )
 
     def learn_from(self, mean: Tensor) -> None:
         """Scale the answers by the latents `(N, zdim)` of the run whose decoder this is for."""

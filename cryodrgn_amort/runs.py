@@ -294,9 +294,7 @@ class Run:
 
         A table is not loaded: its latents are those of ``z()``, and the model only decodes.
         """
-        amort = None
-        if self.encoder.build is not None and self.encoder.shown_images:
-            amort = self.encoder.build(self.settings, particles)
+        amort = self.encoder.make(self.settings, particles) if self.encoder.shown_images else None
         model, own = self._model(particles.lattice, amort)
         _, input_spec = self.settings.resolve(self.plugins)
         if input_spec is None:

@@ -122,6 +122,8 @@ class Trainer:
     ----------
     settings, plugins, particles, model
         What is trained, on what.
+    folder
+        The run folder.
     team
         This process among those that train the run.
     shown
@@ -134,6 +136,9 @@ class Trainer:
         The common optimizer: decoder and network. A table has its own.
     epoch
         The epoch that is running or has last ended, from 1.
+    seen
+        Particles gone through since training began, all epochs together; a run that goes on
+        counts on.
     """
 
     def __init__(
@@ -157,8 +162,7 @@ class Trainer:
             source = replace(source, norm=tuple(own["norm"]))
         whole = settings.enc_mask == -1
         self.particles = particles or load_particles(source, self.device, whole=whole)
-        build = self.encoder_spec.build
-        amort = None if build is None else build(settings, self.particles)
+        amort = self.encoder_spec.make(settings, self.particles)
         if amort is not None:
             _keep_own_rows(amort, self.team)
         self.shown = input_spec.build(settings, self.particles) if input_spec else None
@@ -175,7 +179,7 @@ class Trainer:
         self.lesson: Lesson | None = None
         self.optimizer = adam(self.model.trained_parameters(), settings.lr, settings.wd)
         self.beta = host.get_beta_schedule(settings.beta_value())
-        self.epoch = 0
+        self.epoch = self.seen = 0
         self._random: dict[str, Any] = {}
         self._part: _Part | None = None
         self._rollbacks = 0
@@ -321,7 +325,7 @@ class Trainer:
     def _tell(self, event: str, **facts: Any) -> None:
         """Tell plugins of an event; of several processes the leading one does."""
         if self.team.leads:
-            getattr(self.plugins.hook, event)(trainer=self, **facts)
+            self.plugins.tell(event, trainer=self, **facts)
 
     def _train_epoch(self, requests: Requests) -> dict[str, float]:
         """Go through all particles once; returns the epoch's row of metrics.csv."""
@@ -367,7 +371,8 @@ class Trainer:
         if self._random:  # the first one after training was stopped
             self._restore_random(self._random)
             self._random = {}
-        beta = self.beta(self.particles.n * (self.epoch - 1) + part.seen + batch.size)
+        self.seen = self.particles.n * (self.epoch - 1) + part.seen + batch.size
+        beta = self.beta(self.seen)
         random, lesson = self._random_state(), self._lesson_state()
         try:
             result, mean = self._step(batch, beta)
@@ -673,6 +678,8 @@ class Trainer:
         except Exception as err:  # whatever a damaged one leads to
             reason = f"{type(err).__name__}: {err}".splitlines()[0]
             raise InputError(f"{name}: a damaged checkpoint ({reason})") from None
+        done = 0 if self._part is None else self._part.seen
+        self.seen = self.epoch * self.particles.n + done
 
     def _restored(self, kept: dict[str, Any], name: str) -> _Part:
         """Take up the part of an epoch that a checkpoint holds."""

@@ -60,7 +60,7 @@ class Transform(ABC):
         return rot, trans_px
 
     def ctf(self, params: Tensor) -> Tensor:
-        """Change CTF parameters `(B, 8)` (see ``particles.load_ctf``) with them."""
+        """Change CTF parameters `(B, 8)`, columns as in ``sources.load_ctf``, with them."""
         return params
 
 

@@ -1,20 +1,22 @@
-"""The plugin host: the contract, faults, duplicates, and a third-party plugin for real."""
+"""The plugin host: the contract and its documentation, faults, duplicates, deprecation."""
 
 import inspect
-import json
-import os
-import subprocess
+import re
 import sys
 import types
+import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from cryodrgn_amort import builtin, hookimpl, hookspecs
+from cryodrgn_amort import __version__, builtin, hookimpl, hookspecs
 from cryodrgn_amort.encoders import EncoderSpec
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.inputs import EncoderInput, InputSpec
+from cryodrgn_amort.objective import Losses
 from cryodrgn_amort.plugins import KINDS, Plugins
+from cryodrgn_amort.results import Evaluation
 from cryodrgn_amort.settings import settings_from_flags
 from cryodrgn_amort.training import Trainer
 
@@ -52,12 +54,37 @@ def test_what_ships_in_the_box(plugins):
             assert owned.item.summary
 
 
-def test_every_hook_says_when_it_is_called_and_is_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    assert len(HOOKS) == 12
-    for name in HOOKS:
-        assert inspect.getdoc(getattr(hookspecs, name)), name
-        assert f"`{name}`" in readme, f"{name} is not in the README"
+def tables():
+    """Return what the README's tables of hooks and arguments have: first column -> second."""
+    section = (ROOT / "README.md").read_text().split("\n## Plugins\n")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(.+?)` \| (.+) \|$", section, re.MULTILINE))
+    return {name: text for name, text in rows.items() if "(" in name}, {
+        name: text for name, text in rows.items() if "(" not in name
+    }
+
+
+def test_the_readme_has_every_hook_and_argument_and_no_other():
+    hooks, arguments = tables()
+    specs = {name: inspect.signature(getattr(hookspecs, name)) for name in HOOKS}
+    assert len(specs) == 12
+    shown = {name: f"{name}({', '.join(spec.parameters)})" for name, spec in specs.items()}
+    assert set(hooks) == set(shown.values())
+    assert set(arguments) == {name for spec in specs.values() for name in spec.parameters}
+    assert all(inspect.getdoc(getattr(hookspecs, name)) for name in HOOKS)
+
+
+def test_the_readme_names_attributes_that_there_are():
+    _, arguments = tables()
+    documented = inspect.getdoc(Trainer).split("Attributes")[1]
+    known = {
+        "trainer": re.findall(r"\w+", " ".join(re.findall(r"^[\w, ]+$", documented, re.MULTILINE))),
+        "losses": [field.name for field in fields(Losses)],
+        "evaluation": ["evaluate", *(field.name for field in fields(Evaluation))],
+    }
+    for name, names in known.items():
+        named = re.findall(r"`(\w+)`", arguments[name])
+        assert len(named) > 3
+        assert set(named) <= set(names), name
 
 
 def test_observers_are_called_in_order(flags):
@@ -103,6 +130,32 @@ def test_a_plugin_that_fails_is_left_out_in_one_line(capsys):
     assert "plugin 'wrong' left out" in lines[1]
     assert "plugin 'bad': encoders left out (RuntimeError: no luck)" in lines[2]
     assert list(plugins.origins()) == ["built-in", "bad", "good"]
+
+
+def test_an_observer_that_fails_is_left_out_and_training_goes_on(flags, capsys):
+    calls = []
+
+    def disk_full(trainer):
+        raise OSError("no\nspace")
+
+    def stop(trainer, metrics):
+        raise InputError("early enough")
+
+    found = {
+        "log": plugin(training_start=disk_full, batch_end=lambda: calls.append("failed before")),
+        "fine": plugin(batch_end=lambda trainer: calls.append(trainer.seen)),
+    }
+    plugins = Plugins(found=found)
+    Trainer(settings_from_flags({**flags, "qdim": 16}, plugins), plugins).fit()
+    assert calls == [16, 32, 48, 64, 70, 86, 102, 118, 134, 140]
+    assert capsys.readouterr().err.splitlines() == [
+        "cryodrgn_amort: plugin 'log': training_start failed, left out from here on "
+        "(OSError: no space)"
+    ]
+    plugins = Plugins(found={"stop": plugin(epoch_end=stop)})
+    more = {**flags, "qdim": 16, "outdir": flags["outdir"] + "-stopped"}
+    with pytest.raises(InputError, match="early enough"):
+        Trainer(settings_from_flags(more, plugins), plugins).fit()
 
 
 def test_a_plugin_that_exits_or_brings_nonsense_is_left_out(capsys):
@@ -179,52 +232,86 @@ def test_a_plugin_encoder_is_saved_beside_a_token_encoder(flags, tmp_path):
         load_run(tmp_path / "run", Plugins(found={}))
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """Install examples/plugin for real, into a folder of its own."""
-    target = tmp_path_factory.mktemp("site")
-    copy = tmp_path_factory.mktemp("source")
-    for path in (ROOT / "examples/plugin").rglob("*"):
-        if path.suffix in (".toml", ".py"):
-            to = copy / path.relative_to(ROOT / "examples/plugin")
-            to.parent.mkdir(exist_ok=True)
-            to.write_bytes(path.read_bytes())
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation",
-         "--disable-pip-version-check", "--target", target, copy],
-        check=True,
-    )  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(target)}
+def test_an_encoder_is_made_with_the_seed_and_disturbs_no_other_draws(flags, plugins):
+    import torch
 
-    def run(*argv, **more):
-        return subprocess.run(
-            [sys.executable, "-m", "cryodrgn_amort", *map(str, argv)],
-            env={**env, **more}, capture_output=True, text=True, cwd=target,
+    spec = EncoderSpec("drawn", "test", build=lambda settings, particles: torch.rand(3))
+    settings = settings_from_flags(flags, plugins)
+    torch.manual_seed(0)
+    first = spec.make(settings, None)
+    after = torch.rand(3)
+    assert torch.equal(first, torch.rand(3, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(after, torch.rand(3, generator=torch.Generator().manual_seed(0)))
+
+
+POLICY = re.compile(r"deprecated since (\d+)\.(\d+), goes in (\d+)\.(\d+)")
+"""The words of a deprecation: see examples/plugins/README.md."""
+
+
+def unkept(source, changelog, version):
+    """Return the deprecations in a source that are not what the policy says.
+
+    Those without its words, without a line in the changelog, too short, or overdue.
+    """
+    now = tuple(int(part) for part in version.split(".")[:2])
+    wrong = []
+    for line in re.findall(r"[^\n]*(?i:deprecated )[^\n]*", source):
+        found = POLICY.search(line)
+        since, goes = ((0, 0), (0, 0)) if found is None else (
+            tuple(map(int, found.groups()[at : at + 2])) for at in (0, 2)
         )  # fmt: skip
+        stays = goes >= (since[0], since[1] + 2)
+        if found is None or now >= goes or not stays or found[0] not in changelog:
+            wrong.append(line.strip())
+    return wrong
 
-    return run
+
+def test_deprecations_are_as_the_policy_says():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    for path in (ROOT / "cryodrgn_amort").rglob("*.py"):
+        assert unkept(path.read_text(), changelog, __version__) == [], path
+    for name in HOOKS:  # a hook that goes says so in these words, too
+        spec = getattr(hookspecs, name).cryodrgn_amort_spec
+        said = [spec["warn_on_impl"], *(spec["warn_on_impl_args"] or {}).values()]
+        assert all(POLICY.search(str(warning)) for warning in said if warning is not None)
 
 
-def test_the_example_plugin_installs_trains_and_evaluates(installed, stack, tmp_path):
-    listed = installed("amort_plugins")
-    assert "lowpass (amort-lowpass 0.1.0)" in listed.stdout
-    assert "the low-passed particle" in listed.stdout
-    assert "epoch_end, train_args" in listed.stdout
-    off = installed("amort_plugins", CRYODRGN_AMORT_DISABLE_PLUGINS="1")
-    assert "lowpass" not in off.stdout
-    common = [
-        "train_amort", stack.particles, "--poses", stack.poses, "--ctf", stack.ctf, "--zdim", "3",
-        "-n", "2", "--enc-dim", "16", "--dec-dim", "16", "--no-analysis", "-o", tmp_path / "run",
-    ]  # fmt: skip
-    refused = installed(*common, "--lowpass-px", "4")
-    assert refused.returncode == 2
-    assert "--lowpass-px: does not apply to --encoder resid" in refused.stderr
-    done = installed(*common, "--encoder", "lowpass", "--lowpass-px", "4")
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(s) for s in (tmp_path / "run/progress.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [1, 2]
-    evaluated = installed(
-        "eval_amort", tmp_path / "run", "--no-umap", "--bootstrap", "10", "--fit", "2"
-    )
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert (tmp_path / "run/amort.2/report.html").is_file()
+def test_the_policy_is_enforced():
+    line = "hook old: deprecated since 0.2, goes in 0.4: use new"
+    code = f"@hookspec(warn_on_impl=FutureWarning('{line}'))"
+    assert unkept(code, line, "0.2.0") == unkept(code, line, "0.3.9") == []
+    for changelog, version in ((line, "0.4.0"), (line, "1.0.0"), ("", "0.3.0")):
+        assert unkept(code, changelog, version) == [code]
+    for other in ("deprecated since 0.2, goes in 0.3: use new", "this is deprecated : use new"):
+        assert unkept(other, other, "0.2.0") == [other]
+
+
+def test_who_implements_a_deprecated_hook_is_told_in_one_line(monkeypatch, capsys):
+    line = "deprecated since 0.2, goes in 0.4: use new"
+
+    def old():
+        """Do what was done before."""
+
+    def epoch_end(trainer, metrics):
+        """Do as ever."""
+
+    made_up = {
+        **vars(hookspecs),
+        "old": hookspecs.hookspec(warn_on_impl=FutureWarning(f"hook old: {line}"))(old),
+        "epoch_end": hookspecs.hookspec(
+            warn_on_impl_args={"metrics": FutureWarning(f"argument metrics: {line}")}
+        )(epoch_end),
+    }
+    monkeypatch.setattr("cryodrgn_amort.plugins.hookspecs", types.SimpleNamespace(**made_up))
+    found = {
+        "late": plugin(old=lambda: None, epoch_end=lambda metrics: None),
+        "modern": plugin(epoch_end=lambda trainer: None),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plugins = Plugins(found=found)
+    assert list(plugins.origins()) == ["built-in", "late", "modern"]
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        f"cryodrgn_amort: plugin 'late': argument metrics: {line}",
+        f"cryodrgn_amort: plugin 'late': hook old: {line}",
+    ]
