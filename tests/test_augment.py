@@ -30,7 +30,7 @@ def batch_of(particles, index, transform=None, extra_px=None):
     y, ctf = particles.hartley(raw), particles.ctf_of(params)
     shown = particles.centre(y, trans if extra_px is None else trans + extra_px)
     y = particles.masked(particles.centre(y, trans))
-    return Batch(index, y, particles.flip(shown, ctf), rot, particles.half(ctf))
+    return Batch(index, y, particles.flip(shown, ctf), rot, particles.half(ctf, index))
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -97,7 +97,8 @@ def test_optics_groups_have_their_own_pixel_sizes(given, tmp_path):
     ctf = write_pickle(tmp_path / "ctf.pkl", table)  # in float64, on which the host fails
     source = ParticleSource(given.paths[".mrcs"], given.made.poses, ctf)
     particles = load_particles(source)
-    found = particles.half(particles.ctf(torch.arange(N)))
+    rows = torch.arange(N)
+    found = particles.half(particles.ctf(rows), rows)
     for i in (0, N // 2, N - 1):
         apix, *rest = (torch.tensor(float(v)) for v in table[i, 1:])
         at = particles.lattice.freqs2d[particles.mask] / apix

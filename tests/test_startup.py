@@ -18,7 +18,7 @@ from cryodrgn_amort import cli
 ROOT = Path(__file__).parents[1]
 OURS = (
     "simulate_amort", "train_amort", "eval_amort", "infer_amort", "compare_amort", "time_amort",
-    "study_amort", "mnist_amort", "amort_plugins",
+    "scores_amort", "study_amort", "mnist_amort", "amort_plugins",
 )  # fmt: skip
 
 
