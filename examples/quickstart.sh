@@ -9,15 +9,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 out=${1:-quickstart}
 mkdir -p "$out"
 cd "$out"
+epochs=${QUICKSTART_EPOCHS:-25}
 export OMP_NUM_THREADS=1 # two commands at a time, a core each
 
-cryodrgn simulate_amort -o data -n 2000 --heldout 400 -D 32 --snr 0.3 --seed 0 --overwrite
+cryodrgn simulate_amort -o data -n "${QUICKSTART_PARTICLES:-2000}" --heldout 400 -D 32 --snr 0.3 --seed 0 --overwrite
 
 train() { # NAME FLAGS...
     name=$1
     shift
     cryodrgn train_amort data/particles.mrcs --poses data/poses.pkl --ctf data/ctf.pkl \
-        --holdout data/ind_heldout.pkl --zdim 8 --dec-dim 64 --lr 1e-3 -n 25 --seed 0 --no-analysis \
+        --holdout data/ind_heldout.pkl --zdim 8 --dec-dim 64 --lr 1e-3 -n "$epochs" --seed 0 --no-analysis \
         --log-interval 1000000 -o "$name" --overwrite "$@" >"$name.log" 2>&1 || {
         cat "$name.log" >&2
         return 1
@@ -53,4 +54,4 @@ for name in baseline vlt twin; do
     grep -v '^(' $name.eval.log || true
 done
 echo
-echo "Reports: $PWD/{baseline,vlt,twin}/amort.25/report.html"
+echo "Reports: $PWD/{baseline,vlt,twin}/amort.$epochs/report.html"
