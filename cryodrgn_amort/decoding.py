@@ -18,7 +18,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,15 @@ _WORTH = 5e7  # multiplications in a product
 _HALF_SCALE = 2.0**-9  # of gradients in half precision, whose range is small
 _aten = torch.ops.aten
 _T = TypeVar("_T")
+
+
+class _Asked(NamedTuple):
+    """By what gradients are asked for."""
+
+    rot: bool
+    target: bool
+    latents: bool
+    parameters: bool
 
 
 @dataclass
@@ -73,7 +82,8 @@ class _Work:
     ctf: Tensor | None  # (B, pixels)
     weight: float  # of a pixel's error
     scale: float  # of the gradients on their way
-    gradients: tuple[bool, bool]
+    asked: _Asked
+    by_target: Tensor | None  # gradients, (B, pixels, outputs)
 
 
 class FastDecoder:
@@ -128,8 +138,8 @@ class FastDecoder:
         Returns
         -------
         total
-            Sum of all squared errors, a scalar that can be differentiated once, by the latents
-            and the decoder's parameters.
+            Sum of all squared errors, a scalar that can be differentiated once, by the latents,
+            the decoder's parameters, the rotations and the particles' pixels.
         each
             Squared error of each image, `(B,)`, detached.
         """
@@ -212,14 +222,11 @@ class FastDecoder:
         target: Tensor,
         ctf: Tensor | None,
         z: Tensor,
-        gradients: tuple[bool, bool],
-    ) -> tuple[Tensor, Tensor | None, list[Tensor] | None]:
-        """Return squared errors, and the gradients of their sum by the latents and parameters.
+        asked: _Asked,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return squared errors, and the gradients of their sum that are asked for.
 
-        Parameters
-        ----------
-        gradients
-            Whether those by the latents, and by the parameters, are needed.
+        In the order rotations, target, latents, each of ``parameters``; else None.
         """
         weights = self._weights()
         bias = self._latent_bias(weights, z)
@@ -239,7 +246,10 @@ class FastDecoder:
                 ctf = torch.cat([ctf, ctf.flip(1)], 1)
         weight = 2.0 if self.fourier else 1.0  # each pixel stands for two
         scale = _HALF_SCALE if narrow == torch.float16 else 1.0
-        work = _Work(weights, bias, frequencies, plane, sign, target, ctf, weight, scale, gradients)
+        by_target = torch.empty_like(target) if asked.target else None
+        work = _Work(
+            weights, bias, frequencies, plane, sign, target, ctf, weight, scale, asked, by_target
+        )
         hands = self._hands(len(z))
         pieces = list(self._pieces(len(z), hands))
         hands = min(hands, len(pieces))
@@ -247,21 +257,23 @@ class FastDecoder:
                   for k in range(hands)]  # fmt: skip
         results = self._each(partial(self._do, work), shares)
         errors = torch.zeros(len(z), dtype=wide, device=z.device)
-        sums = _Sums(weights, bias, parameters=gradients[1])
+        sums = _Sums(work)
         for own_errors, own_sums in results:  # in order: the same result every time
             errors += own_errors
             sums.add(own_sums)
-        if not any(gradients):
-            return errors, None, None
         sums.scale(1 / scale)
-        by_latent = sums.bias @ weights.latent if gradients[0] else None
-        return errors, by_latent, self._by_parameter(sums, z) if gradients[1] else None
+        return errors, [
+            None if sums.frequencies is None else self._by_rot(sums.frequencies),
+            None if by_target is None else self._by_pixel(by_target, sign),
+            sums.bias @ weights.latent if asked.latents else None,
+            *(self._by_parameter(sums, z) if asked.parameters else (None for _ in self.parameters)),
+        ]
 
     def _do(self, work: _Work, pieces: list[tuple[slice, slice]]) -> tuple[Tensor, _Sums]:
         """Return the squared errors and the gradients of some pieces."""
         weights, bias, ctf = work.weights, work.bias, work.ctf
         errors = bias.new_zeros(len(bias))
-        sums = _Sums(weights, bias, parameters=work.gradients[1])
+        sums = _Sums(work)
         for images, pixels in pieces:
             here = work.plane[pixels]
             signed = here if work.sign is None else work.sign[images, pixels, None] * here
@@ -278,10 +290,15 @@ class FastDecoder:
             residual = outputs if here_ctf is None else outputs * here_ctf
             residual = residual - work.target[images, pixels]
             errors[images] += work.weight * residual.square().sum((1, 2))
-            if any(work.gradients):
+            if work.by_target is not None:
+                work.by_target[images, pixels] = -2 * work.weight * residual
+            if any(work.asked):
                 slope = 2 * work.weight * work.scale * residual
                 slope = slope if here_ctf is None else slope * here_ctf
-                self._backward(weights, encoded, hidden, slope, sums, images)
+                grad = self._backward(weights, encoded, hidden, slope, sums, images)
+                if sums.frequencies is not None:
+                    by_phase = self._by_phase(weights, encoded, grad).view(count, -1, features)
+                    sums.frequencies[images] += signed.mT @ by_phase.to(bias.dtype)
         return errors, sums
 
     def _hands(self, images: int) -> int:
@@ -332,8 +349,11 @@ class FastDecoder:
         slope: Tensor,
         sums: _Sums,
         images: slice,
-    ) -> None:
-        """Add the gradients of one piece, whose outputs have gradient ``slope``, to ``sums``."""
+    ) -> Tensor:
+        """Add the gradients of one piece, whose outputs have gradient ``slope``, to ``sums``.
+
+        Returns those by the values of its first layer, `(rows, width)`.
+        """
         rows, width = hidden[0].shape
         narrow = features.dtype
         outputs = slope.view(rows, -1)
@@ -354,6 +374,31 @@ class FastDecoder:
             sums.add_product(0, grad, features)
         by_image = grad.view(images.stop - images.start, -1, width)
         sums.bias[images] += by_image.sum(1)
+        return grad
+
+    def _by_phase(self, weights: _Weights, features: Tensor, grad: Tensor) -> Tensor:
+        """Return gradients by phases `(rows, n)`, of those by the first layer's values."""
+        found = torch.mm(grad, weights.first)
+        if self._encoding is None:
+            return found
+        n = found.shape[1] // 2
+        sines, cosines = features[:, :n], features[:, n:]
+        return found[:, :n] * cosines - found[:, n:] * sines
+
+    def _by_rot(self, frequencies: Tensor) -> Tensor:
+        """Return gradients by rotations `(B, 3, 3)`, of those by turned frequencies.
+
+        Images are planes: the third row turns nothing.
+        """
+        rows = frequencies @ self._frequencies().to(frequencies.dtype).T
+        return torch.cat([rows, torch.zeros_like(rows[:, :1])], 1)
+
+    def _by_pixel(self, target: Tensor, sign: Tensor | None) -> Tensor:
+        """Return gradients by masked pixels `(B, P)`, of those by what ``_target`` makes."""
+        if sign is None:
+            return target[..., 0]
+        even, odd = target[..., 0], target[..., 1] * sign
+        return torch.cat([even - odd, (even + odd).flip(1)], 1).mul_(0.5)
 
     def _by_parameter(self, sums: _Sums, z: Tensor) -> list[Tensor]:
         """Return the gradients in the order of ``parameters``."""
@@ -482,11 +527,14 @@ class FastDecoder:
 class _Sums:
     """Gradients of a batch, summed over its pieces in full precision."""
 
-    def __init__(self, weights: _Weights, bias: Tensor, parameters: bool) -> None:
-        self.parameters = parameters
+    def __init__(self, work: _Work) -> None:
+        weights, bias = work.weights, work.bias
+        self.parameters = work.asked.parameters
         self.bias = torch.zeros_like(bias)
         """By the first layer's share that does not depend on the coordinates, `(B, width)`."""
-        layers = [weights.first, *weights.hidden, weights.last] if parameters else []
+        self.frequencies = torch.zeros_like(work.frequencies) if work.asked.rot else None
+        """By the frequencies turned with each image, `(B, 2, features)`; None: not asked for."""
+        layers = [weights.first, *weights.hidden, weights.last] if self.parameters else []
         self.products = [torch.zeros_like(w, dtype=bias.dtype) for w in layers]
         self.biases = [bias.new_zeros(len(w)) for w in layers[1:]]
 
@@ -500,15 +548,18 @@ class _Sums:
 
     def add(self, other: _Sums) -> None:
         """Add what others have summed up."""
-        mine, theirs = ((s.bias, *s.products, *s.biases) for s in (self, other))
-        for part, more in zip(mine, theirs, strict=True):
+        for part, more in zip(self._parts(), other._parts(), strict=True):
             part += more
 
     def scale(self, factor: float) -> None:
         """Multiply all."""
         if factor != 1:
-            for part in (self.bias, *self.products, *self.biases):
+            for part in self._parts():
                 part *= factor
+
+    def _parts(self) -> list[Tensor]:
+        own = [] if self.frequencies is None else [self.frequencies]
+        return [self.bias, *own, *self.products, *self.biases]
 
 
 @functools.cache
@@ -530,13 +581,13 @@ class _SquaredErrors(torch.autograd.Function):
         z: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        needs = (ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:]))
-        errors, by_latent, by_parameter = decoder.run(rot, target, ctf, z, needs)
-        ctx.gradients = [by_latent, *(by_parameter or (None for _ in parameters))]
+        _, by_rot, by_target, _, by_latent, *by_parameter = ctx.needs_input_grad
+        asked = _Asked(by_rot, by_target, by_latent, any(by_parameter))
+        errors, ctx.gradients = decoder.run(rot, target, ctf, z, asked)
         ctx.mark_non_differentiable(errors)
         return errors.sum(), errors
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:  # type: ignore[override]
-        found = [None if g is None else g * grad for g in ctx.gradients]
-        return None, None, None, None, *found
+        rot, target, *others = (None if g is None else g * grad for g in ctx.gradients)
+        return None, rot, target, None, *others

@@ -307,7 +307,7 @@ class Feed:
         image = read.get("image")
         if self.shown is not None and image is None:
             image = self._shown(index, rows, y, ctf, read.get("raw_image"))
-        return Batch(index, p.masked(y), image, p.rots[rows], half, part)
+        return Batch(index, p.masked(y), image, p.rots[rows], half, part, rows)
 
     def _shown(
         self, index: Tensor, rows: Tensor, y: Tensor, ctf: Tensor | None, raw: Tensor | None

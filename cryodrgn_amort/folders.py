@@ -29,7 +29,7 @@ __all__ = ["METRICS", "NOISE", "RunFolder"]
 
 METRICS, NOISE = "metrics.csv", "noise.json"
 _FILES = (
-    "z.pkl", "weights.pkl", METRICS, NOISE, "run.log", HOLDOUT, TRAINED, INTERRUPTED,
+    "z.pkl", "weights.pkl", "pose.pkl", METRICS, NOISE, "run.log", HOLDOUT, TRAINED, INTERRUPTED,
     CHECKSUMS, "config.yaml",
 )  # fmt: skip
 
@@ -61,7 +61,7 @@ class RunFolder:
         """
         found = []
         for path in self.path.glob("*.pkl"):
-            match = re.fullmatch(r"(?:weights|z)\.(\d+)\.pkl", path.name)
+            match = re.fullmatch(r"(?:weights|z|pose)\.(\d+)\.pkl", path.name)
             if match and int(match[1]) > after:
                 found.append(path)
         found += [] if after >= 0 else [self.path / name for name in _FILES]
@@ -129,8 +129,10 @@ class RunFolder:
         for path in candidates:
             try:
                 checkpoint = read_weights(path, "--load latest")
-                if path != stopped:
-                    check_intact(self.path / f"z.{checkpoint['epoch']}.pkl", "--load latest")
+                for kind in () if path == stopped else ("z", "pose"):
+                    file = self.path / f"{kind}.{checkpoint['epoch']}.pkl"
+                    if kind == "z" or file.exists():
+                        check_intact(file, "--load latest")
             except InputError as err:
                 self.skipped.append(str(err).removeprefix("--load latest "))
                 continue
@@ -168,9 +170,10 @@ class RunFolder:
         self._rows = list(rows)
 
     def finish(self, epoch: int) -> None:
-        """Put the final weights.pkl and z.pkl beside the last epoch's, which they equal."""
-        with recorded(self.path, "z.pkl", "weights.pkl"):
-            for kind in ("z", "weights"):
+        """Put the final files, weights.pkl and so on, beside the last epoch's, which they equal."""
+        kinds = [k for k in ("z", "pose", "weights") if (self.path / f"{k}.{epoch}.pkl").exists()]
+        with recorded(self.path, *(f"{kind}.pkl" for kind in kinds)):
+            for kind in kinds:
                 with replacing(self.path / f"{kind}.pkl") as temporary:
                     shutil.copyfile(self.path / f"{kind}.{epoch}.pkl", temporary)
 

@@ -18,8 +18,10 @@ with warnings.catch_warnings():  # the host's imports warn of their own dependen
     from cryodrgn.dataset import ImageDataset, TiltSeriesData, make_dataloader
     from cryodrgn.fft import fftn_center, ht2_center, iht2_center, ihtn_center, symmetrize_ht
     from cryodrgn.lattice import Lattice
+    from cryodrgn.lie_tools import s2s2_to_rotmat
     from cryodrgn.models import FTPositionalDecoder, HetOnlyVAE, ResidLinearMLP
     from cryodrgn.mrcfile import MRCHeader, parse_mrc, write_mrc
+    from cryodrgn.pose import PoseTracker
     from cryodrgn.source import ImageSource, parse_star
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ __all__ = [
     "ImageSource",
     "Lattice",
     "MRCHeader",
+    "PoseTracker",
     "ResidLinearMLP",
     "TiltSeriesData",
     "add_train_vae_args",
@@ -51,6 +54,7 @@ __all__ = [
     "parse_star",
     "preprocess",
     "quiet",
+    "s2s2_to_rotmat",
     "save_config",
     "symmetrize_ht",
     "training_steps",
@@ -172,7 +176,6 @@ def training_steps(
     """
     import torch
     from cryodrgn.ctf import load_ctf_for_training
-    from cryodrgn.pose import PoseTracker
 
     train_vae = _train_vae()
     with quiet():

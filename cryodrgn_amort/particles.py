@@ -42,6 +42,8 @@ class Batch:
         dose and tilt leave of them: `(M, P / 2)`; None without CTF.
     part
         Which part of a batch these are, when several processes share it.
+    images
+        Positions of the images in the data set, `(M,)` int64, on the CPU; None: those of ``index``.
     """
 
     index: Tensor
@@ -50,6 +52,7 @@ class Batch:
     rot: Tensor | None
     ctf: Tensor | None
     part: Part | None = None
+    images: Tensor | None = None
 
     def of(self, places: Tensor) -> Batch:
         """Return some of the particles, by their places `(M,)` in the batch."""
@@ -58,7 +61,8 @@ class Batch:
         at = (places[:, None] * self.tilts + of_particle).flatten().to(self.y.device)
         y, image, rot, ctf = (None if part is None else part[at] for part in rest)
         assert y is not None
-        return Batch(self.index[places.cpu()], y, image, rot, ctf)
+        images = None if self.images is None else self.images[at.cpu()]
+        return Batch(self.index[places.cpu()], y, image, rot, ctf, images=images)
 
     @property
     def tilts(self) -> int:
@@ -191,9 +195,12 @@ class Particles:
         """Shift Hartley images `(B, D, D)` by `(B, 2)` pixels, on the device: `(B, S)`."""
         kept = y.to(self.device).flatten(1)
         kept = kept if self.whole else kept[:, self.pixels]
-        if trans_px is None:
-            return kept
-        shifted: Tensor = self.lattice.translate_ht(kept, trans_px.unsqueeze(1), self.pixels)
+        return kept if trans_px is None else self.shift(kept, trans_px)
+
+    def shift(self, values: Tensor, trans_px: Tensor) -> Tensor:
+        """Shift stored `(B, S)` or masked pixels `(B, P)` of Hartley images by `(B, 2)` pixels."""
+        pixels = self.mask if values.shape[1] == len(self.mask) else self.pixels
+        shifted: Tensor = self.lattice.translate_ht(values, trans_px.unsqueeze(1), pixels)
         return shifted.flatten(1)
 
     def centred(self, rows: Tensor, raw: Tensor | None = None) -> Tensor:

@@ -34,6 +34,7 @@ from cryodrgn_amort.inference import (
 from cryodrgn_amort.metrics import kl_by_dimension
 from cryodrgn_amort.model import build_model
 from cryodrgn_amort.parallel import Team
+from cryodrgn_amort.poses import write_poses
 from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.repair import cluster_centres
 from cryodrgn_amort.runs import INPUT_FILES, INPUTS, model_args, write_config
@@ -472,7 +473,9 @@ def _progress(parts: list[Any], *, silent: bool) -> Iterator[Any]:
 
 def _write(run: Run, options: InferOptions, out: Path, work: _Inference, found: Inferred) -> None:
     """Write a table run, and what is known of each particle."""
-    kinds = (f"{kind}{epoch}.pkl" for kind in ("z", "weights") for epoch in ("", f".{run.epoch}"))
+    kinds = (
+        f"{kind}{epoch}.pkl" for kind in ("z", "pose", "weights") for epoch in ("", f".{run.epoch}")
+    )
     more = "ind", "elbo", "converged", "gap"
     with recorded(out, "config.yaml", *kinds, *(f"{name}.pkl" for name in more)):
         _write_files(run, options, out, work, found)
@@ -493,6 +496,12 @@ def _write_files(
     if options.particles is None and run.settings.holdout is not None:
         write_pickle(out / "ind.pkl", particles.ind)
         given["ind"] = str((out / "ind.pkl").absolute())
+    own = options.particles is None and not options.held_out and options.poses is None
+    if own and run.refined_poses is not None:
+        for name in (f"pose.{epoch}.pkl", "pose.pkl"):
+            write_poses(out / name, particles.rots, particles.trans, particles.D)
+    else:
+        given["do_pose_sgd"] = False
     settings = replace(
         run.settings, encoder="vlt", recipe=None, holdout=None, outdir=str(out.absolute()),
         extra={"table_freeze": True}, **given,

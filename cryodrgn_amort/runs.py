@@ -120,9 +120,14 @@ def inherited(
     Raises
     ------
     InputError
-        If a flag contradicts the run's decoder.
+        If a flag contradicts the run's decoder, or it is not said which poses are meant.
     """
     values = dict(given)
+    if had.do_pose_sgd and not values.get("poses"):
+        raise InputError(
+            f"--from {values['from_run']}: its poses were refined: say by --poses which ones are "
+            "meant (pose.EPOCH.pkl there has those of its particles)"
+        )
     recipe = plugins.recipe(values["recipe"]).flags if values.get("recipe") else {}
     for name in _OF_DECODER:
         own = getattr(had, name)
@@ -183,8 +188,6 @@ def _vae_args(args: dict[str, Any]) -> dict[str, Any]:
 
 def _settings_of(config: dict[str, Any], folder: Path) -> TrainSettings:
     """Return what a run was trained with. A damaged config raises whatever it raises."""
-    if config["dataset_args"].get("do_pose_sgd"):
-        raise InputError(f"RUN {folder}: its poses were refined; such runs are not supported yet")
     args = _vae_args(config["model_args"])
     missing = _MODEL_ARGS - args.keys()
     if missing:
@@ -262,8 +265,15 @@ class Run:
             raise InputError(f"RUN {path}: not a z file (an array, N x zdim)")
         return mean, np.full_like(mean, np.nan)
 
+    @property
+    def refined_poses(self) -> Path | None:
+        """The file of the poses that its particles have got by this epoch; None: those given."""
+        path = self.folder / f"pose.{self.epoch}.pkl"
+        there = OWN_KEY in self.config or path.exists()  # the host has none before --pretrain
+        return path if self.settings.do_pose_sgd and there else None
+
     def particles(self, **moved: Any) -> Particles:
-        """Open the particles that it was trained on.
+        """Open the particles that it was trained on, with the poses that it has refined, if any.
 
         Parameters
         ----------
@@ -286,6 +296,9 @@ class Run:
                 given.pop(name, None)
             elif not self.settings.tilted:
                 raise InputError(f"{flag_name(name)}: RUN {self.folder} is not of tilt series")
+        refined = self.refined_poses
+        if refined and given.get("poses") is None and not given.get("held_out"):
+            given["refined"] = str(refined)
         source = replace(source_of(self.settings), **given)
         return load_particles(source, self.device, whole=self.settings.enc_mask == -1)
 

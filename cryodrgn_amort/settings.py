@@ -22,12 +22,7 @@ __all__ = ["ON_NAN", "TrainSettings", "flag_name", "settings_from_flags"]
 
 ON_NAN = ("stop", "skip", "rollback")
 # Flags of train_vae that this version refuses, and what to say.
-_POSE = "pose refinement is not supported yet: poses stay as given"
 REFUSED = {
-    "do_pose_sgd": _POSE,
-    "pretrain": _POSE,
-    "emb_type": _POSE,
-    "pose_lr": _POSE,
     "multigpu": "start one process per GPU instead, by torchrun",
     "use_real": "real-space encoders are not supported: networks are shown Hartley images",
 }
@@ -51,6 +46,9 @@ _PATHS = ("particles", "outdir", "poses", "ctf", "ind", "datadir", "from_run")
 _OF_TILTS = (
     "ntilts", "random_tilts", "t_emb_dim", "tlayers", "tdim", "dose_per_tilt", "angle_per_tilt",
 )  # fmt: skip
+
+
+_OF_POSES = ("pretrain", "emb_type", "pose_lr")
 
 
 def _check_mode(mode: str) -> None:
@@ -84,6 +82,8 @@ class TrainSettings:
         With ``augment``: how much the posteriors of copy and particle are pulled together.
     holdout
         Particles that are not trained on: a fraction, or a file of their indices in the stack.
+    emb_type
+        What rotations are while they are refined. The host takes "s2s2" whatever its flag says.
     on_nan
         What to do when the loss of a batch is not a number, one of ``ON_NAN``.
     memory
@@ -125,6 +125,10 @@ class TrainSettings:
     beta: float | str | None = None
     beta_control: float | None = None
     norm: tuple[float, float] | None = None
+    do_pose_sgd: bool = False
+    pretrain: int = 1
+    emb_type: str = "s2s2"
+    pose_lr: float = 3e-4
     augment: int | None = None
     consistency: float = 0.0
     holdout: str | None = None
@@ -162,14 +166,14 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{flag_name(name)} {value}: must be at least 1")
-        for name in ("lr", "feat_sigma", "window_r"):
+        for name in ("lr", "pose_lr", "feat_sigma", "window_r"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{flag_name(name)} {getattr(self, name)}: must be positive")
         if self.lr_end is not None and not 0 < self.lr_end < math.inf:
             raise InputError(f"--lr-end {self.lr_end}: must be positive")
         for name in (
             "qlayers", "wd", "seed", "shuffle_seed", "num_workers", "augment", "consistency",
-            "shuffler_size", "dose_per_tilt", "angle_per_tilt", "tlayers",
+            "shuffler_size", "dose_per_tilt", "angle_per_tilt", "tlayers", "pretrain",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63:
@@ -183,6 +187,11 @@ class TrainSettings:
         ):
             given = f"{self.norm[0]} {self.norm[1]}"
             raise InputError(f"--norm {given}: an offset and a positive scale are needed")
+        if self.emb_type != "s2s2":
+            raise InputError(
+                f"--emb-type {self.emb_type}: train_vae does not heed it: rotations are refined as "
+                "s2s2"
+            )
         if self.load and self.overwrite:
             raise InputError("--load and --overwrite exclude each other: continue or start anew")
         _check_mode(self.encode_mode)
@@ -341,8 +350,31 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Plugins) -> TrainSett
                              "networks that are shown the particle")  # fmt: skip
         if settings.tilted:
             raise InputError("--augment: does not apply to tilt series")
+    _check_poses(given, settings, shown)
     _refuse_foreign(given, settings.encoder, encoder, shown, plugins)
     return settings
+
+
+def _check_poses(
+    given: Mapping[str, Any], settings: TrainSettings, shown: InputSpec | None
+) -> None:
+    """Refuse what poses cannot be refined with."""
+    if not settings.do_pose_sgd:
+        for dest in _OF_POSES:
+            if dest in given:
+                raise InputError(f"{flag_name(dest)}: needs --do-pose-sgd")
+        return
+    if settings.from_run:
+        raise InputError("--do-pose-sgd: does not apply to --from")
+    if settings.augment is not None:
+        raise InputError(
+            "--do-pose-sgd: does not apply to --augment, whose copies have other poses"
+        )
+    if shown is not None and shown.name != "particle":
+        raise InputError(
+            f"--do-pose-sgd: does not apply to --encoder {settings.encoder}, only to tables and to "
+            "networks that are shown the particle"
+        )
 
 
 def _refuse_foreign(

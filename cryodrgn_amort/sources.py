@@ -43,6 +43,8 @@ class ParticleSource:
     ntilts
         Images of a tilt series that are used of each particle; None: every image is a particle.
         ``ind``, ``holdout`` are then about particles, poses and CTFs still about images.
+    refined
+        Poses that a run has refined, of exactly these particles; None: those of ``poses`` hold.
     """
 
     particles: str
@@ -62,6 +64,7 @@ class ParticleSource:
     random_tilts: bool = False
     dose_per_tilt: float | None = None
     angle_per_tilt: float = 3.0
+    refined: str | None = None
 
 
 def _load_ind(path: str, n: int, flag: str = "--ind") -> np.ndarray:
@@ -117,9 +120,9 @@ def _select(table: np.ndarray, n: int, ind: np.ndarray | None, what: str) -> np.
 
 
 def load_poses(
-    path: str, n: int, ind: np.ndarray | None, box: int
+    path: str, n: int, ind: np.ndarray | None, box: int, flag: str = "--poses"
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read and check poses.
+    """Read and check poses, which ``flag`` names.
 
     Returns
     -------
@@ -134,8 +137,8 @@ def load_poses(
     InputError
         If the counts do not fit, a rotation is none, or a translation leaves the box.
     """
-    what = f"--poses {path}"
-    loaded = read_pickle(path, "--poses")
+    what = f"{flag} {path}"
+    loaded = read_pickle(path, flag)
     parts = loaded if isinstance(loaded, (tuple, list)) else (loaded,)
     arrays = [to_array(p, what) for p in parts]
     if not 1 <= len(arrays) <= 2 or any(a.dtype.kind not in "fiu" for a in arrays):
@@ -289,6 +292,8 @@ def load_particles(
     tilts = None
     if source.ntilts is not None:
         tilts, ctf = _tilt_series(source, images, ctf)
+    if source.refined is not None:
+        rots, trans = load_poses(source.refined, images.N, None, box, "RUN")
     found = Particles(
         images, rots, trans, ctf, ind=ind, total=total, tilts=tilts, whole=whole, device=device
     )

@@ -38,6 +38,7 @@ from cryodrgn_amort.model import build_model
 from cryodrgn_amort.objective import falling_rate, kl_divergence
 from cryodrgn_amort.parallel import Team, join
 from cryodrgn_amort.particles import odd_images
+from cryodrgn_amort.poses import RefinedPoses
 from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.repair import AnchoredEncoder, SecondStage
 from cryodrgn_amort.runs import (
@@ -130,6 +131,8 @@ class Trainer:
         What a network encoder is shown; None for tables.
     stage
         Latents of the run whose decoder this one has: mean and log variance; None: there is none.
+    poses
+        Poses that are refined; None: they stay as given.
     lesson
         What the encoder learns from in place of the particles; None: from these.
     optimizer
@@ -150,6 +153,8 @@ class Trainer:
             raise InputError("--beta-control: not with several processes, whose KL it does not add")
         if self.team.size > 1 and settings.shuffler_size:
             raise InputError("--shuffler-size: not with several processes")
+        if self.team.size > 1 and settings.do_pose_sgd:
+            raise InputError("--do-pose-sgd: not with several processes")
         self.folder = Path(settings.outdir)
         self.files = RunFolder(self.folder)
         self.device = default_device()
@@ -160,6 +165,7 @@ class Trainer:
         source = source_of(settings)
         if source.norm is None and own.get("norm"):  # a resumed run keeps its normalisation
             source = replace(source, norm=tuple(own["norm"]))
+        source = replace(source, refined=own.get("pose_file"))
         whole = settings.enc_mask == -1
         self.particles = particles or load_particles(source, self.device, whole=whole)
         amort = self.encoder_spec.make(settings, self.particles)
@@ -172,6 +178,8 @@ class Trainer:
             np.random.RandomState(settings.seed % 2**32) if tilts and tilts.random else None
         )
         torch.manual_seed(settings.seed)
+        refined = settings.do_pose_sgd
+        self.poses = RefinedPoses(self.particles, settings.pose_lr) if refined else None
         args = model_args(settings, self.encoder_spec, self.particles.D)
         precision = settings.matmul_precision(self.device.type)
         self.model = build_model(args, self.particles.lattice, amort, precision)
@@ -276,7 +284,7 @@ class Trainer:
         half = available_memory() // 2 // self.team.local_size
         memory = half if settings.memory is None else int(settings.memory * 1e9)
         self.feed = Feed(
-            self.particles,
+            self.particles if self.poses is None else self.poses.particles,
             self.shown,
             memory=0 if settings.lazy else memory,
             folder=folder,
@@ -404,6 +412,7 @@ class Trainer:
     @torch.no_grad()
     def _no_loss(self, batch: Batch, part: _Part, random: dict[str, Any]) -> None:
         """Do what ``--on-nan`` says about a batch without a loss, before which all is as it was."""
+        batch = self._posed(batch)
         mean, logvar = self.model.posterior(batch)
         each = self.model.errors(batch, mean)[1] + kl_divergence(mean, logvar)
         bad = self.team.together(batch.index[~each.isfinite().cpu()].tolist())
@@ -520,10 +529,20 @@ class Trainer:
         return {} if self.lesson is None else self.lesson.epoch_state()
 
     def _step(self, batch: Batch, beta: float) -> tuple[Losses, Tensor]:
-        return train_step(
+        moving = self.poses if self.epoch >= self.settings.pretrain else None
+        with torch.set_grad_enabled(moving is not None):
+            batch = self._posed(batch)
+        found = train_step(
             self.model, self.optimizer, batch, beta, self.settings.beta_control, self.team,
             self.lesson, check=True,
         )  # fmt: skip
+        if moving is not None:
+            moving.step()
+        return found
+
+    def _posed(self, batch: Batch) -> Batch:
+        """Give a batch the poses that its images have by now."""
+        return batch if self.poses is None else self.poses.posed(batch)
 
     def _set_rate(self, done: float) -> None:
         """Let the learning rate fall, when it is asked for."""
@@ -549,12 +568,14 @@ class Trainer:
             batches = self.feed.batches(
                 max(1, _ENCODE_BATCH // self.particles.ntilts), shuffle=False, rng=self._tilts
             )
-            parts = [torch.cat(self.model.posterior(batch), 1).float() for batch in batches]
+            parts = [
+                torch.cat(self.model.posterior(self._posed(batch)), 1).float() for batch in batches
+            ]
         both = self.team.collect(torch.cat(parts), self.particles.n).cpu().numpy()
         return both[:, : self.settings.zdim], both[:, self.settings.zdim :]
 
     def _write_checkpoint(self) -> None:
-        """Write z.EPOCH.pkl, then weights.EPOCH.pkl: a checkpoint is complete once both exist."""
+        """Write z.EPOCH.pkl, weights.EPOCH.pkl last: a checkpoint is complete once both exist."""
         # an extra checkpoint at the very end must not change how the run would go on
         extra = self.epoch % self.settings.checkpoint != 0
         before = self._random_state()
@@ -563,13 +584,15 @@ class Trainer:
         own_state = self._own_state()
         if not self.team.leads:
             return
-        names = f"z.{self.epoch}.pkl", f"weights.{self.epoch}.pkl"
+        names = [f"{kind}.{self.epoch}.pkl" for kind in ("z", "pose", "weights")]
         with recorded(self.folder, *names, METRICS):
             write_z(self.folder / names[0], *z)
-            self._write_weights(names[1], self.epoch, random, own_state=own_state)
+            if self.poses is not None:
+                self.poses.write(self.folder / names[1])
+            self._write_weights(names[2], self.epoch, random, own_state=own_state)
         (self.folder / INTERRUPTED).unlink(missing_ok=True)
         self.files.drop_replaced()
-        self._tell("checkpoint_written", path=self.folder / names[1])
+        self._tell("checkpoint_written", path=self.folder / names[2])
 
     def _write_weights(
         self,
@@ -580,7 +603,8 @@ class Trainer:
         own_state: dict[str, Any] | None = None,
     ) -> None:
         """Write a checkpoint after ``epoch`` epochs, and ``part`` of the next one."""
-        more = {} if part is None else {"part": vars(part)}
+        more: dict[str, Any] = {} if part is None else {"part": vars(part)}
+        more |= {} if self.poses is None else {"poses": self.poses.state_dict()}
         write_weights(
             self.folder / name, epoch, self.model.host_state_dict(), self.optimizer.state_dict(),
             encoder=self.settings.encoder, random=random, norm=list(self.particles.norm),
@@ -638,6 +662,11 @@ class Trainer:
             )
         if "encoder" not in own and self.encoder_spec.host_mode is None:
             raise InputError(f"--load {load}: has no {self.settings.encoder} encoder")
+        if "encoder" not in own:  # of the host, too: it refines poses in a file of their own
+            poses = Path(load).parent / f"pose.{checkpoint['epoch']}.pkl"
+            own |= {"pose_file": str(poses)} if poses.exists() else {}
+        if own.keys() & {"poses", "pose_file"} and not self.settings.do_pose_sgd:
+            raise InputError(f"--load {load}: its poses were refined; go on with --do-pose-sgd")
         return checkpoint, own
 
     def _holdout(self) -> str | None:
@@ -667,6 +696,8 @@ class Trainer:
                 self.shown.load_state_dict(own["input_state"])
             except InputError as err:
                 raise InputError(f"{name}: {err}") from None
+        if self.poses is not None:
+            self.poses.restore(own.get("poses"), name)
         self._random = own.get("random", {})
         self.epoch = int(checkpoint["epoch"])
         try:

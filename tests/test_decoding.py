@@ -230,3 +230,64 @@ def test_other_weights_and_frequencies_are_noticed(stacks):
     assert not torch.allclose(before, expected)
     a.restore(b.state_dict(), {}, "b")
     torch.testing.assert_close(a.errors(batch, z)[1], expected)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize(
+    ("domain", "pe_type"),
+    [
+        ("fourier", "gaussian"),
+        ("fourier", "geom_lowf"),
+        ("hartley", "gaussian"),
+        ("hartley", "none"),
+    ],
+)
+def test_gradients_by_rotations_and_pixels(
+    domain, pe_type, activation, stacks, double, monkeypatch
+):
+    """Against finite differences, and autograd through the host's decoder where it allows that."""
+    monkeypatch.setitem(decoding._ROWS, "cpu", 60)
+    monkeypatch.setattr(decoding, "_FEWEST_ROWS", 7)
+    monkeypatch.setattr(decoding, "_WORTH", 0)
+    particles = opened(stacks(10), torch.float64, True, True)
+    model = model_of(
+        particles, domain=domain, pe_type=pe_type, activation=activation, precision="fp64"
+    )
+    model.requires_grad_(False)
+    batch = first_batch(particles, N)
+    rot, y = particles.rots.requires_grad_(), batch.y.double().requires_grad_()
+    z, ctf = torch.randn(N, 2), batch.ctf
+
+    def total(rot, y):
+        return model.fast.squared_errors(rot, y, ctf, z)[0]
+
+    by_rot, by_y = torch.autograd.grad(3 * total(rot, y), (rot, y))
+    assert by_rot.shape == rot.shape
+    assert by_y.shape == y.shape
+    for values, found in ((rot, by_rot), (y, by_y)):
+        for seed in range(3):
+            step = 1e-6 * torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))
+            there = total(*(v + step if v is values else v for v in (rot, y)))
+            back = total(*(v - step if v is values else v for v in (rot, y)))
+            expected = 3 * (there - back) / 2
+            torch.testing.assert_close((found * step).sum(), expected, rtol=1e-5, atol=0)
+    if domain == "hartley":
+        coords = particles.lattice.coords[particles.mask] @ rot
+        decoded = model(coords, z).view(N, -1) * torch.cat([ctf, ctf.flip(1)], 1)
+        expected = torch.autograd.grad(3 * (decoded - y).square().sum(), (rot, y))
+        torch.testing.assert_close(by_rot, expected[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(by_y, expected[1], rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_by_rotations_in_half_precision_are_close(stacks):
+    particles = opened(stacks(16), torch.float32, True, False)
+    found = []
+    for precision in ("fp32", "fp16"):
+        model = model_of(particles, pdim=32, precision=precision)
+        rot = particles.rots.clone().requires_grad_()
+        batch = first_batch(particles, N)
+        z = torch.ones(N, 2)
+        model.fast.squared_errors(rot, batch.y, batch.ctf, z)[0].backward()
+        found.append(rot.grad)
+    assert found[1].dtype == torch.float32
+    assert (found[1] - found[0]).norm() < 2e-2 * found[0].norm()

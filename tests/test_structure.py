@@ -35,7 +35,7 @@ LAYERS = [  # each may import from those below it
     {"model", "repair", "augment"},
     {"table", "inputs", "transforms", "latent", "sleep"},
     {"encoders"},
-    {"sources", "feed", "noise"},
+    {"sources", "feed", "noise", "poses"},
     {"particles", "tilts", "shuffler", "metrics", "objective", "parallel", "decoding", "products"},
     {"checkpoints", "host"},
     {"files"},

@@ -36,6 +36,12 @@ import sys
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.plugins import load_plugins
 
+_HELP = {  # where the host's is not what it does, or not all that we do
+    "do_pose_sgd": "Refine poses with gradient descent, in either --domain; RUN/pose.pkl has them",
+    "pretrain": "First epoch in which poses are moved (default: 1)",
+    "emb_type": "Without effect in train_vae, which refines s2s2; quat is refused",
+}
+
 
 def add_args(parser: argparse.ArgumentParser) -> None:
     """Add every flag of ``train_vae``, then ours; a flag that is not given leaves no trace."""
@@ -48,6 +54,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
             continue
         if action.help:  # the defaults are about to go
             action.help = action.help.replace("%(default)s", str(action.default))
+        action.help = _HELP.get(action.dest, action.help)
         if action.dest in REFUSED:
             action.help = f"Refused: {REFUSED[action.dest]}"
         action.default = argparse.SUPPRESS
