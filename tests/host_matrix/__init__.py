@@ -1,0 +1,1 @@
+"""What the unmodified ``cryodrgn`` makes of our run folders: ``bash tests/host_matrix.sh``."""

@@ -1,0 +1,4 @@
+"""The table in the README."""
+
+WORKS, SAME, REFUSED, ABSENT = "yes", "same", "refused", "-"
+FAILS, LIKE_STOCK = "fails", "as train_vae"
