@@ -157,7 +157,9 @@ def colour_by(page: Page, values: Path) -> list[float | None]:
                  f".find(li => li.querySelector('.fb-name').textContent == {json.dumps(part)})")  # fmt: skip
         page.until(f"{entry} && true")
         page.js(f"{entry}.click()")
-    column = page.until(f"v = document.getElementById('sc').value; v != '{_LOAD}' && v != 'none' && v")
+    column = page.until(
+        f"v = document.getElementById('sc').value; v != '{_LOAD}' && v != 'none' && v"
+    )
     page.until(f"Array.isArray(({_PLOT}).data[0].marker.color) ||"
                f" ArrayBuffer.isView(({_PLOT}).data[0].marker.color)")  # fmt: skip
     stem = values.stem.replace(".", "_").replace("-", "_")

@@ -12,9 +12,8 @@ import torch
 
 from cryodrgn_amort.plugins import Plugins
 from cryodrgn_amort.runs import load_run
-
 from host_matrix.folders import close, read
-from host_matrix.runs import N, PARTICLES
+from host_matrix.runs import PARTICLES, N
 from host_matrix.server import SELECTION
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from host_matrix.runs import Run
 
 SKETCH = 12
-
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,9 @@ class Command:
 
 def _decode(run: Run, z: np.ndarray) -> np.ndarray:
     model, norm = load_run(run.folder, Plugins(found={})).load_decoder()
-    return torch.stack(list(model.decode_volumes(torch.tensor(z, dtype=torch.float32), norm))).numpy()
+    return torch.stack(
+        list(model.decode_volumes(torch.tensor(z, dtype=torch.float32), norm))
+    ).numpy()
 
 
 def _volumes(folder: Path) -> np.ndarray:
@@ -70,7 +70,9 @@ def _decoded(run: Run, folder: Path, z: np.ndarray) -> None:
     close(found, expected, f"{folder.name}/vol_*.mrc")
     if np.ptp(run.z):
         apart = np.abs(expected - expected[::-1]).max() / np.abs(expected).max()
-        assert apart > 1e-2, f"{folder.name}: volumes do not differ ({apart:.1e}), nothing is tested"
+        assert apart > 1e-2, (
+            f"{folder.name}: volumes do not differ ({apart:.1e}), nothing is tested"
+        )
 
 
 def _columns(z: np.ndarray) -> str:

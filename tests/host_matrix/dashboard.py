@@ -118,4 +118,3 @@ def check(run: Run, url: str, out: Path, has_ended: Callable[[], bool]) -> None:
         with open(path, "rb") as handle:
             values = pickle.load(handle)
         np.testing.assert_allclose(_numbers(plot["marker"]["color"]), values, rtol=1e-6)
-

@@ -60,8 +60,13 @@ def _files(folder: Path, epoch: int) -> dict[str, Path]:
 
 
 def compare(
-    found: tuple[Path, int], expected: tuple[Path, int], *, varies: Sequence[str],
-    random: Sequence[str], others: Sequence[str], numbers: bool,
+    found: tuple[Path, int],
+    expected: tuple[Path, int],
+    *,
+    varies: Sequence[str],
+    random: Sequence[str],
+    others: Sequence[str],
+    numbers: bool,
 ) -> None:
     """Hold folders of results against each other: names, shapes, and on demand numbers.
 

@@ -106,7 +106,10 @@ def _flags(name: str, plugins: Plugins) -> tuple[list[str], str | None]:
     needs = next(iter(recipe.parents.items()), None)
     flags = ["--recipe", name]
     if needs:
-        flags += [{"from_run": "--from", "table_init": "--table-init"}[needs[0]], f"runs/{needs[1]}"]
+        flags += [
+            {"from_run": "--from", "table_init": "--table-init"}[needs[0]],
+            f"runs/{needs[1]}",
+        ]
     return flags, needs and needs[1]
 
 
@@ -172,8 +175,23 @@ def make(work: Path, stock: Host, ours: Host, jobs: int) -> list[Run]:
         like = ONE_Z if name == "vlt-frozen-zero" else like
         runs.append(Run(name, work / "runs" / name, like, _sees(name, plugins)))
     for name in EVALUATED:
-        done(ours, "eval_amort", f"runs/{name}", "--no-umap", "--bootstrap", "5", "--volumes", "2",
-             "--labelled", "2", "--maps", "0", "--transform", "roll:1", out=f"evals/{name}")
+        done(
+            ours,
+            "eval_amort",
+            f"runs/{name}",
+            "--no-umap",
+            "--bootstrap",
+            "5",
+            "--volumes",
+            "2",
+            "--labelled",
+            "2",
+            "--maps",
+            "0",
+            "--transform",
+            "roll:1",
+            out=f"evals/{name}",
+        )
     return runs
 
 
@@ -194,12 +212,14 @@ def _write_tables(data: Path) -> None:
         "rlnOpticsGroup": [1, 2], "rlnImagePixelSize": [2.0, 2.0], "rlnImageSize": [D, D],
         "rlnVoltage": [300.0, 300.0],
     })  # fmt: skip
-    particles = pd.DataFrame({
-        "rlnImageName": [f"{i + 1:06d}@particles.mrcs" for i in range(N)],
-        "rlnMicrographName": [f"mic{i % 7}.mrc" for i in range(N)],
-        "rlnDefocusU": np.linspace(1e4, 2e4, N).round(3),
-        "rlnOpticsGroup": 1 + (np.arange(N) >= N // 2),
-    })
+    particles = pd.DataFrame(
+        {
+            "rlnImageName": [f"{i + 1:06d}@particles.mrcs" for i in range(N)],
+            "rlnMicrographName": [f"mic{i % 7}.mrc" for i in range(N)],
+            "rlnDefocusU": np.linspace(1e4, 2e4, N).round(3),
+            "rlnOpticsGroup": 1 + (np.arange(N) >= N // 2),
+        }
+    )
     starfile.write({"optics": optics, "particles": particles}, data / "particles.star")
     table = np.zeros(N, [("uid", "<u8"), ("blob/path", "S40"), ("blob/idx", "<u4")])
     table["uid"] = np.random.default_rng(0).integers(1, 1 << 62, N)
