@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from cryodrgn_amort import metrics
 from cryodrgn_amort.definitions import DEFINITIONS, text_row, text_table
@@ -95,7 +94,7 @@ def compare(runs: Sequence[Run], options: CompareOptions) -> list[Comparison]:
     if options.clusters > n:
         raise InputError(f"--clusters {options.clusters}: there are only {n} particles")
     sample = np.random.default_rng(options.seed).permutation(n)[: options.volumes]
-    volumes = [_volumes(run, z[sample]) for run, z in zip(runs, latents, strict=True)]
+    volumes = [run.volumes(z[sample]) for run, z in zip(runs, latents, strict=True)]
     found = []
     for i, j in combinations(range(len(runs)), 2):
         measures = _latent_measures(latents[i], latents[j], options)
@@ -110,15 +109,6 @@ def compare(runs: Sequence[Run], options: CompareOptions) -> list[Comparison]:
             )
         )
     return found
-
-
-def _volumes(run: Run, z: np.ndarray) -> np.ndarray:
-    """Decode volumes `(M, box, box, box)` at latents `(M, zdim)`."""
-    if not len(z):
-        return np.empty((0, 0, 0, 0), np.float32)
-    model, norm = run.load_decoder()
-    decoded = model.decode_volumes(torch.from_numpy(z).float().to(run.device), norm)
-    return np.stack([volume.numpy() for volume in decoded])
 
 
 def _latent_measures(a: np.ndarray, b: np.ndarray, options: CompareOptions) -> list[Measure]:

@@ -6,9 +6,14 @@ Supported span: cryodrgn >= 4.2, < 5.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import warnings
 from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import matplotlib
 
 with warnings.catch_warnings():  # the host's imports warn of their own dependencies
     warnings.simplefilter("ignore")
@@ -64,10 +69,29 @@ def add_train_vae_args(parser: argparse.ArgumentParser) -> None:
 
 def _train_vae() -> Any:
     """Import it when it is needed: half the time of all our imports goes into what it imports."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _same_backend():
         warnings.simplefilter("ignore")
         from cryodrgn.commands import train_vae
     return train_vae
+
+
+@contextlib.contextmanager
+def _same_backend() -> Iterator[None]:
+    """Keep the backend that matplotlib was told to use, if it was; close what is drawn meanwhile.
+
+    The host chooses Agg for good. In a notebook, whose kernel names its backend, nothing that
+    pyplot draws would be shown any more, not even with the backend set back.
+    """
+    if "MPLBACKEND" not in os.environ:
+        yield
+        return
+    from matplotlib import pyplot as plt
+
+    before = plt.get_fignums()
+    with mock.patch.object(matplotlib, "use"):
+        yield
+    for number in set(plt.get_fignums()).difference(before):
+        plt.close(number)
 
 
 def preprocess(images: ImageDataset, raw: torch.Tensor) -> torch.Tensor:
@@ -124,11 +148,12 @@ def volume_of(hartley: torch.Tensor, norm: tuple[float, float]) -> torch.Tensor:
 
 def analyze(run_folder: str, epoch: int) -> None:
     """Run ``cryodrgn analyze RUN EPOCH`` with its defaults."""
-    from cryodrgn.commands import analyze as host_analyze
+    with _same_backend():
+        from cryodrgn.commands import analyze as host_analyze
 
-    parser = argparse.ArgumentParser()
-    host_analyze.add_args(parser)
-    host_analyze.main(parser.parse_args([run_folder, str(epoch)]))
+        parser = argparse.ArgumentParser()
+        host_analyze.add_args(parser)
+        host_analyze.main(parser.parse_args([run_folder, str(epoch)]))
 
 
 class quiet:

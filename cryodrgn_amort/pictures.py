@@ -1,35 +1,78 @@
-"""All figures of an evaluation, drawn, with what is said about them."""
+"""All figures of an evaluation, and what is said about them; drawn when they are asked for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from cryodrgn_amort import figures, surfaces
 from cryodrgn_amort.pages import Picture, Turnable, capital, picture, turnable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator
+
+    import numpy as np
+    from matplotlib.figure import Figure
 
     from cryodrgn_amort.results import Embedding, Evaluation, TransformResult
     from cryodrgn_amort.surfaces import Mesh
 
-__all__ = ["pictures_of"]
+__all__ = ["Drawing", "drawings_of", "pictures_of"]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that can be drawn.
+
+    Attributes
+    ----------
+    part
+        Of the report: the key of a result, "latents", "ranks" or "calibration".
+    name
+        For files.
+    draw
+        Makes the figure.
+    turning
+        Prepares the volumes in it, to be turned in a page; None: there are none, or they are the
+        same as in the one before.
+    """
+
+    part: str
+    name: str
+    alt: str
+    caption: str
+    draw: Callable[[], Figure]
+    turning: Callable[[], Turnable] | None = None
 
 
 def pictures_of(evaluation: Evaluation) -> dict[str, list[Picture]]:
-    """Draw all figures: by key of a result, "latents", and where known "ranks", "calibration"."""
+    """Draw all figures, by part of the report."""
+    found: dict[str, list[Picture]] = {}
+    for d in drawings_of(evaluation):
+        turning = None if d.turning is None else d.turning()
+        drawn = picture(d.name, d.alt, d.caption, d.draw(), turning)
+        found.setdefault(d.part, []).append(drawn)
+    return found
+
+
+def drawings_of(evaluation: Evaluation) -> Iterator[Drawing]:
+    """Yield all figures that there are, in the order of the report."""
     shown = sorted(evaluation.embeddings.items(), key=lambda item: item[0] != "UMAP")
-    labelled = _labelled(evaluation)
-    found = {"latents": [_overview(evaluation), *_maps(shown, labelled)]}
-    found |= _moved_maps(shown, labelled, evaluation.mapped)
+    labelled = _Labelled(evaluation)
+    yield _overview(evaluation)
+    for title, embedding in shown:
+        yield _map(title, embedding, labelled, first=title == shown[0][0])
+    for result in evaluation.mapped:
+        for title, embedding in shown:
+            yield _moved_map(title, embedding, labelled, result, first=title == shown[0][0])
     if evaluation.results:
         alt = "Distributions of retrieval rank and displacement, with their null values."
         caption = (
             "Retrieval rank and displacement of the particles. The dotted line is what a "
             "transform would give that destroys everything; the ideal rises to 1 at once, at 0."
         )
-        found["ranks"] = [picture("ranks", alt, caption, figures.ranks(evaluation.results))]
+        yield Drawing("ranks", "ranks", alt, caption, partial(figures.ranks, evaluation.results))
     if evaluation.calibration is not None:
         alt = "Where true latents lie in their posteriors, against a uniform distribution."
         caption = (
@@ -39,86 +82,104 @@ def pictures_of(evaluation: Evaluation) -> dict[str, list[Picture]]:
             "not sure enough, a slope that it is off to one side. The band holds 95 % of what "
             "chance makes of right ones."
         )
-        figure = figures.calibration(evaluation.calibration)
-        found["calibration"] = [picture("calibration", alt, caption, figure)]
-    return found
+        draw = partial(figures.calibration, evaluation.calibration)
+        yield Drawing("calibration", "calibration", alt, caption, draw)
 
 
-@dataclass(frozen=True)
 class _Labelled:
     """The labelled particles' volumes and their copies': one threshold, view and scale."""
 
-    names: list[str]
-    meshes: list[Mesh]
-    copies: dict[str, list[Mesh]]
-    reach: float
-    caption: str
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._originals = evaluation.volumes[: figures.MOST_VOLUMES]
+        self._mapped = evaluation.mapped
+        self.count = len(self._originals)
+        self.names = figures.numbers(self.count)
+        self.colours = figures.colours(self.count)
+        self.caption = (
+            f"Volumes decoded at the first {self.count}, from one direction, under one threshold "
+            f"({surfaces.THRESHOLD_RULE})."
+        )
 
+    @cached_property
+    def meshes(self) -> list[Mesh]:
+        return surfaces.meshes(self._originals)
 
-def _labelled(evaluation: Evaluation) -> _Labelled:
-    originals = evaluation.volumes[: figures.MOST_VOLUMES]
-    count = len(originals)
-    meshes = surfaces.meshes(originals)
-    copies = {r.key: surfaces.meshes(r.volumes[:count], originals) for r in evaluation.mapped}
-    reach = surfaces.reach([*meshes, *(m for some in copies.values() for m in some)])
-    caption = (
-        f"Volumes decoded at the first {count}, from one direction, under one threshold "
-        f"({surfaces.THRESHOLD_RULE})."
-    )
-    return _Labelled(figures.numbers(count), meshes, copies, reach, caption)
+    @cached_property
+    def copies(self) -> dict[str, list[Mesh]]:
+        """By key of the result."""
+        return {
+            r.key: surfaces.meshes(r.volumes[: self.count], self._originals) for r in self._mapped
+        }
 
+    @cached_property
+    def reach(self) -> float:
+        return surfaces.reach([*self.meshes, *(m for some in self.copies.values() for m in some)])
 
-def _maps(shown: Sequence[tuple[str, Embedding]], of: _Labelled) -> list[Picture]:
-    """Draw the labelled particles in each embedding, and what they decode to."""
-    colours = figures.colours(len(of.meshes))
-    volumes = surfaces.pictures(of.meshes, colours, of.reach)
-    turning: Turnable | None = turnable(of.meshes, of.names, colours, of.reach)
-    found = []
-    for title, embedding in shown:
-        alt = f"The numbered particles in latent space ({title}), and their volumes."
-        caption = f"Where the numbered particles lie ({title}), each in its volume's colour."
-        figure = figures.latent_map(embedding, volumes)
-        name = f"map.{title.lower()}"
-        found.append(picture(name, alt, f"{caption} {of.caption}", figure, turning))
-        turning = None  # the volumes are the same in the next
-    return found
+    @cached_property
+    def own(self) -> list[np.ndarray]:
+        """Pictures, each in a colour of its own."""
+        return surfaces.pictures(self.meshes, self.colours, self.reach)
 
+    @cached_property
+    def red(self) -> list[np.ndarray]:
+        """Pictures as next to those of copies."""
+        return surfaces.pictures(self.meshes, [figures.ORIGINAL] * self.count, self.reach)
 
-def _moved_maps(
-    shown: Sequence[tuple[str, Embedding]], of: _Labelled, results: Sequence[TransformResult]
-) -> dict[str, list[Picture]]:
-    """Draw, by key of the result, where the labelled particles' copies went."""
-    red, green = ([c] * len(of.meshes) for c in (figures.ORIGINAL, figures.MOVED))
-    volumes = surfaces.pictures(of.meshes, red, of.reach) if results else []
-    found: dict[str, list[Picture]] = {}
-    for result in results:
-        what, copies = f"{result.title}, {result.mode}", of.copies[result.key]
-        moved = surfaces.pictures(copies, green, of.reach)
-        turning: Turnable | None = turnable(
-            [m for pair in zip(of.meshes, copies, strict=True) for m in pair],
-            [name for number in of.names for name in (number, f"{number}′")],
-            [figures.ORIGINAL, figures.MOVED] * len(copies),
-            of.reach,
+    def green(self, key: str) -> list[np.ndarray]:
+        """Pictures of copies."""
+        return surfaces.pictures(self.copies[key], [figures.MOVED] * self.count, self.reach)
+
+    def turning(self) -> Turnable:
+        return turnable(self.meshes, self.names, self.colours, self.reach)
+
+    def turning_pairs(self, key: str) -> Turnable:
+        return turnable(
+            [m for pair in zip(self.meshes, self.copies[key], strict=True) for m in pair],
+            [name for number in self.names for name in (number, f"{number}′")],
+            [figures.ORIGINAL, figures.MOVED] * self.count,
+            self.reach,
             stack=2,
         )
-        drawn = found[result.key] = []
-        for title, embedding in shown:
-            alt = f"Particles and their copies in latent space ({title}): {what}."
-            caption = (
-                f"{capital(what)} ({title}): particles red, their transformed copies green with "
-                f"a prime, a purple line from each to its copy. {of.caption}"
-            )
-            figure = figures.latent_map(embedding, volumes, result, moved)
-            name = f"map.{result.key}.{title.lower()}"
-            drawn.append(picture(name, alt, caption, figure, turning))
-            turning = None
-    return found
 
 
-def _overview(evaluation: Evaluation) -> Picture:
+def _map(title: str, embedding: Embedding, of: _Labelled, *, first: bool) -> Drawing:
+    """Show the labelled particles in an embedding, and what they decode to."""
+    alt = f"The numbered particles in latent space ({title}), and their volumes."
+    caption = f"Where the numbered particles lie ({title}), each in its volume's colour."
+    return Drawing(
+        "latents",
+        f"map.{title.lower()}",
+        alt,
+        f"{caption} {of.caption}",
+        lambda: figures.latent_map(embedding, of.own),
+        of.turning if first else None,
+    )
+
+
+def _moved_map(
+    title: str, embedding: Embedding, of: _Labelled, result: TransformResult, *, first: bool
+) -> Drawing:
+    """Show where the labelled particles' copies went."""
+    what = f"{result.title}, {result.mode}"
+    caption = (
+        f"{capital(what)} ({title}): particles red, their transformed copies green with "
+        f"a prime, a purple line from each to its copy. {of.caption}"
+    )
+    return Drawing(
+        result.key,
+        f"map.{result.key}.{title.lower()}",
+        f"Particles and their copies in latent space ({title}): {what}.",
+        caption,
+        lambda: figures.latent_map(embedding, of.red, result, of.green(result.key)),
+        partial(of.turning_pairs, result.key) if first else None,
+    )
+
+
+def _overview(evaluation: Evaluation) -> Drawing:
     shown, labels, coordinate = evaluation.embeddings, evaluation.labels, evaluation.coordinate
     known = [k for k, v in (("class", labels), ("coordinate", coordinate)) if v is not None]
     colours = f", coloured by {' and by '.join(known)}" if known else ""
-    figure = figures.embeddings(shown, labels, coordinate, evaluation.label_names)
     alt = f"All particles in latent space ({' and '.join(shown) or 'none'}){colours}."
-    return picture("latents", alt, f"All particles in latent space{colours}.", figure)
+    caption = f"All particles in latent space{colours}."
+    draw = partial(figures.embeddings, shown, labels, coordinate, evaluation.label_names)
+    return Drawing("latents", "latents", alt, caption, draw)

@@ -29,6 +29,7 @@ from cryodrgn_amort.files import locked, read_json, recorded, write_json
 from cryodrgn_amort.metrics import MOST_QUERIES
 from cryodrgn_amort.pages import Picture, environment, picture
 from cryodrgn_amort.pictures import pictures_of
+from cryodrgn_amort.results import MODES
 from cryodrgn_amort.trust import STABLE, write_trust
 from cryodrgn_amort.truth import fve_radius
 
@@ -40,7 +41,14 @@ if TYPE_CHECKING:
     from cryodrgn_amort.metrics import Measure
     from cryodrgn_amort.results import Evaluation, TransformResult
 
-__all__ = ["Section", "check_outdir", "measure_facts", "summary", "write_evaluation"]
+__all__ = [
+    "Section",
+    "check_outdir",
+    "measure_facts",
+    "summary",
+    "summary_rows",
+    "write_evaluation",
+]
 
 CITATION = (
     "D. G. Edelberg, R. R. Lederman: Using VAEs to Learn Latent Variables: Observations on "
@@ -133,19 +141,19 @@ def write_evaluation(evaluation: Evaluation, outdir: str | os.PathLike[str]) -> 
     return out / "report.html"
 
 
+def summary_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Return the main numbers as text, the header first: of transforms only some measures."""
+    head = ("transform", "mode", "measure", "value", "95 % interval", "null", "ideal")
+    main = [row for row in evaluation.rows() if row[1] not in MODES or row[2].name in _MAIN]
+    return [head, *((of, mode, *text_row(m)) for of, mode, m in main)]
+
+
 def summary(evaluation: Evaluation) -> str:
     """Return the main numbers as a short table of plain text."""
     run = evaluation.run
     lines = [f"{run.name}, epoch {run.epoch}, --encoder {run.settings.encoder}, "
              f"{len(evaluation.z)} particles"]  # fmt: skip
-    head = ("transform", "mode", "measure", "value", "95 % interval", "null", "ideal")
-    rows = [("", "", *text_row(m)) for m in evaluation.measures.values()]
-    for result in evaluation.results:
-        shown = [result.measures[name] for name in _MAIN if name in result.measures]
-        rows += [(result.name, result.mode, *text_row(m)) for m in shown]
-    rows += [(f"fit, {f.weight} beta", f.which, *text_row(m))
-             for f in evaluation.fits for m in f.measures.values()]  # fmt: skip
-    lines.append(text_table([head, *rows]))
+    lines.append(text_table(summary_rows(evaluation)))
     if not evaluation.applicable:
         lines.append(evaluation.reason)
     return "\n".join(lines)
@@ -289,7 +297,7 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
             "apix": evaluation.apix,
             "settings": run.settings.to_dict(),
         },
-        "options": asdict(evaluation.options),
+        "options": evaluation.options.facts(),
         "applicable": evaluation.applicable,
         "reason": evaluation.reason,
         "verdict": verdict(evaluation).headline,
@@ -349,7 +357,7 @@ def _table_of_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Headline", VERDICT_RULE),
         ("Numbered particles", f"the first {len(evaluation.labelled)}, counted from 1"),
     ]  # fmt: skip
-    given = [(flag, getattr(options, flag)) for flag in ("labels", "coordinate")]
+    given = [(flag, options.facts()[flag]) for flag in ("labels", "coordinate")]
     rows += [(flag.capitalize(), path) for flag, path in given if path]
     rows.append(("Versions", f"cryodrgn_amort {__version__}, cryodrgn {host.VERSION}"))
     rows.append(("Written", facts["created"]))

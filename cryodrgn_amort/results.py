@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cryodrgn_amort.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from cryodrgn_amort.metrics import Measure
     from cryodrgn_amort.runs import Run
 
@@ -34,7 +34,8 @@ class EvalOptions:
     transforms
         Names with arguments, as on the command line.
     labels, coordinate
-        Paths of pickled arrays: a class and a continuous coordinate per particle.
+        A class and a continuous coordinate per particle: paths of pickled arrays, or arrays `(N,)`
+        of the run's particles or of the whole stack.
     truth
         Output folder of ``simulate_amort`` that the particles are from; labels and coordinate are
         taken from there unless given.
@@ -52,8 +53,8 @@ class EvalOptions:
     """
 
     transforms: tuple[str, ...] = ("roll:1", "rotate:90")
-    labels: str | None = None
-    coordinate: str | None = None
+    labels: str | np.ndarray | None = None
+    coordinate: str | np.ndarray | None = None
     truth: str | None = None
     sample: int = 1000
     volumes: int = 30
@@ -77,6 +78,13 @@ class EvalOptions:
             if getattr(self, name) < least:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {getattr(self, name)}: must be at least {least}")
+
+    def facts(self) -> dict[str, Any]:
+        """Return the options for files to keep: of arrays that were given, only how many values."""
+        return {
+            name: f"{value.size} values" if isinstance(value, np.ndarray) else value
+            for name, value in asdict(self).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -225,6 +233,16 @@ class Evaluation:
     labels: np.ndarray | None = None
     coordinate: np.ndarray | None = None
     label_names: tuple[str, ...] = ()
+
+    def rows(self) -> list[tuple[str, str, Measure]]:
+        """Return all measures in the order of reading, and what each is of.
+
+        That is a transform and its mode, or a fit and its particles; or nothing: the run itself.
+        """
+        found = [("", "", m) for m in self.measures.values()]
+        found += [(r.name, r.mode, m) for r in self.results for m in r.measures.values()]
+        fits = ((f"fit, {f.weight} beta", f.which, f.measures) for f in self.fits)
+        return found + [(fit, which, m) for fit, which, some in fits for m in some.values()]
 
     @property
     def mapped(self) -> list[TransformResult]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,18 +197,24 @@ def _settings_of(config: dict[str, Any], folder: Path) -> TrainSettings:
     return settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished or growing run, of ours or of the host's train_vae or train_dec, at one epoch.
 
     Attributes
     ----------
+    folder
+        Where it is.
     epoch
         The epoch whose weights and latents these are.
+    config
+        What config.yaml holds.
     settings
         What it was trained with.
     encoder
         The kind of its encoder.
+    plugins
+        Those that it was opened with.
     """
 
     folder: Path
@@ -237,6 +244,42 @@ class Run:
         """Whether its encoder is shown the particle that it is to encode."""
         _, shown = self.settings.resolve(self.plugins)
         return shown is not None and shown.name == "particle"
+
+    def __repr__(self) -> str:
+        s = self.settings
+        return f"<Run {self.folder}, epoch {self.epoch}, --encoder {s.encoder}, zdim {s.zdim}>"
+
+    @cached_property
+    def z_mu(self) -> np.ndarray:
+        """Latents: posterior means of its particles `(N, zdim)`, as saved by the training."""
+        return self.z()[0]
+
+    @cached_property
+    def z_logvar(self) -> np.ndarray:
+        """Log variances of the posteriors `(N, zdim)`; NaN where there are none (train_dec)."""
+        return self.z()[1]
+
+    @property
+    def n(self) -> int:
+        """Number of particles that it was trained on."""
+        return len(self.z_mu)
+
+    def volumes(self, z: np.ndarray) -> np.ndarray:
+        """Decode volumes `(M, box, box, box)` at latents `(M, zdim)`, as ``eval_vol`` does.
+
+        Raises
+        ------
+        InputError
+            If the latents do not have the dimensions of the run's.
+        """
+        z = np.asarray(z, np.float32)
+        if z.ndim != 2 or z.shape[1] != self.settings.zdim:
+            raise InputError(f"z: has shape {z.shape}, (M, {self.settings.zdim}) is needed")
+        if not len(z):
+            return np.empty((0, *[self.config["lattice_args"]["D"] - 1] * 3), np.float32)
+        model, norm = self.load_decoder()
+        decoded = model.decode_volumes(torch.from_numpy(z).to(self.device), norm)
+        return np.stack([volume.numpy() for volume in decoded])
 
     def z(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the saved means and log variances, each `(N, zdim)`; NaN where it has none."""

@@ -119,28 +119,35 @@ def load_known(options: EvalOptions, particles: Particles) -> Known:
         return Known(None, (), coordinate, truth)
     found, labels = np.unique(labels, return_inverse=True)
     if options.labels is not None and len(found) > _MOST_CLASSES:
+        what = _named("--labels", options.labels)
         raise InputError(
-            f"--labels {options.labels}: {len(found)} different values are no classes; is it "
-            "for --coordinate?"
+            f"{what}: {len(found)} different values are no classes; is it for --coordinate?"
         )
     return Known(labels.ravel(), tuple(map(str, found)), coordinate, truth)
 
 
-def _per_particle(path: str | None, flag: str, particles: Particles) -> np.ndarray | None:
+def _per_particle(
+    given: str | np.ndarray | None, flag: str, particles: Particles
+) -> np.ndarray | None:
     """Read one value per particle: of the run's particles, or of the whole stack."""
-    if path is None:
+    if given is None:
         return None
-    values = to_array(read_pickle(path, flag), f"{flag} {path}")
+    what = _named(flag, given)
+    values = to_array(read_pickle(given, flag), what) if isinstance(given, str) else given
     if particles.ind is not None and values.shape == (particles.images.src.orig_n,):
         values = values[particles.ind]
     if values.shape != (particles.n,):
-        raise InputError(f"{flag} {path}: has shape {values.shape}, not one value for each of the "
+        raise InputError(f"{what}: has shape {values.shape}, not one value for each of the "
                          f"{particles.n} particles")  # fmt: skip
     if flag == "--coordinate" and not (values.dtype.kind in "fiu" and np.isfinite(values).all()):
-        raise InputError(f"{flag} {path}: finite numbers are needed")
+        raise InputError(f"{what}: finite numbers are needed")
     if flag == "--labels" and values.dtype.kind not in "biufSU":
-        raise InputError(f"{flag} {path}: numbers or words are needed, not Python objects")
+        raise InputError(f"{what}: numbers or words are needed, not Python objects")
     return values
+
+
+def _named(flag: str, given: str | np.ndarray) -> str:
+    return f"{flag} {given}" if isinstance(given, str) else flag
 
 
 def load_truth(folder: str, particles: Particles) -> Truth:

@@ -9,7 +9,8 @@ SOURCE = Path(__file__).parents[1] / "cryodrgn_amort"
 LAYERS = [  # each may import from those below it
     {"__main__"},
     {"cli"},
-    {"bench"},
+    {"bench", "api"},
+    {"notebook"},
     {"commands"},
     {"plugins"},
     {"builtin"},
