@@ -97,7 +97,8 @@ def _analyze(run: Run, out: Path) -> None:
     assert (labels == near).mean() > 0.8 or not np.ptp(run.z), "labels.pkl: not the clusters of z"
     if run.z.shape[1] > 2:  # the host takes two dimensions as they are
         umap = read(out / "umap.pkl")
-        assert umap.shape == (len(run.z), 2) and np.isfinite(umap).all(), "umap.pkl"
+        assert umap.shape == (len(run.z), 2), "umap.pkl"
+        assert np.isfinite(umap).all(), "umap.pkl"
 
 
 def _eval_vol(run: Run, out: Path) -> None:
@@ -210,7 +211,8 @@ def _filter_cs(run: Run, out: Path) -> None:
 
 
 def _select_argv(run: Run, out: Path) -> list[object]:
-    clusters = [n + 1 for n in _wanted(run)]
+    first = 0 if run.host.startswith("4.2") else 1  # what the host counts clusters from
+    clusters = [n + first for n in _wanted(run)]
     argv = [_labels(run), "--sel", *clusters, "-o", out / "selected.pkl"]
     if len(run.rows) < N:
         argv += ["--parent-ind", "data/kept.pkl", "--N-orig", N]
@@ -278,7 +280,8 @@ COMMANDS = (
     ),
     Command(
         "analyze_landscape_full",
-        lambda run, out: [run.folder, run.epoch, "-N", SKETCH, "-d", 32, "--epochs", 3, "--dim", 16],
+        lambda run, out: [run.folder, run.epoch, "-N", SKETCH, "-d", 32, "--epochs", 3,
+                          "--dim", 16],
         _landscape_full,
         gives=lambda run, out: run.folder / f"landscape.{run.epoch}/landscape_full",
         random=("umap_vol_pca.pkl", "full_clustering/*"),

@@ -101,6 +101,7 @@ def compare(
         a = read(ours[name])
         skipped = any(fnmatch(name, p) for p in varies)
         if not skipped or numbers:
-            assert a is not None and a.shape == b.shape, f"{name}: {a.shape}, not {b.shape}"
+            shape = None if a is None else a.shape
+            assert shape == b.shape, f"{name}: {shape}, not {b.shape}"
         if numbers and not any(fnmatch(name, p) for p in random):
             close(a, b, name)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from host_matrix.host import Host
 
-N, D = 160, 32
+N, D = 300, 32
 PARTICLES = ["data/particles.mrcs", "--poses", "data/poses.pkl", "--ctf", "data/ctf.pkl"]
 NET = ["--enc-dim", "64", "--enc-layers", "3"]
 _DECODER = ["--dec-dim", "32", "--dec-layers", "2"]
@@ -49,6 +49,8 @@ class Run:
     ----------
     name
         As the table in the README has it.
+    host
+        Version of the host that is to open it.
     like
         The train_vae run whose files it should have; empty: it is one.
     sees
@@ -57,6 +59,7 @@ class Run:
 
     name: str
     folder: Path
+    host: str
     like: str = ""
     sees: str = "particle"
 
@@ -82,8 +85,8 @@ def kept() -> np.ndarray:
     return np.delete(np.arange(N), np.arange(0, N, 5))
 
 
-EVALUATED = ("baseline", "vlt")
-"""Runs whose values per particle the dashboard is given."""
+EVALUATED = {"baseline": "retrieval_rank.roll-1.held", "vlt": "reconstruction"}
+"""Runs whose values per particle the dashboard is given, and those shown in a browser."""
 
 
 def rows_of_the_table(plugins: Plugins) -> list[str]:
@@ -168,12 +171,12 @@ def make(work: Path, stock: Host, ours: Host, jobs: int) -> list[Run]:
         list(pool.map(train, [n for n in names if n not in needing]))
         list(pool.map(train, needing))
     _copy_with_one_z(work / "runs/train_vae", work / "runs" / ONE_Z)
-    runs = [Run(n, work / "runs" / n) for n in (*STOCK, ONE_Z)]
+    runs = [Run(n, work / "runs" / n, stock.version) for n in (*STOCK, ONE_Z)]
     for name in names:
         like = "train_vae, zdim 2" if "small" in name else "train_vae"
         like = "train_vae --ind" if name.endswith("--ind") else like
         like = ONE_Z if name == "vlt-frozen-zero" else like
-        runs.append(Run(name, work / "runs" / name, like, _sees(name, plugins)))
+        runs.append(Run(name, work / "runs" / name, stock.version, like, _sees(name, plugins)))
     for name in EVALUATED:
         done(
             ours,
