@@ -156,9 +156,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope = {}
     for cell in cells:
-        source = "".join(cell["source"]).replace(
-            "epochs = 400, 25", "epochs = 40, 1"
-        )
+        source = "".join(cell["source"]).replace("epochs = 400, 25", "epochs = 40, 1")
         exec(compile(source, str(NOTEBOOK), "exec"), scope)
     plt.close("all")
     assert scope["particles"] == 40

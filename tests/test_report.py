@@ -537,7 +537,6 @@ def test_damaged_runs_are_one_line(train, flags, plugins, cli, tmp_path):
         (lambda c: c["model_args"].pop("pe_dim"), "lacks pe_dim"),
         (lambda c: c["model_args"].update(activation="gelu"), "gelu"),
         (lambda c: c["model_args"].update(zdim=7), "zdim 7"),
-        (lambda c: c["dataset_args"].update(do_pose_sgd=True), "poses were refined"),
         (lambda c: c.clear(), "damaged"),
     ):
         config = yaml.safe_load(yaml.safe_dump(good))

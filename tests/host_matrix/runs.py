@@ -95,7 +95,8 @@ def rows_of_the_table(plugins: Plugins) -> list[str]:
     trained = {n: r for n, r in recipes.items() if r.command == "train_amort"}
     met = {str(r.flags["encoder"]) for r in trained.values()}
     encoders = [*plugins.owned("encoders"), *plugins.owned("encoder_inputs")]
-    alone = [n for n in encoders if n not in met and n != "particle"]
+    # tilt series are other data: tests/test_tilts.py
+    alone = [n for n in encoders if n not in met and n not in ("particle", "tilt")]
     return [*trained, *alone, "vlt --ind", "infer_amort"]
 
 
