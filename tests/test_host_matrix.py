@@ -1,8 +1,7 @@
 """The table of what stock cryodrgn makes of our runs, and its dashboard in a browser."""
 
 import re
-import subprocess
-import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 from helpers import read_pickles, run_host
 from host_matrix import browser, table
 from host_matrix.commands import COMMANDS
-from host_matrix.dashboard import free_port, wait_for
 from host_matrix.folders import compare
 from host_matrix.runs import rows_of_the_table
 
@@ -85,6 +83,9 @@ def test_folders_that_differ_are_told_apart(change, says, tmp_path):
 @pytest.mark.skipif(browser.program() is None, reason="no Chromium")
 def test_the_dashboard_shows_our_values_in_a_browser(train, flags, cli, tmp_path):
     """A table's, which has no retrieval rank; all that is written of it can be loaded."""
+    app = pytest.importorskip("cryodrgn.dashboard.app")
+    from werkzeug.serving import make_server
+
     folder = train(flags, encoder="vlt").folder
     run_host("analyze", folder, 2, "--skip-umap", "--ksample", "2", "--pc", "1", "--n-per-pc", "2")
     small = ["--no-umap", "--bootstrap", "2", "--fit", "8", "--volumes", "2", "--labelled", "2",
@@ -93,14 +94,12 @@ def test_the_dashboard_shows_our_values_in_a_browser(train, flags, cli, tmp_path
     assert code == 0, err
     values = tmp_path / "eval/reconstruction.pkl"
     assert np.isfinite(read_pickles(values)).sum() > 30
-    code = "from cryodrgn.dashboard.app import run_server as r; import sys; r(*sys.argv[1:2],"
-    code += "epoch=-1, kmeans=-1, port=int(sys.argv[2]))"
-    port = free_port()
-    with subprocess.Popen([sys.executable, "-c", code, folder, str(port)]) as server:
-        try:
-            url = f"http://127.0.0.1:{port}/"
-            wait_for(url, lambda: server.poll() is not None)
-            browser.show(url, values, tmp_path / "seen.png")
-        finally:
-            server.terminate()
+    server = make_server("127.0.0.1", 0, app.create_app(str(folder)), threaded=True)
+    server.daemon_threads = False  # closing waits for them: no socket stays open
+    threading.Thread(target=server.serve_forever).start()
+    try:
+        browser.show(f"http://127.0.0.1:{server.port}/", values, tmp_path / "seen.png")
+    finally:
+        server.shutdown()
+        server.server_close()
     assert re.match(rb"\x89PNG", (tmp_path / "seen.png").read_bytes())

@@ -168,8 +168,8 @@ def colour_by(page: Page, values: Path) -> np.ndarray:
         )
         page.until(f"{entry} && true")
         page.js(f"{entry}.click()")
-    column = re.sub(r"\W+", "_", values.stem)
-    page.until(f"document.getElementById('sc').value == '{column}'")
+    column = re.sub(r"\W+", "_", values.stem)  # numbered, if it was loaded before
+    page.until(f"document.getElementById('sc').value.startsWith('{column}')")
     page.until(f"{_POINTS}.marker.color.length == {_POINTS}.x.length")
     colours = f"Array.from({_POINTS}.marker.color, v => Number.isFinite(v) ? v : null)"
     return np.array(page.js(colours), float)

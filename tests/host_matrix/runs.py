@@ -38,6 +38,7 @@ HOSTS_OWN = {  # what it cannot do with its own runs
     (ONE_Z, "eval_images"),  # its encoder knows nothing of the one z
     (ONE_Z, "graph_traversal"),
     (ONE_Z, "analyze_landscape"),
+    (ONE_Z, "analyze_landscape_full"),
 }
 
 
