@@ -269,6 +269,7 @@ class Trainer:
         """Take optimizer steps, epoch after epoch, and keep nothing: for whoever times them."""
         self._prepare_particles(None)
         self.model.train()
+        self.epoch = self.settings.pretrain  # poses move, if they are refined
         while True:
             if self.model.amort is not None:
                 self.model.amort.epoch_start(0.0)
