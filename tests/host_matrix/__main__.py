@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from host_matrix import dashboard, table
+from host_matrix import browser, dashboard, table
 from host_matrix.commands import COMMANDS, Command
 from host_matrix.folders import compare
 from host_matrix.host import Host
-from host_matrix.runs import Run, make
+from host_matrix.runs import EVALUATED, HOSTS_OWN, Run, make
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -25,16 +25,23 @@ JOBS = 2
 ABSENT = "invalid choice"
 
 
-def _call(host: Host, command: Command, run: Run, out: Path, log: Path) -> int:
+def _call(
+    host: Host, command: Command, run: Run, out: Path, log: Path, pictures: Path | None
+) -> int:
+    """Call a command, for the dashboard also use it; returns the exit code."""
     out.mkdir(parents=True, exist_ok=True)
     argv = [command.script, command.name, *command.argv(run, out)]
     if command.name != "dashboard":
         return host.run(argv, out.parents[2], log, **command.environ(run))
     port = dashboard.free_port()
     started = host.start([*argv, "--port", port], out.parents[2], log)
+    url = f"http://127.0.0.1:{port}/"
     try:
-        dashboard.check(run, f"http://127.0.0.1:{port}/", out,
-                        lambda: host.has_ended(started))  # fmt: skip
+        takes_covariates = dashboard.check(run, url, out, lambda: host.has_ended(started))
+        if takes_covariates:
+            picture = pictures and pictures / f"dashboard-{run.name}-{host.version}.png"
+            values = dashboard.covariates(run)[0].parent / f"{EVALUATED[run.name]}.pkl"
+            browser.show(url, values, picture)
     except AssertionError:
         if ABSENT in log.read_text():
             return 2
@@ -45,10 +52,12 @@ def _call(host: Host, command: Command, run: Run, out: Path, log: Path) -> int:
     return 0
 
 
-def _try(host: Host, command: Command, run: Run, like: Run | None, work: Path) -> str:
+def _try(
+    host: Host, command: Command, run: Run, like: Run | None, work: Path, pictures: Path | None
+) -> str:
     """Give a run to a command; returns what came of it, one of the words of ``table``."""
     out, log = work / "out" / run.name / command.name, work / "logs" / f"{run.name}.{command.name}"
-    code = _call(host, command, run, out, log)
+    code = _call(host, command, run, out, log, pictures)
     said = log.read_text()
     if code == 2 and ABSENT in said:
         return table.ABSENT
@@ -71,13 +80,13 @@ def _try(host: Host, command: Command, run: Run, like: Run | None, work: Path) -
 
 
 def _all_of(host: Host, run: Run, stocks: dict[str, Run], found: dict[str, dict[str, str]],
-            work: Path) -> dict[str, str]:  # fmt: skip
+            work: Path, pictures: Path | None) -> dict[str, str]:  # fmt: skip
     """Give a run to all commands: command -> what came of it, or what went wrong."""
     cells = {}
     for command in COMMANDS:
         expected = found.get(run.like, {}).get(command.name, "")
         try:
-            cells[command.name] = _try(host, command, run, stocks.get(run.like), work)
+            cells[command.name] = _try(host, command, run, stocks.get(run.like), work, pictures)
         except Exception as err:
             if not isinstance(err, (AssertionError, OSError)):
                 traceback.print_exc()
@@ -88,7 +97,7 @@ def _all_of(host: Host, run: Run, stocks: dict[str, Run], found: dict[str, dict[
     return cells
 
 
-def try_host(here: Path, only: list[str], screenshots: Path | None) -> dict[str, dict[str, str]]:
+def try_host(here: Path, only: list[str], pictures: Path | None) -> dict[str, dict[str, str]]:
     """Try one version of the host: run -> command -> what came of it."""
     work = here / "work"
     shutil.rmtree(work, ignore_errors=True)
@@ -104,7 +113,8 @@ def try_host(here: Path, only: list[str], screenshots: Path | None) -> dict[str,
         with ThreadPoolExecutor(JOBS) as pool:
             for some in (list(stocks.values()), [r for r in wanted if r.name not in stocks]):
                 waiting: dict[str, Future[dict[str, str]]] = {
-                    run.name: pool.submit(_all_of, stock, run, stocks, found, work) for run in some
+                    run.name: pool.submit(_all_of, stock, run, stocks, found, work, pictures)
+                    for run in some
                 }
                 found |= {name: future.result() for name, future in waiting.items()}
     finally:
@@ -121,18 +131,29 @@ def main() -> None:
     parser.add_argument("--screenshots", type=Path, metavar="DIR", help="keep the browser's here")
     parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help="these runs alone")
     args = parser.parse_args()
+    if args.write_readme and (args.only or len(args.hosts) < 2):
+        parser.error("--write-readme: takes all runs, and two hosts")
+    if browser.program() is None:
+        parser.error("no Chromium (Debian: chromium; or name it with CHROMIUM=...)")
+    pictures = args.screenshots and args.screenshots.resolve()
     started, results = time.monotonic(), {}
     for here in map(Path.resolve, args.hosts):
-        results[here.name] = try_host(here, args.only, args.screenshots)
+        results[here.name] = try_host(here, args.only, pictures)
         (here / "results.json").write_text(json.dumps(results[here.name], indent=1))
         seconds = time.monotonic() - started
         print(f"cryodrgn {here.name}: {len(results[here.name])} runs, {seconds:.0f} s", flush=True)
     faults = [
         f"cryodrgn {host}: {command}, {run}: {cell}"
         for host, rows in results.items() for run, cells in rows.items()
-        for command, cell in cells.items() if cell.startswith(table.FAILS)
+        for command, cell in cells.items()
+        if cell.startswith(table.FAILS) and (run, command) not in HOSTS_OWN
     ]  # fmt: skip
-    print("\n".join(faults), f"{len(faults)} faults, {time.monotonic() - started:.0f} s", sep="\n")
+    print(*faults, f"{len(faults)} faults, {time.monotonic() - started:.0f} s", sep="\n")
+    names = [name for name in next(iter(results.values())) if not name.startswith("train_vae")]
+    written = table.render(results, names, [command.name for command in COMMANDS])
+    print(written)
+    if args.write_readme and not faults:
+        table.write(Path(__file__).parents[2] / "README.md", written)
     sys.exit(bool(faults))
 
 

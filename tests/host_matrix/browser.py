@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import itertools
 import json
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +17,10 @@ import time
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import matplotlib.colors
+import matplotlib.pyplot as plt
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,11 +89,13 @@ class Page:
             time.sleep(0.1)
         raise AssertionError(f"the page never has {code}")
 
-    def screenshot(self, path: Path) -> None:
-        """Write what is seen as PNG."""
-        picture = self.call("Page.captureScreenshot", format="png")["data"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base64.b64decode(picture))
+    def close(self) -> None:
+        """End the connection."""
+        self._socket.close()
+
+    def picture(self) -> bytes:
+        """Return what is seen as PNG."""
+        return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
 
 
 @contextlib.contextmanager
@@ -110,7 +119,8 @@ def opened(url: str) -> Iterator[Page]:
             [found, *flags, url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            yield Page(_address(Path(profile), process))
+            with contextlib.closing(Page(_address(Path(profile), process))) as page:
+                yield page
         finally:
             process.terminate()
             process.wait(timeout=30)
@@ -128,22 +138,21 @@ def _address(profile: Path, process: subprocess.Popen[bytes]) -> str:
     raise RuntimeError("Chromium does not start")
 
 
-_PLOT = "[...document.querySelectorAll('.js-plotly-plot')].find(p => p.data && p.data[0].x)"
-_COLOURS = f"Array.from(({_PLOT}).data[0].marker.color)"
+_POINTS = "document.querySelector('#scatter')._fullData[0]"
 _LOAD = "__load_covariate_pkl__"
 
 
-def colour_by(page: Page, values: Path) -> list[float | None]:
+def colour_by(page: Page, values: Path) -> np.ndarray:
     """Colour the particle explorer by a file of values, as a user does by the mouse.
 
     Chooses "Load covariate" in the menu of colours, and the file in the dialogue that it opens.
 
     Returns
     -------
-    list
-        The values that the points have in the page; None where they are not finite.
+    np.ndarray
+        The values that the points have in the page; NaN where they have none.
     """
-    page.until(f"{_PLOT} && document.querySelector('#sc option[value={_LOAD}]') && true")
+    page.until(f"{_POINTS}.x.length && document.querySelector('#sc option[value={_LOAD}]') && true")
     page.js(f"s = document.getElementById('sc'); s.value = '{_LOAD}';"
             "s.dispatchEvent(new Event('change', {bubbles: true}))")  # fmt: skip
     shown = "document.getElementById('covariate-pkl-path').textContent"
@@ -153,13 +162,50 @@ def colour_by(page: Page, values: Path) -> list[float | None]:
         page.until(f"{shown} == {json.dumps(str(here.parent))}")
         here = here.parent
     for part in values.relative_to(here).parts:
-        entry = ("[...document.querySelectorAll('#covariate-pkl-list li')]"
-                 f".find(li => li.querySelector('.fb-name').textContent == {json.dumps(part)})")  # fmt: skip
+        entry = (
+            "[...document.querySelectorAll('#covariate-pkl-list li')]"
+            f".find(li => li.querySelector('.fb-name')?.textContent == {json.dumps(part)})"
+        )
         page.until(f"{entry} && true")
         page.js(f"{entry}.click()")
-    column = page.until(f"v = document.getElementById('sc').value; v != '{_LOAD}' && v != 'none' && v")
-    page.until(f"Array.isArray(({_PLOT}).data[0].marker.color) ||"
-               f" ArrayBuffer.isView(({_PLOT}).data[0].marker.color)")  # fmt: skip
-    stem = values.stem.replace(".", "_").replace("-", "_")
-    assert column == stem, f"coloured by {column}"
-    return list(page.js(f"{_COLOURS}.map(v => Number.isFinite(v) ? v : null)"))
+    column = re.sub(r"\W+", "_", values.stem)  # numbered, if it was loaded before
+    page.until(f"document.getElementById('sc').value.startsWith('{column}')")
+    page.until(f"{_POINTS}.marker.color.length == {_POINTS}.x.length")
+    colours = f"Array.from({_POINTS}.marker.color, v => Number.isFinite(v) ? v : null)"
+    return np.array(page.js(colours), float)
+
+
+def coloured(page: Page) -> int:
+    """Count the pixels of the explorer's plot in other colours than that of all points alike."""
+    box = page.js("b = document.querySelector('#scatter .nsewdrag').getBoundingClientRect();"
+                  "[b.top, b.bottom, b.left, b.right]")  # fmt: skip
+    top, bottom, left, right = (round(edge) for edge in box)
+    rgb = plt.imread(io.BytesIO(page.picture()))[top:bottom, left:right, :3]
+    hue, saturation, _ = np.moveaxis(matplotlib.colors.rgb_to_hsv(rgb), 2, 0)
+    alike = matplotlib.colors.rgb_to_hsv(matplotlib.colors.to_rgb("#4a5568"))[0]
+    return int(((saturation > 0.08) & (np.abs(hue - alike) > 0.06)).sum())
+
+
+def show(url: str, values: Path, picture: Path | None) -> None:
+    """Colour the dashboard's particle explorer by values of ours, and look at it.
+
+    Raises
+    ------
+    AssertionError
+        If it does not show them.
+    """
+    with open(values, "rb") as handle:
+        expected = pickle.load(handle)
+    with opened(f"{url}explorer") as page:
+        page.until(f"{_POINTS}.x.length")
+        before = coloured(page)
+        found = colour_by(page, values)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        until = time.monotonic() + 20
+        least = before + np.isfinite(expected).sum() // 5
+        while (after := coloured(page)) < least and time.monotonic() < until:
+            time.sleep(0.5)
+        if picture:
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            picture.write_bytes(page.picture())
+        assert after >= least, f"{after} coloured pixels, {before} before"

@@ -12,9 +12,8 @@ import torch
 
 from cryodrgn_amort.plugins import Plugins
 from cryodrgn_amort.runs import load_run
-
 from host_matrix.folders import close, read
-from host_matrix.runs import N, PARTICLES
+from host_matrix.runs import PARTICLES, N
 from host_matrix.server import SELECTION
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from host_matrix.runs import Run
 
 SKETCH = 12
-
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,9 @@ class Command:
 
 def _decode(run: Run, z: np.ndarray) -> np.ndarray:
     model, norm = load_run(run.folder, Plugins(found={})).load_decoder()
-    return torch.stack(list(model.decode_volumes(torch.tensor(z, dtype=torch.float32), norm))).numpy()
+    return torch.stack(
+        list(model.decode_volumes(torch.tensor(z, dtype=torch.float32), norm))
+    ).numpy()
 
 
 def _volumes(folder: Path) -> np.ndarray:
@@ -70,7 +70,9 @@ def _decoded(run: Run, folder: Path, z: np.ndarray) -> None:
     close(found, expected, f"{folder.name}/vol_*.mrc")
     if np.ptp(run.z):
         apart = np.abs(expected - expected[::-1]).max() / np.abs(expected).max()
-        assert apart > 1e-2, f"{folder.name}: volumes do not differ ({apart:.1e}), nothing is tested"
+        assert apart > 1e-2, (
+            f"{folder.name}: volumes do not differ ({apart:.1e}), nothing is tested"
+        )
 
 
 def _columns(z: np.ndarray) -> str:
@@ -95,7 +97,8 @@ def _analyze(run: Run, out: Path) -> None:
     assert (labels == near).mean() > 0.8 or not np.ptp(run.z), "labels.pkl: not the clusters of z"
     if run.z.shape[1] > 2:  # the host takes two dimensions as they are
         umap = read(out / "umap.pkl")
-        assert umap.shape == (len(run.z), 2) and np.isfinite(umap).all(), "umap.pkl"
+        assert umap.shape == (len(run.z), 2), "umap.pkl"
+        assert np.isfinite(umap).all(), "umap.pkl"
 
 
 def _eval_vol(run: Run, out: Path) -> None:
@@ -208,7 +211,8 @@ def _filter_cs(run: Run, out: Path) -> None:
 
 
 def _select_argv(run: Run, out: Path) -> list[object]:
-    clusters = [n + 1 for n in _wanted(run)]
+    first = 0 if run.host.startswith("4.2") else 1  # what the host counts clusters from
+    clusters = [n + first for n in _wanted(run)]
     argv = [_labels(run), "--sel", *clusters, "-o", out / "selected.pkl"]
     if len(run.rows) < N:
         argv += ["--parent-ind", "data/kept.pkl", "--N-orig", N]
@@ -276,7 +280,8 @@ COMMANDS = (
     ),
     Command(
         "analyze_landscape_full",
-        lambda run, out: [run.folder, run.epoch, "-N", SKETCH, "-d", 32, "--epochs", 3, "--dim", 16],
+        lambda run, out: [run.folder, run.epoch, "-N", SKETCH, "-d", 32, "--epochs", 3,
+                          "--dim", 16],
         _landscape_full,
         gives=lambda run, out: run.folder / f"landscape.{run.epoch}/landscape_full",
         random=("umap_vol_pca.pkl", "full_clustering/*"),

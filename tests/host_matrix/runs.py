@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 
     from host_matrix.host import Host
 
-N, D = 160, 32
+N, D = 300, 32
 PARTICLES = ["data/particles.mrcs", "--poses", "data/poses.pkl", "--ctf", "data/ctf.pkl"]
 NET = ["--enc-dim", "64", "--enc-layers", "3"]
 _DECODER = ["--dec-dim", "32", "--dec-layers", "2"]
-_TRAIN = ["-n", "6", "-b", "16", "--lr", "5e-4", "--seed", "0", "--no-analysis"]
-# enough for volumes to differ, and so little that rounding has not grown
+_TRAIN = ["-b", "16", "--lr", "5e-4", "--seed", "0", "--no-analysis"]
 STOCK = {  # a train_vae run for each kind of run: what files there are depends on these
     "train_vae": [*PARTICLES, "--zdim", "3"],
     "train_vae, zdim 2": [*PARTICLES, "--zdim", "2"],
@@ -38,6 +37,7 @@ HOSTS_OWN = {  # what it cannot do with its own runs
     (ONE_Z, "eval_images"),  # its encoder knows nothing of the one z
     (ONE_Z, "graph_traversal"),
     (ONE_Z, "analyze_landscape"),
+    (ONE_Z, "analyze_landscape_full"),
 }
 
 
@@ -49,6 +49,8 @@ class Run:
     ----------
     name
         As the table in the README has it.
+    host
+        Version of the host that is to open it.
     like
         The train_vae run whose files it should have; empty: it is one.
     sees
@@ -57,6 +59,7 @@ class Run:
 
     name: str
     folder: Path
+    host: str
     like: str = ""
     sees: str = "particle"
 
@@ -82,8 +85,8 @@ def kept() -> np.ndarray:
     return np.delete(np.arange(N), np.arange(0, N, 5))
 
 
-EVALUATED = ("baseline", "vlt")
-"""Runs whose values per particle the dashboard is given."""
+EVALUATED = {"baseline": "retrieval_rank.roll-1.held", "vlt": "reconstruction"}
+"""Runs whose values per particle the dashboard is given, and those shown in a browser."""
 
 
 def rows_of_the_table(plugins: Plugins) -> list[str]:
@@ -106,8 +109,16 @@ def _flags(name: str, plugins: Plugins) -> tuple[list[str], str | None]:
     needs = next(iter(recipe.parents.items()), None)
     flags = ["--recipe", name]
     if needs:
-        flags += [{"from_run": "--from", "table_init": "--table-init"}[needs[0]], f"runs/{needs[1]}"]
+        flags += [
+            {"from_run": "--from", "table_init": "--table-init"}[needs[0]],
+            f"runs/{needs[1]}",
+        ]
     return flags, needs and needs[1]
+
+
+def _epochs(name: str) -> list[str]:
+    """Train what is compared by its numbers so little that rounding has not grown."""
+    return ["-n", "1" if name in ("train_vae", "baseline") else "6"]
 
 
 def _sees(name: str, plugins: Plugins) -> str:
@@ -137,6 +148,10 @@ def make(work: Path, stock: Host, ours: Host, jobs: int) -> list[Run]:
         if host.run(["cryodrgn", command, *argv, "-o", out], work, log):
             raise RuntimeError(f"{command} {out}:\n{log.read_text()}")
 
+    def train_stock(name: str) -> None:
+        argv = [*STOCK[name], *_DECODER, *_TRAIN, *_epochs(name), *NET]
+        done(stock, "train_vae", *argv, out=f"runs/{name}")
+
     def train(name: str) -> None:
         if name == "infer_amort":
             return done(ours, "infer_amort", "runs/baseline", "--steps", "5", out=f"runs/{name}")
@@ -149,7 +164,7 @@ def make(work: Path, stock: Host, ours: Host, jobs: int) -> list[Run]:
             argv += ["--anchors", "4"] if name == "anchored" else []
             argv += ["-n", "4"] if needs != "vlt" else []
         else:
-            argv = [*PARTICLES, *_DECODER, *_TRAIN, *flags, *zdim, *net]
+            argv = [*PARTICLES, *_DECODER, *_TRAIN, *_epochs(name), *flags, *zdim, *net]
         return done(ours, "train_amort", *argv, out=f"runs/{name}")
 
     done(ours, "simulate_amort", "-n", str(N), "-D", str(D), "--snr", "0.5", "--seed", "0",
@@ -159,21 +174,34 @@ def make(work: Path, stock: Host, ours: Host, jobs: int) -> list[Run]:
     names = rows_of_the_table(plugins)
     needing = [n for n in names if n == "infer_amort" or _flags(n, plugins)[1]]
     with ThreadPoolExecutor(jobs) as pool:
-        stocks = pool.map(lambda n: done(stock, "train_vae", *STOCK[n], *_DECODER, *_TRAIN, *NET,
-                                         out=f"runs/{n}"), STOCK)  # fmt: skip
-        list(stocks)
+        list(pool.map(train_stock, STOCK))
         list(pool.map(train, [n for n in names if n not in needing]))
         list(pool.map(train, needing))
     _copy_with_one_z(work / "runs/train_vae", work / "runs" / ONE_Z)
-    runs = [Run(n, work / "runs" / n) for n in (*STOCK, ONE_Z)]
+    runs = [Run(n, work / "runs" / n, stock.version) for n in (*STOCK, ONE_Z)]
     for name in names:
         like = "train_vae, zdim 2" if "small" in name else "train_vae"
         like = "train_vae --ind" if name.endswith("--ind") else like
         like = ONE_Z if name == "vlt-frozen-zero" else like
-        runs.append(Run(name, work / "runs" / name, like, _sees(name, plugins)))
+        runs.append(Run(name, work / "runs" / name, stock.version, like, _sees(name, plugins)))
     for name in EVALUATED:
-        done(ours, "eval_amort", f"runs/{name}", "--no-umap", "--bootstrap", "5", "--volumes", "2",
-             "--labelled", "2", "--maps", "0", "--transform", "roll:1", out=f"evals/{name}")
+        done(
+            ours,
+            "eval_amort",
+            f"runs/{name}",
+            "--no-umap",
+            "--bootstrap",
+            "5",
+            "--volumes",
+            "2",
+            "--labelled",
+            "2",
+            "--maps",
+            "0",
+            "--transform",
+            "roll:1",
+            out=f"evals/{name}",
+        )
     return runs
 
 
@@ -194,12 +222,14 @@ def _write_tables(data: Path) -> None:
         "rlnOpticsGroup": [1, 2], "rlnImagePixelSize": [2.0, 2.0], "rlnImageSize": [D, D],
         "rlnVoltage": [300.0, 300.0],
     })  # fmt: skip
-    particles = pd.DataFrame({
-        "rlnImageName": [f"{i + 1:06d}@particles.mrcs" for i in range(N)],
-        "rlnMicrographName": [f"mic{i % 7}.mrc" for i in range(N)],
-        "rlnDefocusU": np.linspace(1e4, 2e4, N).round(3),
-        "rlnOpticsGroup": 1 + (np.arange(N) >= N // 2),
-    })
+    particles = pd.DataFrame(
+        {
+            "rlnImageName": [f"{i + 1:06d}@particles.mrcs" for i in range(N)],
+            "rlnMicrographName": [f"mic{i % 7}.mrc" for i in range(N)],
+            "rlnDefocusU": np.linspace(1e4, 2e4, N).round(3),
+            "rlnOpticsGroup": 1 + (np.arange(N) >= N // 2),
+        }
+    )
     starfile.write({"optics": optics, "particles": particles}, data / "particles.star")
     table = np.zeros(N, [("uid", "<u8"), ("blob/path", "S40"), ("blob/idx", "<u4")])
     table["uid"] = np.random.default_rng(0).integers(1, 1 << 62, N)

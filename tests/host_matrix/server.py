@@ -1,8 +1,8 @@
 """Runs commands of the installed ``cryodrgn``, each in a child that has all imports done.
 
-A process of an environment's own Python: it reads orders, one JSON object per line, and answers with
-the name of the environment's version first, then one line per command that has ended. It knows of
-``cryodrgn`` alone; nothing of this package may be importable where it is to be the unmodified host.
+A process of an environment's own Python. It says the version first, then reads orders, one JSON
+object per line, and answers with one line per command that has ended. It knows of ``cryodrgn``
+alone: this package must not be importable where it is to be the unmodified host.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def circle_points() -> None:
         axes = next(a for a in figure.axes if a.get_xlabel() == column)
         canvas.draw()
         box = axes.get_window_extent()
-        x = axes.transData.transform((float(threshold), 0))[0]
+        x = min(axes.transData.transform((float(threshold), 0))[0], box.x1 - 1)
         corners = [(box.x0 + 1, box.y0 + 1), (x, box.y0 + 1), (x, box.y1 - 1),
                    (box.x0 + 1, box.y1 - 1)]  # fmt: skip
         path = [*corners, corners[0]]
