@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cryodrgn_amort import metrics
 from cryodrgn_amort.calibration import calibrate, calibration_measures
@@ -24,12 +22,13 @@ from cryodrgn_amort.parallel import Team
 from cryodrgn_amort.particles import Batch
 from cryodrgn_amort.posteriors import Fitter
 from cryodrgn_amort.products import matrix_products
+from cryodrgn_amort.progress import bar
 from cryodrgn_amort.results import MODES, EvalOptions, Evaluation, TransformResult
 from cryodrgn_amort.runs import INPUTS
 from cryodrgn_amort.truth import Known, load_known, volume_errors, volume_fve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -164,10 +163,6 @@ def _build(run: Run, name: str, particles: Particles) -> Transform:
     return run.plugins.transform(kind).build(argument if colon else None, particles)
 
 
-def _bar(items: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
-    return iter(tqdm(items, what, total, leave=False, disable=not sys.stderr.isatty()))
-
-
 class _Clock:
     """Tells how long the stages took; what is within none of them is "measures"."""
 
@@ -235,7 +230,7 @@ class _Evaluator:
         keys = [("", "held")] + [(name, mode) for name, _ in transforms for mode in MODES]
         parts: dict[tuple[str, str], list[Tensor]] = {key: [] for key in keys}
         own = torch.arange(team.rank, particles.n, team.size)
-        for index in _bar(own.split(self.at_once), "encoding"):
+        for index in bar(own.split(self.at_once), "encoding"):
             rows = particles.rows_of(self.shown.rows(index))
             raw = self.shown.raw(particles.rows_of(index))
             raw = particles.raw(rows) if raw is None else raw
@@ -318,7 +313,7 @@ class _Evaluator:
         """Fit posteriors to some particles, and to some that were held out."""
         both = {"training": self.known.labels, "held-out": self.held_known.labels}
         labels = {which: found for which, found in both.items() if found is not None}
-        return fit_results(self.run, self.options, self.fitters, labels, _bar)
+        return fit_results(self.run, self.options, self.fitters, labels)
 
     @cached_property
     def held_known(self) -> Known:
@@ -430,7 +425,7 @@ class _Evaluator:
         latents = torch.from_numpy(z).float().to(p.device)
         parts = latents.split(max(1, _VOXELS_AT_ONCE // p.D**3))
         volumes = (volume for part in parts for volume in self.model.decode_volumes(part, p.norm))
-        return (volume.numpy().astype(np.float32) for volume in _bar(volumes, "volumes", len(z)))
+        return (volume.numpy().astype(np.float32) for volume in bar(volumes, "volumes", len(z)))
 
     def run_measures(
         self, z: np.ndarray, logvar: np.ndarray, losses: dict[str, np.ndarray], near: Neighbours

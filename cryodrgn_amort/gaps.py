@@ -18,10 +18,11 @@ from cryodrgn_amort import metrics
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.inference import FitOptions, Yardstick, errors_at, fit, importance_bound
 from cryodrgn_amort.metrics import Measure, Neighbours, measure
+from cryodrgn_amort.progress import bar
 from cryodrgn_amort.results import FitResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable
 
     from torch import Tensor
 
@@ -127,7 +128,6 @@ def fit_results(
     options: EvalOptions,
     fitters: dict[str, Fitter],
     labels: dict[str, np.ndarray],
-    progress: Callable[[Any, str], Iterator[Any]],
 ) -> list[FitResult]:
     """Fit a sample of the particles, and of those held out, by both weights of the KL divergence.
 
@@ -152,7 +152,7 @@ def fit_results(
         for which, fitter in fitters.items():
             mixed = np.random.default_rng(options.seed).permutation(fitter.particles.n)
             index = np.sort(mixed[:count])
-            chunks = progress(torch.from_numpy(index).split(_CHUNK), f"fits, {which}")
+            chunks = bar(torch.from_numpy(index).split(_CHUNK), f"fits, {which}")
             values = _fit(fitter, chunks, yardstick, tighten=weight == "implied")
             measures = fit_measures(values, seen, opts)
             if which == "held-out" and "training" in labels and which in labels:

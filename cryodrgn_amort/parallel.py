@@ -13,14 +13,17 @@ import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+    from collections.abc import Set as AbstractSet
+
+    from torch.nn import Module
 
 __all__ = ["Team", "join"]
 
@@ -94,6 +97,28 @@ class Team:
         if parts is None:
             return rows.new_empty(0, *rows.shape[1:])
         return torch.stack(parts, 1).flatten(0, 1)[:n]
+
+    def split(self, module: Module, names: AbstractSet[str]) -> None:
+        """Of the buffers ``names``, which have a row per particle, keep this process's rows."""
+        if self.size == 1:
+            return
+        held = dict(module.named_buffers())
+        for name in names & held.keys():
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, self._own(held[name]).clone())
+
+    def own_rows(self, state: Mapping[str, Any], names: AbstractSet[str]) -> dict[str, Any]:
+        """Of a state that holds the rows of all processes, in ``names``, pick this one's."""
+        return {k: self._own(v) if k in names else v for k, v in state.items()}
+
+    def _own(self, rows: Tensor) -> Tensor:
+        return rows[self.rank :: self.size]
+
+    def rows_of_all(
+        self, state: Mapping[str, Any], names: AbstractSet[str], n: int
+    ) -> dict[str, Any]:
+        """Put the rows of all processes together, ``n`` in each of ``names``, as ``collect``."""
+        return {k: self.collect(v, n) if k in names else v for k, v in state.items()}
 
     def leave(self) -> None:
         """End this process when all is done, if it is one of several.

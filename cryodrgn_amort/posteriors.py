@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cryodrgn_amort import __version__
 from cryodrgn_amort.checkpoints import write_pickle, write_weights, write_z
@@ -36,6 +35,7 @@ from cryodrgn_amort.model import build_model
 from cryodrgn_amort.parallel import Team
 from cryodrgn_amort.poses import write_poses
 from cryodrgn_amort.products import matrix_products
+from cryodrgn_amort.progress import bar, on_terminal
 from cryodrgn_amort.repair import cluster_centres
 from cryodrgn_amort.runs import INPUT_FILES, INPUTS, model_args, write_config
 from cryodrgn_amort.table import VLT, LookupTable
@@ -460,8 +460,8 @@ def _particles(run: Run, options: InferOptions) -> Particles:
 
 def _progress(parts: list[Any], *, silent: bool) -> Iterator[Any]:
     """Show a bar on a terminal, a line every minute elsewhere."""
-    if sys.stderr.isatty() or silent:
-        yield from tqdm(parts, "fitting", leave=False, disable=silent)
+    if on_terminal() or silent:
+        yield from bar(parts, "fitting", silent=silent)
         return
     said = time.monotonic()
     for count, part in enumerate(parts):

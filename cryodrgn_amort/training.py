@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
@@ -14,8 +15,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from tqdm import tqdm  # tqdm.auto would start an iterator of its own: one more random draw
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cryodrgn_amort import __version__, host
 from cryodrgn_amort.augment import Augmented
@@ -27,20 +26,24 @@ from cryodrgn_amort.checkpoints import (
     write_weights,
     write_z,
 )
+from cryodrgn_amort.draws import Draws
+from cryodrgn_amort.epoch import Part
 from cryodrgn_amort.errors import InputError, Stopped
 from cryodrgn_amort.feed import Feed
-from cryodrgn_amort.files import locked, read_yaml, recorded, write_json
+from cryodrgn_amort.files import locked, recorded, write_json
 from cryodrgn_amort.folders import METRICS, NOISE, RunFolder
 from cryodrgn_amort.interrupts import Requests
 from cryodrgn_amort.latent import NotFiniteError, adam, train_step
 from cryodrgn_amort.machine import available_memory
 from cryodrgn_amort.model import build_model
 from cryodrgn_amort.objective import falling_rate, kl_divergence
-from cryodrgn_amort.parallel import Team, join
+from cryodrgn_amort.parallel import join
 from cryodrgn_amort.particles import odd_images
 from cryodrgn_amort.poses import RefinedPoses
 from cryodrgn_amort.products import matrix_products
+from cryodrgn_amort.progress import bar, logging_to, on_terminal
 from cryodrgn_amort.repair import AnchoredEncoder, SecondStage
+from cryodrgn_amort.resume import checkpoint_of, holdout_of
 from cryodrgn_amort.runs import (
     HOLDOUT,
     TRAINED,
@@ -54,11 +57,10 @@ from cryodrgn_amort.sleep import Sleep
 from cryodrgn_amort.sources import load_particles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
-    from cryodrgn_amort.encoders import Encoder
     from cryodrgn_amort.latent import Lesson
     from cryodrgn_amort.objective import Losses
     from cryodrgn_amort.particles import Batch, Particles
@@ -69,7 +71,6 @@ __all__ = ["Trainer"]
 
 logger = logging.getLogger("cryodrgn_amort")
 
-_ACTIVE_VARIANCE = 0.01  # Burda et al., arXiv 1509.00519: an active unit
 _ENCODE_BATCH = 256
 _MOST_LEFT_OUT = 0.1  # of the particles in an epoch, by --on-nan skip
 _MOST_ROLLBACKS = 5
@@ -77,38 +78,6 @@ _MOST_ROLLBACKS = 5
 
 class _RollbackError(Exception):
     """Training is to go back to the last checkpoint."""
-
-
-@dataclass
-class _Part:
-    """What has been done of an epoch.
-
-    Attributes
-    ----------
-    begin
-        Random state when it began.
-    batches, seen, seconds
-        Batches done, particles in them, time needed.
-    left_out
-        Particles among these whose batch had no loss.
-    given
-        What its batches depend on: number of particles and flags.
-    sums
-        Of gen_loss, KL and total over the particles.
-    moments
-        Of the posterior means, for the active units: sums of z and z^2, `(2, zdim)`.
-    """
-
-    begin: dict[str, Any]
-    sums: Tensor
-    moments: Tensor
-    batches: int = 0
-    seen: int = 0
-    left_out: int = 0
-    given: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    encoder: dict[str, Any] = field(default_factory=dict)
-    lesson: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -135,6 +104,8 @@ class Trainer:
         Poses that are refined; None: they stay as given.
     lesson
         What the encoder learns from in place of the particles; None: from these.
+    draws
+        All random states.
     optimizer
         The common optimizer: decoder and network. A table has its own.
     epoch
@@ -159,8 +130,8 @@ class Trainer:
         self.files = RunFolder(self.folder)
         self.device = default_device()
         self.encoder_spec, input_spec = settings.resolve(plugins)
-        checkpoint, own = self._checkpoint()
-        self.settings = settings = replace(settings, holdout=self._holdout())
+        checkpoint, own = checkpoint_of(settings, self.files, self.encoder_spec)
+        self.settings = settings = replace(settings, holdout=holdout_of(settings))
 
         source = source_of(settings)
         if source.norm is None and own.get("norm"):  # a resumed run keeps its normalisation
@@ -170,12 +141,13 @@ class Trainer:
         self.particles = particles or load_particles(source, self.device, whole=whole)
         amort = self.encoder_spec.make(settings, self.particles)
         if amort is not None:
-            _keep_own_rows(amort, self.team)
+            self.team.split(amort, amort.per_particle)
         self.shown = input_spec.build(settings, self.particles) if input_spec else None
 
         tilts = self.particles.tilts
-        self._tilts = (  # the generator that the host draws them from
-            np.random.RandomState(settings.seed % 2**32) if tilts and tilts.random else None
+        self.draws = Draws(
+            self.device,  # and the generator that the host draws tilts from
+            np.random.RandomState(settings.seed % 2**32) if tilts and tilts.random else None,
         )
         torch.manual_seed(settings.seed)
         refined = settings.do_pose_sgd
@@ -189,7 +161,7 @@ class Trainer:
         self.beta = host.get_beta_schedule(settings.beta_value())
         self.epoch = self.seen = 0
         self._random: dict[str, Any] = {}
-        self._part: _Part | None = None
+        self._part: Part | None = None
         self._rollbacks = 0
         if checkpoint:
             self._restore(checkpoint, own)
@@ -205,8 +177,8 @@ class Trainer:
                 held.enter_context(locked(self.folder, "another training writes to it"))
                 self._prepare_folder()
             try:
-                log = _logging_to(self.folder / "run.log", self.settings.verbose, self.team)
-                with log, matrix_products():
+                path = self.folder / "run.log" if self.team.leads else None
+                with logging_to(path, self.settings.verbose), matrix_products():
                     self._train()
             finally:  # a run that ends before its first checkpoint replaces nothing
                 if self.team.leads:
@@ -298,16 +270,17 @@ class Trainer:
             shuffle=True,
             shuffle_seed=settings.shuffle_seed,
             threads=threads,
-            rng=self._tilts,
+            rng=self.draws.tilts,
             shuffler_size=settings.shuffler_size,
         )
+        self.draws.shuffle = self.batches.generator
         self._prepare_lesson()
 
     def _train(self) -> None:
         settings = self.settings
         self._log_start()
         self._compare_images()
-        self._restore_random(self._random)
+        self.draws.restore(self._random)
         self._tell("training_start")
         started, first = time.monotonic(), self.epoch + 1
         with Requests(several=self.team.size > 1) as requests:
@@ -351,12 +324,10 @@ class Trainer:
                 if part.batches < len(self.batches) and self._is_stopped(requests):
                     self._stop(part, requests)
         self.team.add([part.sums, part.moments])
-        counted = part.seen - part.left_out
-        gen_loss, kld, total = (part.sums / max(counted, 1)).tolist()
-        if not np.isfinite(total) or not counted:
+        gen_loss, kld, total = part.averages()
+        if not math.isfinite(total) or not part.counted:
             raise InputError(self._diverged())
         took = time.monotonic() - started
-        variance = part.moments[1] / counted - (part.moments[0] / counted).square()
         logger.info(  # cryodrgn analyze reads this line
             f"# =====> Epoch: {self.epoch} Average gen loss = {gen_loss:.6}, KLD = {kld:.6f}, "
             f"total loss = {total:.6f}; Finished in {timedelta(seconds=took)}"
@@ -370,38 +341,31 @@ class Trainer:
             "loss": total,
             "seconds": round(took, 3),
             "images_per_second": round(part.seen * self.particles.ntilts / took, 1),
-            "active_units": int((variance > _ACTIVE_VARIANCE).sum()),
+            "active_units": part.active_units(),
             **own,
         }
 
-    def _train_batch(self, batch: Batch, part: _Part) -> None:
+    def _train_batch(self, batch: Batch, part: Part) -> None:
         """Take a step, and add what it found to the epoch's sums."""
         settings = self.settings
         if self._random:  # the first one after training was stopped
-            self._restore_random(self._random)
+            self.draws.restore(self._random)
             self._random = {}
         self.seen = self.particles.n * (self.epoch - 1) + part.seen + batch.size
         beta = self.beta(self.seen)
-        random, lesson = self._random_state(), self._lesson_state()
+        random, lesson = self.draws.state(), self._lesson_state()
         try:
-            result, mean = self._step(batch, beta)
+            losses, mean = self._step(batch, beta)
         except NotFiniteError:
             if self.lesson is not None:
                 self.lesson.set_epoch_state(lesson)
             self._no_loss(batch, part, random)
-            part.left_out += batch.size
-            part.seen += batch.size
-            part.batches += 1
+            part.leave_out(batch)
             return
-        part.seen += batch.size
-        part.batches += 1
-        losses = torch.stack([result.gen_loss, result.kld, result.total])
-        part.sums += batch.size * losses.double()
-        part.moments[0] += mean.sum(0)
-        part.moments[1] += mean.square().sum(0)
-        self._tell("batch_end", losses=result)
-        if part.seen % settings.log_interval < settings.batch_size and not _on_terminal():
-            self._log_batch(part.seen, result)
+        part.add(batch, losses, mean)
+        self._tell("batch_end", losses=losses)
+        if part.seen % settings.log_interval < settings.batch_size and not on_terminal():
+            self._log_batch(part.seen, losses)
 
     def _diverged(self) -> str:
         kept = f"epoch {epochs(self.folder)[-1]}" if epochs(self.folder) else "none"
@@ -411,7 +375,7 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def _no_loss(self, batch: Batch, part: _Part, random: dict[str, Any]) -> None:
+    def _no_loss(self, batch: Batch, part: Part, random: dict[str, Any]) -> None:
         """Do what ``--on-nan`` says about a batch without a loss, before which all is as it was."""
         batch = self._posed(batch)
         mean, logvar = self.model.posterior(batch)
@@ -433,7 +397,7 @@ class Trainer:
                 raise InputError(f"more than a tenth of the particles have no loss: {what}")
             return
         if named:
-            self._restore_random(random)
+            self.draws.restore(random)
             self._keep(part)
             what += "; --load latest goes on before this batch, with --on-nan skip without it"
         raise InputError(what)
@@ -448,16 +412,16 @@ class Trainer:
             ))  # fmt: skip
         checkpoint = read_weights(self.folder / f"weights.{known[-1]}.pkl", "-o")
         self._restore(checkpoint, checkpoint[OWN_KEY])
-        self._restore_random(self._random)
+        self.draws.restore(self._random)
         self._set_rate(self.epoch / self.settings.num_epochs)
         rate = self.optimizer.param_groups[0]["lr"]
         logger.warning(f"Back to epoch {self.epoch}, learning rate {rate:g}: {why}")
 
-    def _begin_epoch(self) -> _Part:
+    def _begin_epoch(self) -> Part:
         """Begin the epoch, or go on in one that training was stopped in."""
         part, self._part = self._part, None
         amort, lesson, done = self.model.amort, self.lesson, self.epoch - 1
-        stopped_at = self._random_state()
+        stopped_at = self.draws.state()
         if lesson is not None:
             lesson.epoch_start(self.epoch)
         if amort is not None:
@@ -467,16 +431,14 @@ class Trainer:
             for name in ("shuffle", "tilts"):  # the loader draws these itself, ahead
                 stopped_at.pop(name, None)
             self._random = stopped_at
-            self._restore_random(part.begin)  # it draws what it drew
+            self.draws.restore(part.begin)  # it draws what it drew
             if amort is not None:
                 amort.set_epoch_state(part.encoder)
             if lesson is not None:
                 lesson.set_epoch_state(part.lesson)
             return part
         self._random = {}
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        moments = torch.zeros(2, self.settings.zdim, dtype=torch.float64, device=self.device)
-        return _Part(self._random_state(), sums, moments, given=self._given())
+        return Part.new(self.draws.state(), self.settings.zdim, self.device, self._given())
 
     def _given(self) -> list[str]:
         """Say what the batches of an epoch depend on."""
@@ -499,7 +461,7 @@ class Trainer:
         requests.number = self.team.most(requests.number or 0) or None
         return requests.number is not None
 
-    def _stop(self, part: _Part, requests: Requests) -> NoReturn:
+    def _stop(self, part: Part, requests: Requests) -> NoReturn:
         """Keep all that is needed to go on with the next batch, and stop."""
         self._keep(part)
         assert requests.number is not None
@@ -512,14 +474,15 @@ class Trainer:
             requests.number,
         )
 
-    def _keep(self, part: _Part) -> None:
+    def _keep(self, part: Part) -> None:
         """Write a checkpoint within the epoch."""
         amort = self.model.amort
         if amort is not None:
-            part.encoder = self._rows_of_all(amort, amort.epoch_state())
+            state = amort.epoch_state()
+            part.encoder = self.team.rows_of_all(state, amort.per_particle, self.particles.n)
         part.lesson = self._lesson_state()
         self.team.add([part.sums, part.moments])
-        random, own_state = self._random_state(), self._own_state()
+        random, own_state = self.draws.state(), self._own_state()
         if not self.team.leads:
             return
         with recorded(self.folder, INTERRUPTED, METRICS):
@@ -567,7 +530,7 @@ class Trainer:
         else:
             # a loader draws a seed from the global generator, as the host's eval_z does
             batches = self.feed.batches(
-                max(1, _ENCODE_BATCH // self.particles.ntilts), shuffle=False, rng=self._tilts
+                max(1, _ENCODE_BATCH // self.particles.ntilts), shuffle=False, rng=self.draws.tilts
             )
             parts = [
                 torch.cat(self.model.posterior(self._posed(batch)), 1).float() for batch in batches
@@ -579,9 +542,9 @@ class Trainer:
         """Write z.EPOCH.pkl, weights.EPOCH.pkl last: a checkpoint is complete once both exist."""
         # an extra checkpoint at the very end must not change how the run would go on
         extra = self.epoch % self.settings.checkpoint != 0
-        before = self._random_state()
+        before = self.draws.state()
         z = self.encode()
-        random = before if extra else self._random_state()
+        random = before if extra else self.draws.state()
         own_state = self._own_state()
         if not self.team.leads:
             return
@@ -600,7 +563,7 @@ class Trainer:
         name: str,
         epoch: int,
         random: dict[str, Any],
-        part: _Part | None = None,
+        part: Part | None = None,
         own_state: dict[str, Any] | None = None,
     ) -> None:
         """Write a checkpoint after ``epoch`` epochs, and ``part`` of the next one."""
@@ -616,77 +579,16 @@ class Trainer:
     def _own_state(self) -> dict[str, Any]:
         """Return the state of an encoder of ours, rows of all processes together."""
         amort = self.model.amort
-        return {} if amort is None else self._rows_of_all(amort, self.model.own_state_dict())
-
-    def _rows_of_all(self, amort: Encoder, state: dict[str, Any]) -> dict[str, Any]:
-        """Put the rows of all processes together; only the leading one gets them."""
-        split, n = amort.per_particle if self.team.size > 1 else (), self.particles.n
-        return {k: self.team.collect(v, n) if k in split else v for k, v in state.items()}
-
-    def _checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read what ``--load`` names: the checkpoint, and our part of it."""
-        load = self.settings.load
-        here = load == "latest" or (load and Path(load).parent.resolve() == self.folder.resolve())
-        if self.files.is_orphaned and not self.settings.overwrite:
-            raise InputError(
-                f"-o {self.folder}: its run was about to be replaced when training was killed; "
-                f"it is whole in {self.files.replaced}: move it back, or go on with --overwrite"
-            )
-        replaces = self.settings.overwrite or self.files.is_bare
-        if self.files.present() and not here and not replaces:
-            raise InputError(
-                f"-o {self.folder}: holds a run already; continue it with --load latest, "
-                "or replace it with --overwrite"
-            )
-        if not load:
-            return {}, {}
-        if here:
-            self.files.read_metrics()
-        if load == "latest":
-            load, checkpoint = self.files.latest()
-        else:
-            checkpoint = read_weights(load, "--load")
-        if checkpoint["epoch"] >= self.settings.num_epochs and not self.files.lacks_the_end_alone(
-            load, self.settings.num_epochs
-        ):
-            raise InputError(
-                f"--load {load}: has {checkpoint['epoch']} epochs already; "
-                f"-n {self.settings.num_epochs} leaves nothing to train"
-            )
-        own = checkpoint.get(OWN_KEY, {})
-        if not own:  # of the host: its normalisation is in the config beside it
-            own = {"norm": _norm_beside(Path(load))}
-        elif own["encoder"] != self.settings.encoder:
-            raise InputError(
-                f"--load {load}: was trained with --encoder {own['encoder']}, "
-                f"not {self.settings.encoder}"
-            )
-        if "encoder" not in own and self.encoder_spec.host_mode is None:
-            raise InputError(f"--load {load}: has no {self.settings.encoder} encoder")
-        if "encoder" not in own:  # of the host, too: it refines poses in a file of their own
-            poses = Path(load).parent / f"pose.{checkpoint['epoch']}.pkl"
-            own |= {"pose_file": str(poses)} if poses.exists() else {}
-        if own.keys() & {"poses", "pose_file"} and not self.settings.do_pose_sgd:
-            raise InputError(f"--load {load}: its poses were refined; go on with --do-pose-sgd")
-        return checkpoint, own
-
-    def _holdout(self) -> str | None:
-        """Return which particles to hold out; a run that goes on keeps those it has."""
-        given, load = self.settings.holdout, self.settings.load
-        if not load:
-            return given
-        kept = (self.folder if load == "latest" else Path(load).parent) / HOLDOUT
-        if kept.is_file():
-            return str(kept)
-        if given:
-            raise InputError(f"--holdout {given}: the run of --load {load} had none held out")
-        return None
+        if amort is None:
+            return {}
+        state = self.model.own_state_dict()
+        return self.team.rows_of_all(state, amort.per_particle, self.particles.n)
 
     def _restore(self, checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
         name = f"--load {self.settings.load}"
         own_state = own.get("encoder_state_dict", {})
         if self.model.amort is not None:
-            own_state = _own_rows(own_state, self.model.amort, self.team)
+            own_state = self.team.own_rows(own_state, self.model.amort.per_particle)
         self.model.restore(checkpoint["model_state_dict"], own_state, name)
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
@@ -713,46 +615,16 @@ class Trainer:
         done = 0 if self._part is None else self._part.seen
         self.seen = self.epoch * self.particles.n + done
 
-    def _restored(self, kept: dict[str, Any], name: str) -> _Part:
+    def _restored(self, kept: dict[str, Any], name: str) -> Part:
         """Take up the part of an epoch that a checkpoint holds."""
-        part = _Part(**kept)
+        part = Part(**kept)
         for was, now in zip_longest(part.given, self._given(), fillvalue="nothing more"):
             if was != now:
                 raise InputError(f"{name}: stopped within an epoch, with {was}, not {now}")
         torch.Generator().set_state(part.begin["torch"])
-        part.sums, part.moments = part.sums.to(self.device), part.moments.to(self.device)
-        if not self.team.leads:  # that has those of all
-            part.sums.zero_()
-            part.moments.zero_()
         if self.model.amort is not None:
-            part.encoder = _own_rows(part.encoder, self.model.amort, self.team)
-        return part
-
-    def _random_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        generator = self.batches.generator
-        if generator is not None:
-            state["shuffle"] = generator.get_state()
-        if self._tilts is not None:
-            tilts: dict[str, Any] = self._tilts.get_state(legacy=False)
-            words = torch.from_numpy(tilts["state"]["key"].astype(np.int64))
-            state["tilts"] = {**tilts, "state": {**tilts["state"], "key": words}}
-        return state
-
-    def _restore_random(self, state: dict[str, Any]) -> None:
-        if "torch" in state:
-            torch.set_rng_state(state["torch"])
-        if "cuda" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], self.device)
-        generator = self.batches.generator
-        if generator is not None and "shuffle" in state:
-            generator.set_state(state["shuffle"])
-        if self._tilts is not None and "tilts" in state:
-            tilts = state["tilts"]
-            words = tilts["state"]["key"].numpy().astype(np.uint32)
-            self._tilts.set_state({**tilts, "state": {**tilts["state"], "key": words}})
+            part.encoder = self.team.own_rows(part.encoder, self.model.amort.per_particle)
+        return part.to(self.device, keep_sums=self.team.leads)
 
     def _prepare_folder(self) -> None:
         """Make room in the run folder. From here on files are written."""
@@ -796,73 +668,5 @@ class Trainer:
             f"kld={result.kld.item():.6f}, beta={result.beta:.6f}, loss={result.total.item():.6f}"
         )
 
-    def _bar(self, items: Iterator[Any], what: str, total: int) -> Iterator[Any]:
-        silent = not (_on_terminal() and self.team.leads)
-        return iter(tqdm(items, what, total, leave=False, disable=silent))
-
-
-def _keep_own_rows(encoder: Encoder, team: Team) -> None:
-    """Of what an encoder holds per particle, keep the rows of this process's particles."""
-    if team.size == 1:
-        return
-    held = dict(encoder.named_buffers())
-    for name in encoder.per_particle & held.keys():
-        parent, _, leaf = name.rpartition(".")
-        own = held[name][team.rank :: team.size].clone()
-        setattr(encoder.get_submodule(parent), leaf, own)
-
-
-def _own_rows(state: Mapping[str, Any], encoder: Encoder, team: Team) -> dict[str, Any]:
-    """Pick this process's rows from the state of an encoder, as a checkpoint holds it."""
-    return {
-        name: value[team.rank :: team.size] if name in encoder.per_particle else value
-        for name, value in state.items()
-    }
-
-
-def _on_terminal() -> bool:
-    return sys.stderr.isatty()
-
-
-def _norm_beside(checkpoint: Path) -> list[float] | None:
-    """Return the normalisation in the config.yaml beside a checkpoint of the host, if there."""
-    try:
-        config = read_yaml(checkpoint.parent / "config.yaml", "--load")
-        offset, scale = config["dataset_args"]["norm"]
-        return [float(offset), float(scale)]
-    except (KeyError, TypeError, ValueError):  # InputError among them
-        return None
-
-
-class _LogFile(logging.FileHandler):
-    """Lines that cannot be written, as on a full disk, are lost; a checkpoint then says why."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Go on."""
-
-
-class _logging_to:
-    """Copy our log lines into a file for a while, and keep them clear of the progress bar."""
-
-    def __init__(self, path: Path, verbose: bool, team: Team) -> None:
-        self._handler = _LogFile(path) if team.leads else logging.NullHandler()
-        self._handler.setFormatter(
-            logging.Formatter("(%(levelname)s) (%(asctime)s) %(message)s", "%d-%b-%Y %H:%M:%S")
-        )
-        self._level = logging.DEBUG if verbose else logging.INFO
-        self._level = self._level if team.leads else logging.ERROR
-        self._redirect = logging_redirect_tqdm()
-
-    def __enter__(self) -> None:
-        self._before = logger.level
-        logger.setLevel(self._level)
-        logger.addHandler(self._handler)
-        if _on_terminal():
-            self._redirect.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        if _on_terminal():
-            self._redirect.__exit__(*exc)
-        logger.removeHandler(self._handler)
-        self._handler.close()
-        logger.setLevel(self._before)
+    def _bar(self, items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+        return bar(items, what, total, silent=not self.team.leads)

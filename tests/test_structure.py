@@ -21,7 +21,7 @@ LAYERS = [  # each may import from those below it
     {"planfile"},
     {"plan", "timing", "mnist"},
     {"training", "report", "compare", "study_figures", "scores"},
-    {"pictures", "trust"},
+    {"pictures", "trust", "resume"},
     {"pages"},
     {"figures", "surfaces", "definitions"},
     {"evaluation", "simulate"},
@@ -36,11 +36,11 @@ LAYERS = [  # each may import from those below it
     {"model", "repair", "augment"},
     {"table", "inputs", "transforms", "latent", "sleep"},
     {"encoders"},
-    {"sources", "feed", "noise", "poses"},
+    {"sources", "feed", "noise", "poses", "epoch"},
     {"particles", "tilts", "shuffler", "metrics", "objective", "parallel", "decoding", "products"},
     {"checkpoints", "host"},
     {"files"},
-    {"errors", "machine", "recipes", "interrupts"},
+    {"errors", "machine", "recipes", "interrupts", "progress", "draws"},
 ]
 
 

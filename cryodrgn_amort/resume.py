@@ -1,0 +1,100 @@
+"""Whether a training can go on from what ``--load`` names, and what that holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cryodrgn_amort.checkpoints import OWN_KEY, read_weights
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import read_yaml
+from cryodrgn_amort.runs import HOLDOUT
+
+if TYPE_CHECKING:
+    from cryodrgn_amort.encoders import EncoderSpec
+    from cryodrgn_amort.folders import RunFolder
+    from cryodrgn_amort.settings import TrainSettings
+
+__all__ = ["checkpoint_of", "holdout_of"]
+
+
+def checkpoint_of(
+    settings: TrainSettings, files: RunFolder, encoder: EncoderSpec
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what ``--load`` names: the checkpoint, and our part of it; both empty without.
+
+    Raises
+    ------
+    InputError
+        If the run folder is in use, or training cannot go on from there with these settings.
+    """
+    load, folder = settings.load, Path(settings.outdir)
+    here = load == "latest" or (load and Path(load).parent.resolve() == folder.resolve())
+    _check_room(settings, files, going_on=bool(here))
+    if not load:
+        return {}, {}
+    if here:
+        files.read_metrics()
+    if load == "latest":
+        load, checkpoint = files.latest()
+    else:
+        checkpoint = read_weights(load, "--load")
+    if checkpoint["epoch"] >= settings.num_epochs and not files.lacks_the_end_alone(
+        load, settings.num_epochs
+    ):
+        raise InputError(
+            f"--load {load}: has {checkpoint['epoch']} epochs already; "
+            f"-n {settings.num_epochs} leaves nothing to train"
+        )
+    own = checkpoint.get(OWN_KEY, {})
+    if not own:  # of the host: its normalisation is in the config beside it
+        own = {"norm": _norm_beside(Path(load))}
+    elif own["encoder"] != settings.encoder:
+        raise InputError(
+            f"--load {load}: was trained with --encoder {own['encoder']}, not {settings.encoder}"
+        )
+    if "encoder" not in own and encoder.host_mode is None:
+        raise InputError(f"--load {load}: has no {settings.encoder} encoder")
+    if "encoder" not in own:  # of the host, too: it refines poses in a file of their own
+        poses = Path(load).parent / f"pose.{checkpoint['epoch']}.pkl"
+        own |= {"pose_file": str(poses)} if poses.exists() else {}
+    if own.keys() & {"poses", "pose_file"} and not settings.do_pose_sgd:
+        raise InputError(f"--load {load}: its poses were refined; go on with --do-pose-sgd")
+    return checkpoint, own
+
+
+def _check_room(settings: TrainSettings, files: RunFolder, *, going_on: bool) -> None:
+    if files.is_orphaned and not settings.overwrite:
+        raise InputError(
+            f"-o {settings.outdir}: its run was about to be replaced when training was killed; "
+            f"it is whole in {files.replaced}: move it back, or go on with --overwrite"
+        )
+    replaces = settings.overwrite or files.is_bare
+    if files.present() and not going_on and not replaces:
+        raise InputError(
+            f"-o {settings.outdir}: holds a run already; continue it with --load latest, "
+            "or replace it with --overwrite"
+        )
+
+
+def holdout_of(settings: TrainSettings) -> str | None:
+    """Return which particles to hold out; a run that goes on keeps those it has."""
+    given, load = settings.holdout, settings.load
+    if not load:
+        return given
+    kept = (Path(settings.outdir) if load == "latest" else Path(load).parent) / HOLDOUT
+    if kept.is_file():
+        return str(kept)
+    if given:
+        raise InputError(f"--holdout {given}: the run of --load {load} had none held out")
+    return None
+
+
+def _norm_beside(checkpoint: Path) -> list[float] | None:
+    """Return the normalisation in the config.yaml beside a checkpoint of the host, if there."""
+    try:
+        config = read_yaml(checkpoint.parent / "config.yaml", "--load")
+        offset, scale = config["dataset_args"]["norm"]
+        return [float(offset), float(scale)]
+    except (KeyError, TypeError, ValueError):  # InputError among them
+        return None
