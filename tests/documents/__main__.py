@@ -25,13 +25,13 @@ CHANGES = (  # pattern -> what stands in its place
     (r"\bnew 50\b", "new 2"),
     (r"\bamort\.50\b", "amort.2"),
     (r"-n 2(?= .*--load latest)", "-n 3"),
-    (r"-n 2000 --heldout 400", "-n 100 --heldout 20"),
+    (r"-n 2000 --heldout 400", "-n 100 --heldout 20 --overwrite"),  # it is there: `prepare`
     (r"--nproc-per-node 4", "--nproc-per-node 2"),
     (r"--ntilts 10", "--ntilts 3"),
     (r"--preset demo", "--preset small.yaml"),
     (r"(study_amort particles.*)", r"\1 --dry-run"),  # the paper's settings take days
-    (r"(train_amort particles\.(?:128\.)?mrcs)(?!.*--encoder)", r"\1 --enc-dim 16"),
-    (r"(train_amort particles\.(?:128\.)?mrcs)", r"\1 --holdout held.pkl --dec-dim 16 --seed 0"),
+    (r"(train_amort particles\.128\.mrcs)(?!.*--encoder)", r"\1 --enc-dim 16"),
+    (r"(train_amort particles\.128\.mrcs)", r"\1 --holdout held.pkl --dec-dim 16 --seed 0"),
     (r"--encoder anchored -o", "--encoder anchored -n 2 --enc-dim 16 --anchors 4 -o"),
     (r"(eval_amort \S+)", r"\1 --bootstrap 10 --volumes 3 --fit 4 --no-umap --labelled 2"),
     (r"(infer_amort)(?!.*--steps)", r"\1 --steps 10"),
@@ -109,11 +109,6 @@ def run(command: Command, folder: Path) -> tuple[str, float, str]:
     words = text.split()
     if "--encode-mode tilt" in text:
         folder = folder / "tilt"
-    if "simulate_amort" in text:  # the others need their data
-        text += " --overwrite" if "--volumes" not in text else ""
-        text = text.replace("-o data", "-o simulated --overwrite")
-    elif "-o" in words and "--load" not in words:
-        shutil.rmtree(folder / words[words.index("-o") + 1], ignore_errors=True)
     if text.startswith("bash "):
         small = "QUICKSTART_PARTICLES=100 QUICKSTART_EPOCHS=2"
         text = f"{small} bash {ROOT}/{words[1]} {folder / 'quickstart'}"

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def close(found: np.ndarray, expected: np.ndarray, what: str, tolerance: float = 1e-3) -> None:
-    """Hold numbers against each other, at a tolerance in units of the greatest.
+def close(
+    found: np.ndarray,
+    expected: np.ndarray,
+    what: str,
+    tolerance: float = 1e-3,
+    scale: float = 1e-8,
+) -> None:
+    """Hold numbers against each other, at a tolerance in units of the greatest, or of ``scale``.
 
     Raises
     ------
@@ -26,7 +32,7 @@ def close(found: np.ndarray, expected: np.ndarray, what: str, tolerance: float =
     found, expected = np.asarray(found), np.asarray(expected)
     assert found.shape == expected.shape, f"{what}: shape {found.shape}, not {expected.shape}"
     assert np.isfinite(found).all(), f"{what}: not finite"
-    scale = max(np.abs(expected).max(initial=0), 1e-8)
+    scale = max(np.abs(expected).max(initial=0), scale)
     apart = np.abs(found - expected).max(initial=0) / scale
     assert apart <= tolerance, f"{what}: {apart:.1e} of the greatest apart"
 
