@@ -94,10 +94,12 @@ def _same_backend() -> Iterator[None]:
     from matplotlib import pyplot as plt
 
     before = plt.get_fignums()
-    with mock.patch.object(matplotlib, "use"):
-        yield
-    for number in set(plt.get_fignums()).difference(before):
-        plt.close(number)
+    try:
+        with mock.patch.object(matplotlib, "use"):
+            yield
+    finally:
+        for number in set(plt.get_fignums()).difference(before):
+            plt.close(number)
 
 
 def preprocess(images: ImageDataset, raw: torch.Tensor) -> torch.Tensor:

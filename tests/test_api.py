@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 import cryodrgn_amort as ca
+from cryodrgn_amort import api
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples/amortization.ipynb"
@@ -50,9 +51,20 @@ def test_everything_is_there_and_documented():
                 assert inspect.getdoc(member), f"{cls.__name__}.{name}"
 
 
-def test_the_examples_in_docstrings(folder, monkeypatch):
-    from cryodrgn_amort import api
+def test_the_reference_is_made(tmp_path):
+    modules = [f"cryodrgn_amort.{name}" for name in ("api", "hookspecs", "encoders")]
+    argv = ["--docformat", "numpy", "--output-directory", tmp_path, *modules]
+    command = [sys.executable, "-W", "ignore::SyntaxWarning", "-m", "pdoc", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Warn" not in done.stderr, done.stderr
+    reference = (tmp_path / "cryodrgn_amort/api.html").read_text()
+    assert not [name for name in api.__all__ if f'id="{name}"' not in reference]
+    hooks = (tmp_path / "cryodrgn_amort/hookspecs.html").read_text()
+    assert 'id="encoders"' in hooks
 
+
+def test_the_examples_in_docstrings(folder, monkeypatch):
     monkeypatch.chdir(folder)
     finder, runner = doctest.DocTestFinder(exclude_empty=True), doctest.DocTestRunner()
     order = ("load_run", "train", "evaluate", "infer", "compare_runs", "simulate_particles")

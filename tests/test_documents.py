@@ -20,7 +20,7 @@ def test_there_are_some():
 def test_a_command_exists_with_its_flags(command, plugins):
     if command.own is None:
         name, *rest = command.words
-        assert name in ("bash", "pip", "cryodrgn", "python")
+        assert name in ("bash", "pip", "cryodrgn", "python", "pdoc")
         files = [word for word in rest if "/" in word and not word.startswith("-")]
         for file in files if name != "cryodrgn" else ():
             assert (ROOT / file).exists(), file
