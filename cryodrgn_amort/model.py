@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from cryodrgn_amort.encoders import Encoder
     from cryodrgn_amort.particles import Batch
 
-__all__ = ["TOKEN_ENCODER", "AmortVAE", "build_model"]
+__all__ = ["TOKEN_ENCODER", "TOKEN_TILT_PARAMS", "AmortVAE", "build_model"]
 
 TOKEN_ENCODER = {"encode_mode": "mlp", "qlayers": 0, "qdim": 1, "enc_mask": 2}
+TOKEN_TILT_PARAMS = {"t_emb_dim": 1, "tlayers": 0, "tdim": 1}  # of tilt series
 """Encoder arguments in the config.yaml of runs whose encoder is none of the host's.
 
 The host then builds a tiny network, which it never needs to decode volumes. Its weights are NaN,

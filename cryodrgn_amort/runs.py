@@ -24,7 +24,7 @@ from cryodrgn_amort.checkpoints import (
 from cryodrgn_amort.encoders import EncoderSpec
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import read_yaml, replacing
-from cryodrgn_amort.model import TOKEN_ENCODER, AmortVAE, build_model
+from cryodrgn_amort.model import TOKEN_ENCODER, TOKEN_TILT_PARAMS, AmortVAE, build_model
 from cryodrgn_amort.settings import TrainSettings, flag_name
 from cryodrgn_amort.sources import ParticleSource, load_particles
 
@@ -151,10 +151,12 @@ def model_args(settings: TrainSettings, encoder: EncoderSpec, D: int) -> dict[st
     args = {name: getattr(settings, name) for name in sorted(_MODEL_ARGS)}
     if args["enc_mask"] is None:
         args["enc_mask"] = D // 2
-    if settings.tilted:
-        args["tilt_params"] = {name: getattr(settings, name) for name in _TILT_PARAMS}
     if encoder.host_mode is None:
         args.update(TOKEN_ENCODER)
+    if settings.tilted:  # by encode_mode the host's filter and dashboard count particles, not tilts
+        sizes = {name: getattr(settings, name) for name in _TILT_PARAMS}
+        token = {} if encoder.host_mode else TOKEN_TILT_PARAMS
+        args.update(encode_mode="tilt", tilt_params={**sizes, **token})
     return args
 
 
@@ -162,7 +164,8 @@ def write_config(
     folder: Path, settings: TrainSettings, encoder: EncoderSpec, particles: Particles
 ) -> None:
     """Write config.yaml as the host does, with what is ours under ``OWN_KEY``."""
-    values = {**settings.to_dict(), **model_args(settings, encoder, particles.D)}
+    args = model_args(settings, encoder, particles.D)
+    values = {**settings.to_dict(), **args, **args.get("tilt_params", {})}
     if particles.held_out is not None:  # the host knows of no particles held out
         write_pickle(folder / HOLDOUT, particles.held_out)
         write_pickle(folder / TRAINED, particles.ind)

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import read_pickles, run_host, write_pickle
 
 from cryodrgn_amort.feed import Feed
@@ -88,7 +89,9 @@ def test_rows_count_particles(sim, tmp_path, cli):
     assert read_pickles(tmp_path / "vlt/ind_heldout.pkl").tolist() == (
         read_pickles(sim / "ind_heldout.pkl").tolist()
     )
-    # the host opens it
+    # the host opens it, and its filter and dashboard count particles
+    config = yaml.safe_load((tmp_path / "vlt/config.yaml").read_text())
+    assert config["model_args"]["encode_mode"] == "tilt"
     run_host("eval_vol", tmp_path / "vlt/weights.pkl", "-c", tmp_path / "vlt/config.yaml",
              "-z", "0", "0", "0", "-o", tmp_path / "vol.mrc")  # fmt: skip
     run_host("analyze", tmp_path / "vlt", "2", "--skip-umap", "--pc", "1", "--ksample", "3")

@@ -16,7 +16,7 @@ from host_matrix import browser, dashboard, table
 from host_matrix.commands import COMMANDS, Command
 from host_matrix.folders import compare
 from host_matrix.host import Host
-from host_matrix.runs import EVALUATED, HOSTS_OWN, Run, make
+from host_matrix.runs import EVALUATED, HOSTS_OWN, SAME, Run, make
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -71,7 +71,7 @@ def _try(
     if like is None:
         return table.WORKS
     of = work / "out" / like.name / command.name
-    numbers = run.name == "baseline"
+    numbers = run.name in SAME
     compare(
         (command.gives(run, out), run.epoch), (command.gives(like, of), like.epoch),
         varies=command.varies, random=command.random, others=command.others, numbers=numbers,

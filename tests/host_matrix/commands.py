@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from cryodrgn_amort.feed import Feed
+from cryodrgn_amort.inputs import EncoderInput
 from cryodrgn_amort.plugins import Plugins
 from cryodrgn_amort.runs import load_run
 from host_matrix.folders import close, read
-from host_matrix.runs import PARTICLES, N
+from host_matrix.runs import PARTICLES, TILT_SERIES, N
 from host_matrix.server import SELECTION
 
 if TYPE_CHECKING:
@@ -114,12 +116,7 @@ def _eval_images(run: Run, out: Path) -> None:
     opened = load_run(run.folder, Plugins(found={}))
     particles = opened.particles()
     model, _ = opened.load(particles)
-    everything = torch.arange(particles.n)
-    centred = particles.centred(everything)
-    from cryodrgn_amort.particles import Batch
-
-    image = particles.flip(centred, particles.ctf(everything))
-    batch = Batch(everything, particles.masked(centred), image, None, None)
+    batch = Feed(particles, EncoderInput(), memory=0).read(torch.arange(particles.n))
     with torch.no_grad():
         close(found, model.posterior(batch)[0].numpy(), "z.pkl")
     assert np.abs(found - run.z).max() > 1e-2 * np.abs(run.z).max(), "was shown the particle"
@@ -194,12 +191,21 @@ def _select_clusters(run: Run, out: Path) -> None:
     np.testing.assert_array_equal(np.sort(read(out / "selected.pkl")), run.rows[chosen])
 
 
+def _star(run: Run) -> str:
+    return "tilts/particles.star" if run.tilted else "data/particles.star"
+
+
 def _filter_star(run: Run, out: Path) -> None:
     import pandas as pd
     import starfile
 
-    before = starfile.read(run.folder.parent.parent / "data/particles.star")
+    before = starfile.read(run.folder.parent.parent / _star(run))
     after = starfile.read(out / "particles.star")
+    if run.tilted:  # all images of the particles
+        groups = before["rlnGroupName"].drop_duplicates().iloc[read(_selected(run))]
+        rows = before[before["rlnGroupName"].isin(groups)]
+        pd.testing.assert_frame_equal(after, rows.reset_index(drop=True))
+        return
     rows = before["particles"].iloc[read(_selected(run))]
     pd.testing.assert_frame_equal(after["particles"], rows.reset_index(drop=True))
     groups = after["particles"]["rlnOpticsGroup"]
@@ -223,8 +229,9 @@ def _select_argv(run: Run, out: Path) -> list[object]:
 
 
 def _eval_images_argv(run: Run, out: Path) -> list[object]:
-    argv = [PARTICLES[0], run.folder / "weights.pkl", "-c", run.folder / "config.yaml",
-            *PARTICLES[1:], "-o", out / "loss.pkl", "--out-z", out / "z.pkl"]  # fmt: skip
+    data = TILT_SERIES if run.tilted else PARTICLES
+    argv = [data[0], run.folder / "weights.pkl", "-c", run.folder / "config.yaml",
+            *data[1:], "-o", out / "loss.pkl", "--out-z", out / "z.pkl"]  # fmt: skip
     return argv + (["--ind", "data/kept.pkl"] if len(run.rows) < N else [])
 
 
@@ -302,8 +309,8 @@ COMMANDS = (
             varies=("*",)),
     Command(
         "filter_star",
-        lambda run, out: ["data/particles.star", "--ind", _selected(run), "-o",
-                          out / "particles.star"],
+        lambda run, out: [_star(run), *(["--et"] if run.tilted else []), "--ind", _selected(run),
+                          "-o", out / "particles.star"],
         _filter_star,
         script="cryodrgn_utils",
     ),

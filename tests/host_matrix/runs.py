@@ -21,15 +21,26 @@ if TYPE_CHECKING:
 
 N, D = 300, 32
 PARTICLES = ["data/particles.mrcs", "--poses", "data/poses.pkl", "--ctf", "data/ctf.pkl"]
+_TILTS = ["--ntilts", "3", "--dose-per-tilt", "3", "--angle-per-tilt", "3"]
+TILT_SERIES = [
+    "tilts/particles.star",
+    "--poses",
+    "tilts/poses.pkl",
+    "--ctf",
+    "tilts/ctf.pkl",
+    *_TILTS,
+]
 NET = ["--enc-dim", "64", "--enc-layers", "3"]
 _DECODER = ["--dec-dim", "32", "--dec-layers", "2"]
 _TRAIN = ["-b", "16", "--lr", "5e-4", "--seed", "0", "--no-analysis"]
 STOCK = {  # a train_vae run for each kind of run: what files there are depends on these
     "train_vae": [*PARTICLES, "--zdim", "3"],
     "train_vae, zdim 2": [*PARTICLES, "--zdim", "2"],
+    "train_vae, tilts": [*TILT_SERIES, "--encode-mode", "tilt", "--zdim", "3"],
     "train_vae --ind": [*PARTICLES, "--zdim", "3", "--ind", "data/kept.pkl"],
 }
 ONE_Z = "train_vae, one z"  # the same, its latents overwritten by one and the same
+SAME = {"baseline": "train_vae", "tilt": "train_vae, tilts"}  # the same weights
 HOSTS_OWN = {  # what it cannot do with its own runs
     ("train_vae, zdim 2", "analyze_landscape"),  # reads umap.pkl, which analyze does not write
     ("train_vae, zdim 2", "analyze_landscape_full"),
@@ -75,6 +86,11 @@ class Run:
             return pickle.load(handle)
 
     @property
+    def tilted(self) -> bool:
+        """Whether its particles are tilt series."""
+        return "tilt" in self.name
+
+    @property
     def rows(self) -> np.ndarray:
         """Where its particles stand in the stack."""
         return kept() if self.name.endswith("--ind") else np.arange(N)
@@ -95,9 +111,8 @@ def rows_of_the_table(plugins: Plugins) -> list[str]:
     trained = {n: r for n, r in recipes.items() if r.command == "train_amort"}
     met = {str(r.flags["encoder"]) for r in trained.values()}
     encoders = [*plugins.owned("encoders"), *plugins.owned("encoder_inputs")]
-    # tilt series are other data: tests/test_tilts.py
-    alone = [n for n in encoders if n not in met and n not in ("particle", "tilt")]
-    return [*trained, *alone, "vlt --ind", "infer_amort"]
+    alone = [n for n in encoders if n not in met and n != "particle"]
+    return [*trained, *alone, "vlt, tilts", "twin, tilts", "vlt --ind", "infer_amort"]
 
 
 def _flags(name: str, plugins: Plugins) -> tuple[list[str], str | None]:
@@ -105,7 +120,7 @@ def _flags(name: str, plugins: Plugins) -> tuple[list[str], str | None]:
     if name == "vlt --ind":
         return ["--encoder", "vlt", "--ind", "data/kept.pkl"], None
     if name not in plugins.owned("recipes"):
-        return ["--encoder", name], None
+        return ["--encoder", name.removesuffix(", tilts")], None
     recipe = plugins.recipe(name)
     needs = next(iter(recipe.parents.items()), None)
     flags = ["--recipe", name]
@@ -119,14 +134,14 @@ def _flags(name: str, plugins: Plugins) -> tuple[list[str], str | None]:
 
 def _epochs(name: str) -> list[str]:
     """Train what is compared by its numbers so little that rounding has not grown."""
-    return ["-n", "1" if name in ("train_vae", "baseline") else "6"]
+    return ["-n", "1" if name in SAME.values() or name in SAME else "6"]
 
 
 def _sees(name: str, plugins: Plugins) -> str:
     if name in ("vlt --ind", "infer_amort"):
         return "nothing"
     known = plugins.owned("recipes")
-    encoder = known[name].item.flags["encoder"] if name in known else name
+    encoder = known[name].item.flags["encoder"] if name in known else name.removesuffix(", tilts")
     spec = plugins.encoder(encoder)
     if not isinstance(spec, EncoderSpec):
         return "other"
@@ -165,11 +180,14 @@ def make(work: Path, stock: Host, ours: Host, jobs: int) -> list[Run]:
             argv += ["--anchors", "4"] if name == "anchored" else []
             argv += ["-n", "4"] if needs != "vlt" else []
         else:
-            argv = [*PARTICLES, *_DECODER, *_TRAIN, *_epochs(name), *flags, *zdim, *net]
+            data = [*TILT_SERIES, "--encode-mode", "tilt"] if "tilt" in name else PARTICLES
+            argv = [*data, *_DECODER, *_TRAIN, *_epochs(name), *flags, *zdim, *net]
         return done(ours, "train_amort", *argv, out=f"runs/{name}")
 
     done(ours, "simulate_amort", "-n", str(N), "-D", str(D), "--snr", "0.5", "--seed", "0",
          out="data")  # fmt: skip
+    done(ours, "simulate_amort", "-n", str(N), "-D", str(D), "--tilts", "3", "--seed", "0",
+         out="tilts")  # fmt: skip
     (work / "data/kept.pkl").write_bytes(pickle.dumps(kept()))
     _write_tables(work / "data")
     names = rows_of_the_table(plugins)
@@ -183,6 +201,7 @@ def make(work: Path, stock: Host, ours: Host, jobs: int) -> list[Run]:
     for name in names:
         like = "train_vae, zdim 2" if "small" in name else "train_vae"
         like = "train_vae --ind" if name.endswith("--ind") else like
+        like = "train_vae, tilts" if "tilt" in name else like
         like = ONE_Z if name == "vlt-frozen-zero" else like
         runs.append(Run(name, work / "runs" / name, stock.version, like, _sees(name, plugins)))
     for name in EVALUATED:
