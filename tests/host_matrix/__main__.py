@@ -16,7 +16,7 @@ from host_matrix import browser, dashboard, table
 from host_matrix.commands import COMMANDS, Command
 from host_matrix.folders import compare
 from host_matrix.host import Host
-from host_matrix.runs import EVALUATED, HOSTS_OWN, SAME, Run, make
+from host_matrix.runs import HOSTS_OWN, IN_BROWSER, SAME, Run, make
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -40,8 +40,7 @@ def _call(
         takes_covariates = dashboard.check(run, url, out, lambda: host.has_ended(started))
         if takes_covariates:
             picture = pictures and pictures / f"dashboard-{run.name}-{host.version}.png"
-            values = dashboard.covariates(run)[0].parent / f"{EVALUATED[run.name]}.pkl"
-            browser.show(url, values, picture)
+            browser.show(url, run.folder.parent.parent / "evals" / IN_BROWSER, picture)
     except AssertionError:
         if ABSENT in log.read_text():
             return 2
