@@ -11,7 +11,7 @@ import argparse
 import difflib
 import os
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -28,10 +28,11 @@ from cryodrgn_amort.runs import load_run as _load_run
 from cryodrgn_amort.simulate import SimulateOptions, Simulation, simulate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     import pandas as pd
 
+    Options = TypeVar("Options")
     Location = str | os.PathLike[str]
     PerParticle = Location | np.ndarray | Sequence[Any]
 
@@ -114,6 +115,9 @@ def train(particles: Location | None = None, *, outdir: Location, **flags: Any) 
     >>> run
     <Run table, epoch 1, --encoder vlt, zdim 2>
     """
+    start = flags.get("from_run")
+    if isinstance(start, Run):
+        flags["from_run"] = start.folder
     given = {"particles": particles, "outdir": outdir, "do_analysis": False, **flags}
     train_amort.main(_namespace(train_amort.add_args, given))
     return load_run(outdir)
@@ -173,7 +177,7 @@ def evaluate(
         "fit": fit,
         **options,
     }
-    found = _evaluate(run, EvalOptions(**_plain(given)))
+    found = _evaluate(_opened(run), _options(EvalOptions, given))
     return Result(**{f.name: getattr(found, f.name) for f in fields(found)})
 
 
@@ -229,7 +233,7 @@ def infer(
         "steps": steps,
         **options,
     }
-    infer_run(run, InferOptions(**_plain(given)), os.fspath(outdir))
+    infer_run(_opened(run), _options(InferOptions, given), os.fspath(outdir))
     return load_run(outdir)
 
 
@@ -262,7 +266,8 @@ def compare_runs(*runs: Run, volumes: int = CompareOptions.volumes, **options: A
     >>> agreement.measure.to_list()[:2]
     ['knn_overlap', 'linear_cka']
     """
-    pairs = compare(runs, CompareOptions(volumes, **options))
+    asked = _options(CompareOptions, {"volumes": volumes, **options})
+    pairs = compare(list(map(_opened, runs)), asked)
     return frame(
         ("first", "second", "only_seed"),
         ((p.first, p.second, p.only_seed, m) for p in pairs for m in p.measures.values()),
@@ -310,7 +315,41 @@ def simulate_particles(
     ['particles.mrcs']
     """
     given = {"n": n, "heldout": heldout, "D": D, "snr": snr, **options}
-    return simulate(SimulateOptions(os.fspath(outdir), **_plain(given)))
+    return simulate(_options(SimulateOptions, {"outdir": os.fspath(outdir), **given}))
+
+
+def _opened(run: Run) -> Run:
+    if not isinstance(run, Run):
+        raise InputError(f"run {run!r}: not a run; open its folder by load_run")
+    return run
+
+
+def _options(kind: type[Options], given: Mapping[str, Any]) -> Options:
+    """Make the options of a command, whose types are checked as far as the defaults tell."""
+    known = {f.name: f.default for f in fields(kind)}  # type: ignore[arg-type]
+    for name, value in (plain := _plain(given)).items():
+        if name not in known:
+            raise InputError(f"{name}: there is no such option{_near(name, known)}")
+        default = known[name]
+        if isinstance(default, bool):
+            right: tuple[type, ...] = (bool, np.bool_)
+        elif isinstance(default, int):
+            right = (int, np.integer)
+        elif isinstance(default, float):
+            right = (int, float, np.number)
+        else:
+            right = (object,)
+        if value is not None and not isinstance(value, right):
+            raise InputError(f"{name} {value!r}: {right[0].__name__} is needed")
+    try:
+        return kind(**plain)
+    except (TypeError, AttributeError) as err:
+        raise InputError(f"{kind.__name__}: {err}") from None
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; is {near[0]} meant?" if near else ""
 
 
 def _per_particle(values: PerParticle | None) -> str | np.ndarray | None:
@@ -358,9 +397,9 @@ def _namespace(
     argv: list[str] = []
     for name, value in _plain(given).items():
         if name not in actions:
-            near = difflib.get_close_matches(name, actions, 1)
-            hint = f"; is {near[0]} meant?" if near else ""
-            raise InputError(f"{name}: there is no such flag{hint}")
+            raise InputError(f"{name}: there is no such flag{_near(name, actions)}")
+        if isinstance(value, np.ndarray):
+            raise InputError(f"{name}: an array; a file, pickled, is needed")
         if value is not None:
             argv += _words(name, value, actions[name])
     return parser.parse_args(argv)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
+from functools import reduce
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = ["CompareOptions", "Comparison", "compare", "summary", "write"]
 
+logger = logging.getLogger("cryodrgn_amort")
+
+_FEWEST = 3  # particles that runs must have in common
 _NOT_CONFIGURATION = {
     "seed", "shuffle_seed", "outdir", "load", "overwrite", "do_analysis", "checkpoint",
     "log_interval", "verbose", "lazy", "num_workers", "max_threads", "recipe", "particles",
-    "poses", "ctf", "ind", "datadir", "norm",
+    "poses", "ctf", "ind", "holdout", "datadir", "norm",
 }  # fmt: skip
 
 
@@ -74,23 +79,17 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run], options: CompareOptions) -> list[Comparison]:
-    """Measure the agreement of every pair of runs.
+    """Measure the agreement of every pair of runs, on the particles that all of them have.
 
     Raises
     ------
     InputError
-        If there are fewer than two runs, or they are not of the same particles.
+        If there are fewer than two runs, or they do not have enough particles in common.
     """
     if len(runs) < 2:
         raise InputError("RUN: at least two runs are needed")
-    latents = [run.z()[0] for run in runs]
+    latents = [run.z()[0][rows] for run, rows in zip(runs, _common(runs), strict=True)]
     n = len(latents[0])
-    for run, z in zip(runs[1:], latents[1:], strict=True):
-        if len(z) != n:
-            raise InputError(
-                f"RUN {run.folder}: has {len(z)} particles, {runs[0].folder} has {n}; runs of the "
-                "same particles are needed"
-            )
     if options.clusters > n:
         raise InputError(f"--clusters {options.clusters}: there are only {n} particles")
     sample = np.random.default_rng(options.seed).permutation(n)[: options.volumes]
@@ -104,11 +103,33 @@ def compare(runs: Sequence[Run], options: CompareOptions) -> list[Comparison]:
             Comparison(
                 str(runs[i].folder),
                 str(runs[j].folder),
-                _configuration(runs[i]) == _configuration(runs[j]),
+                _only_seed(runs[i], runs[j]),
                 {m.name: m for m in measures},
             )
         )
     return found
+
+
+def _common(runs: Sequence[Run]) -> list[np.ndarray]:
+    """Return where each run has the particles that all have, in the order of the first."""
+    known = [run.index for run in runs]
+    index = [found for found in known if found is not None]
+    if len(index) < len(runs):
+        if len({run.n for run in runs}) > 1:
+            raise InputError(f"RUN {runs[known.index(None)].folder}: what its --ind named is gone")
+        logger.warning("What --ind named is gone: taken to be the same particles in all runs")
+        return [np.arange(run.n) for run in runs]
+    shared = reduce(np.intersect1d, index)
+    if len(shared) < _FEWEST:
+        raise InputError(f"RUN: these have {len(shared)} particles in common")
+    if len(shared) < max(map(len, index)):
+        logger.info(f"Compared on the {len(shared)} particles that all runs have")
+    wanted = index[0][np.isin(index[0], shared)]
+    places = [np.argsort(found, kind="stable") for found in index]
+    return [
+        order[np.searchsorted(found, wanted, sorter=order)]
+        for found, order in zip(index, places, strict=True)
+    ]
 
 
 def _latent_measures(a: np.ndarray, b: np.ndarray, options: CompareOptions) -> list[Measure]:
@@ -137,6 +158,11 @@ def _volume_measure(
     null = np.mean([metrics.fsc(u, v)[1:].mean() for u, v in zip(a, others, strict=True)])
     return measure("volume_fsc", np.mean, areas, null=float(null), ideal=1.0,
                    rounds=options.bootstrap, seed=options.seed)  # fmt: skip
+
+
+def _only_seed(first: Run, second: Run) -> bool:
+    same = _configuration(first) == _configuration(second)
+    return same and first.settings.seed != second.settings.seed
 
 
 def _configuration(run: Run) -> dict[str, Any]:

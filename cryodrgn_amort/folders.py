@@ -67,14 +67,20 @@ class RunFolder:
         found += [] if after >= 0 else [self.path / name for name in _FILES]
         return [path for path in found if path.exists()]
 
+    def foreign(self) -> list[Path]:
+        """Return files that a run would replace, in a folder that has no run."""
+        found = [path for path in self.present() if path.name != "run.log"]  # which is continued
+        of_run = any(p.name == "config.yaml" or p.name.startswith("weights") for p in found)
+        return [] if of_run or self.replaced.exists() else found
+
     @property
     def is_bare(self) -> bool:
         """Whether all that is there is what a training of ours left that made no checkpoint."""
         names = {path.name for path in self.present()}
         if self.replaced.exists() or any(n.startswith(("weights", INTERRUPTED)) for n in names):
             return False
-        if not (self.path / "config.yaml").exists():  # which is written after these
-            return names <= {HOLDOUT, TRAINED, CHECKSUMS}
+        if not (self.path / "config.yaml").exists():  # which is written first
+            return not names
         try:
             return OWN_KEY in read_yaml(self.path / "config.yaml", "-o")
         except (InputError, TypeError):

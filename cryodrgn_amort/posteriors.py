@@ -20,7 +20,7 @@ from cryodrgn_amort import __version__
 from cryodrgn_amort.checkpoints import write_pickle, write_weights, write_z
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.feed import Feed
-from cryodrgn_amort.files import recorded, replacing, write_json
+from cryodrgn_amort.files import CHECKSUMS, recorded, replacing, write_json
 from cryodrgn_amort.inference import (
     FitOptions,
     Fitted,
@@ -37,7 +37,7 @@ from cryodrgn_amort.poses import write_poses
 from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.progress import bar, on_terminal
 from cryodrgn_amort.repair import cluster_centres
-from cryodrgn_amort.runs import INPUT_FILES, INPUTS, model_args, write_config
+from cryodrgn_amort.runs import CHOSEN, INPUT_FILES, INPUTS, model_args, write_config
 from cryodrgn_amort.table import VLT, LookupTable
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ class Inferred:
         `(N,)` bool.
     start
         Positions in ``starts``, `(N,)`; -1: the encoder's answer as it was.
+    fitted
+        Whether any step was taken.
     """
 
     mean: np.ndarray
@@ -144,6 +146,7 @@ class Inferred:
     encoder_elbo: np.ndarray
     starts: tuple[str, ...]
     yardstick: Yardstick
+    fitted: bool = True
 
     @property
     def gap(self) -> np.ndarray:
@@ -339,6 +342,11 @@ class _Inference:
         done, begun = (out / "inference.json").is_file(), self.parts.is_dir()
         if (out / "config.yaml").exists() and not done and not begun:
             raise InputError(f"-o {out}: holds a run that is not of infer_amort")
+        if not done and not begun and (found := _present(out, self.run.epoch)):
+            raise InputError(
+                f"-o {out}: holds no run, but {', '.join(found[:3])}, which would be replaced; "
+                "choose another folder"
+            )
         if done and not overwrite:
             raise InputError(f"-o {out}: holds latents already; --overwrite replaces them")
 
@@ -392,7 +400,8 @@ class _Inference:
             for name, arrays in found.items():
                 arrays.append(part[name])
         whole = {name: np.concatenate(arrays) for name, arrays in found.items()}
-        return Inferred(**whole, starts=self.names, yardstick=yardstick)
+        stepped = self.fit_options.steps > 0
+        return Inferred(**whole, starts=self.names, yardstick=yardstick, fitted=stepped)
 
 
 def infer_run(
@@ -471,13 +480,19 @@ def _progress(parts: list[Any], *, silent: bool) -> Iterator[Any]:
             logger.info(f"Fitted {count + 1} of {len(parts)} parts")
 
 
+def _names(epoch: int) -> list[str]:
+    """Name what is written beside config.yaml and inference.json."""
+    kinds = [f"{kind}{of}.pkl" for kind in ("z", "pose", "weights") for of in ("", f".{epoch}")]
+    return [*kinds, *(f"{name}.pkl" for name in ("ind", "elbo", "converged", "gap"))]
+
+
+def _present(out: Path, epoch: int) -> list[str]:
+    return [name for name in (*_names(epoch), CHECKSUMS) if (out / name).exists()]
+
+
 def _write(run: Run, options: InferOptions, out: Path, work: _Inference, found: Inferred) -> None:
     """Write a table run, and what is known of each particle."""
-    kinds = (
-        f"{kind}{epoch}.pkl" for kind in ("z", "pose", "weights") for epoch in ("", f".{run.epoch}")
-    )
-    more = "ind", "elbo", "converged", "gap"
-    with recorded(out, "config.yaml", *kinds, *(f"{name}.pkl" for name in more)):
+    with recorded(out, "config.yaml", *_names(run.epoch)):
         _write_files(run, options, out, work, found)
     write_json(out / "inference.json", {"plan": json.loads(work.plan), **facts(found)})
 
@@ -494,8 +509,8 @@ def _write_files(
     doses = {name: getattr(options, name) for name in INPUTS if name not in INPUT_FILES}
     given |= {name: value for name, value in doses.items() if value is not None}
     if options.particles is None and run.settings.holdout is not None:
-        write_pickle(out / "ind.pkl", particles.ind)
-        given["ind"] = str((out / "ind.pkl").absolute())
+        write_pickle(out / CHOSEN, particles.ind)
+        given["ind"] = str((out / CHOSEN).absolute())
     own = options.particles is None and not options.held_out and options.poses is None
     if own and run.refined_poses is not None:
         for name in (f"pose.{epoch}.pkl", "pose.pkl"):
@@ -570,7 +585,7 @@ def summary(found: Inferred) -> str:
     )
     lines = [
         f"{f['particles']} particles, beta {f['beta']:.4g}, noise variance {f['variance']:.4g}: "
-        + (f"{100 * f['converged']:.1f} % converged" if f["converged"] else "not fitted"),
+        + (f"{100 * f['converged']:.1f} % converged" if found.fitted else "not fitted"),
         f"ELBO {_nats(f['elbo'])}; best from: {shares}",
     ]
     if f["amortization_gap"] is not None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cryodrgn_amort.checkpoints import OWN_KEY, read_weights
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import read_yaml
-from cryodrgn_amort.runs import HOLDOUT
+from cryodrgn_amort.runs import HOLDOUT, INPUT_FILES, load_run
+from cryodrgn_amort.settings import flag_name
 
 if TYPE_CHECKING:
     from cryodrgn_amort.encoders import EncoderSpec
     from cryodrgn_amort.folders import RunFolder
+    from cryodrgn_amort.particles import Particles
+    from cryodrgn_amort.plugins import Plugins
     from cryodrgn_amort.settings import TrainSettings
 
-__all__ = ["checkpoint_of", "holdout_of"]
+__all__ = ["check_start", "checkpoint_of", "holdout_of"]
 
 
 def checkpoint_of(
@@ -69,11 +74,48 @@ def _check_room(settings: TrainSettings, files: RunFolder, *, going_on: bool) ->
             f"-o {settings.outdir}: its run was about to be replaced when training was killed; "
             f"it is whole in {files.replaced}: move it back, or go on with --overwrite"
         )
+    if found := files.foreign():
+        names = ", ".join(sorted(path.name for path in found)[:3])
+        raise InputError(
+            f"-o {settings.outdir}: holds no run, but {names}, which training would replace; "
+            "choose another folder"
+        )
     replaces = settings.overwrite or files.is_bare
     if files.present() and not going_on and not replaces:
         raise InputError(
             f"-o {settings.outdir}: holds a run already; continue it with --load latest, "
             "or replace it with --overwrite"
+        )
+    replaced = set() if going_on else {path.resolve() for path in files.present()}
+    given = {flag_name(name): getattr(settings, name) for name in INPUT_FILES}
+    given["--table-init"] = settings.extra.get("table_init")
+    for flag, path in given.items():
+        if path is not None and Path(path).resolve() in replaced:
+            raise InputError(f"{flag} {path}: is of the run that -o {settings.outdir} replaces")
+
+
+def check_start(
+    settings: TrainSettings, encoder: EncoderSpec, particles: Particles, plugins: Plugins
+) -> None:
+    """Check that a table that starts from a run is of the same particles, row by row.
+
+    Raises
+    ------
+    InputError
+        If they are others.
+    """
+    flag, start = "--table-init", settings.extra.get("table_init")
+    if settings.from_run and encoder.second_stage and not encoder.shown_images:
+        flag, start = "--from", settings.from_run
+    if start is None or not (Path(start) / "config.yaml").is_file():
+        return
+    had = load_run(start, plugins, flag=flag).index
+    have = np.arange(particles.n) if particles.ind is None else particles.ind
+    if had is not None and not np.array_equal(had, have):
+        raise InputError(
+            f"{flag} {start}: was trained on {len(had)} particles, these are {len(have)}, of which "
+            f"it had {len(np.intersect1d(had, have))}; give it the same --ind and --holdout "
+            f"(as a file: {HOLDOUT} of that run)"
         )
 
 

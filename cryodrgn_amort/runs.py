@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.plugins import Plugins
 
 __all__ = [
+    "CHOSEN",
     "HOLDOUT",
     "INPUTS",
     "INPUT_FILES",
@@ -79,6 +80,8 @@ INPUTS = (*INPUT_FILES, "dose_per_tilt", "angle_per_tilt")
 
 HOLDOUT, TRAINED = "ind_heldout.pkl", "ind_train.pkl"
 """Files in a run folder: positions in the stack of the particles held out, and of the others."""
+CHOSEN = "ind.pkl"
+"""File in a folder of ``infer_amort``: positions of its particles, where they are not all."""
 
 
 _OF_DECODER = (
@@ -125,9 +128,10 @@ def inherited(
     """
     values = dict(given)
     if had.do_pose_sgd and not values.get("poses"):
+        which = "has those of its particles" if had.holdout is None else "lacks those held out"
         raise InputError(
             f"--from {values['from_run']}: its poses were refined: say by --poses which ones are "
-            "meant (pose.EPOCH.pkl there has those of its particles)"
+            f"meant (pose.EPOCH.pkl there {which})"
         )
     recipe = plugins.recipe(values["recipe"]).flags if values.get("recipe") else {}
     for name in _OF_DECODER:
@@ -167,8 +171,6 @@ def write_config(
     args = model_args(settings, encoder, particles.D)
     values = {**settings.to_dict(), **args, **args.get("tilt_params", {})}
     if particles.held_out is not None:  # the host knows of no particles held out
-        write_pickle(folder / HOLDOUT, particles.held_out)
-        write_pickle(folder / TRAINED, particles.ind)
         values["ind"] = str(folder / TRAINED)
     with replacing(folder / "config.yaml") as temporary:
         # the host chooses the format by the extension, which a temporary name keeps in front
@@ -181,6 +183,9 @@ def write_config(
             staged.unlink(missing_ok=True)
         config[OWN_KEY] = {"encoder": settings.encoder, "settings": settings.to_dict()}
         temporary.write_text(yaml.safe_dump(config))
+    if particles.held_out is not None:  # after the config: without one they are someone else's
+        write_pickle(folder / HOLDOUT, particles.held_out)
+        write_pickle(folder / TRAINED, particles.ind)
 
 
 def _vae_args(args: dict[str, Any]) -> dict[str, Any]:
@@ -210,6 +215,9 @@ def _settings_of(config: dict[str, Any], folder: Path) -> TrainSettings:
     values.update(outdir=str(folder), load=None, overwrite=False)
     if values.get("holdout"):
         values["holdout"] = str(folder / HOLDOUT)
+    moved = folder / CHOSEN
+    if Path(values.get("ind") or "").name == CHOSEN and moved.is_file():
+        values["ind"] = str(moved)
     values["norm"] = tuple(config["dataset_args"]["norm"])
     settings = TrainSettings(**values)
     if args["activation"] not in ("relu", "leaky_relu") or args["zdim"] != settings.zdim:
@@ -283,6 +291,22 @@ class Run:
     def n(self) -> int:
         """Number of particles that it was trained on."""
         return len(self.z_mu)
+
+    @cached_property
+    def index(self) -> np.ndarray | None:
+        """Positions of its particles in the stack `(N,)`, in the order of its latents.
+
+        None: not known, since what ``--ind`` named is not there any more.
+        """
+        kept = self.folder / TRAINED
+        path = str(kept) if self.settings.holdout and kept.is_file() else self.settings.ind
+        if path is None:
+            return np.arange(self.n)
+        if not Path(path).is_file():
+            return None
+        ind = to_array(read_pickle(path, "RUN"), f"RUN {path}")
+        ind = np.flatnonzero(ind) if ind.dtype == bool else ind
+        return ind if len(ind) == self.n else None
 
     def volumes(self, z: np.ndarray) -> np.ndarray:
         """Decode volumes `(M, box, box, box)` at latents `(M, zdim)`, as ``eval_vol`` does.

@@ -142,6 +142,9 @@ def add_scores(
     given = {} if labels is None else labels
     for name in known if columns is None else columns:
         wanted[_label(name, source.suffix)] = name
+    for label, name in given.items():
+        if wanted.get(label, name) != name:
+            raise InputError(f"--as {label}={name}: {wanted[label]} is written there")
     wanted |= given
     for flag, names in (("--columns", columns or ()), ("--as", given.values())):
         for name in names:

@@ -43,7 +43,7 @@ from cryodrgn_amort.poses import RefinedPoses
 from cryodrgn_amort.products import matrix_products
 from cryodrgn_amort.progress import bar, logging_to, on_terminal
 from cryodrgn_amort.repair import AnchoredEncoder, SecondStage
-from cryodrgn_amort.resume import checkpoint_of, holdout_of
+from cryodrgn_amort.resume import check_start, checkpoint_of, holdout_of
 from cryodrgn_amort.runs import (
     HOLDOUT,
     TRAINED,
@@ -139,6 +139,7 @@ class Trainer:
         source = replace(source, refined=own.get("pose_file"))
         whole = settings.enc_mask == -1
         self.particles = particles or load_particles(source, self.device, whole=whole)
+        check_start(settings, self.encoder_spec, self.particles, plugins)
         amort = self.encoder_spec.make(settings, self.particles)
         if amort is not None:
             self.team.split(amort, amort.per_particle)

@@ -131,6 +131,15 @@ def test_mistakes_are_value_errors(folder, tmp_path):
         (lambda: ca.train("p.mrcs", outdir=tmp_path / "x", zdim="two"), "zdim"),
         (lambda: ca.evaluate(ca.load_run(folder / "baseline"), "flip"), "flip: unknown"),
         (lambda: ca.simulate_particles(tmp_path / "x", D=15), "-D 15"),
+        (lambda: ca.simulate_particles(tmp_path / "x", tilt=3), "tilt: .*is tilts meant"),
+        (lambda: ca.simulate_particles(tmp_path / "x", heldout=4.5), "heldout 4.5: int is needed"),
+        (lambda: ca.evaluate("baseline"), "'baseline': not a run"),
+        (lambda: ca.infer("baseline", tmp_path / "x"), "'baseline': not a run"),
+        (lambda: ca.compare_runs("baseline", "vlt"), "'baseline': not a run"),
+        (lambda: ca.evaluate(ca.load_run(folder / "baseline"), [], fitt=3), "is fit meant"),
+        (lambda: ca.evaluate(ca.load_run(folder / "baseline"), fit="3"), "fit '3': int"),
+        (lambda: ca.infer(ca.load_run(folder / "baseline"), "o", step=3), "is steps meant"),
+        (lambda: ca.train("p.mrcs", outdir=tmp_path / "x", ind=np.arange(3)), "ind: an array"),
     ):
         with pytest.raises(ValueError, match=says):
             call()

@@ -38,6 +38,38 @@ def snapshot(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_a_folder_without_a_run_is_left_alone(refused, cli, tmp_path):
+    """A project's own pose.pkl, or a simulation, is not what a dead training left."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("pose.pkl", "ind_train.pkl"):
+        write_pickle(out / name, np.arange(12))
+        refused(says=["-o", "holds no run", name])
+        refused("--overwrite", says=["-o", "holds no run", name])
+        (out / name).unlink()
+    cli("simulate_amort", "-o", out, "-n", "8", "--heldout", "4", "-D", "16")
+    refused("--overwrite", "--holdout", "0.5", says=["-o", "holds no run", "ind_train.pkl"])
+
+
+def test_inputs_within_the_run_that_is_replaced(refused, cli, files, tmp_path):
+    argv = ["train_amort", files.particles, "--poses", files.poses, "--ctf", files.ctf, "--zdim",
+            "2", "-o", tmp_path / "out", "-n", "1", "--no-analysis", "--encoder", "vlt",
+            "--holdout", "0.2"]  # fmt: skip
+    assert cli(*argv)[0] == 0
+    refused("--overwrite", "--ind", tmp_path / "out/ind_train.pkl",
+            says=["--ind", "ind_train.pkl", "of the run that -o", "replaces"])  # fmt: skip
+
+
+def test_a_table_that_starts_from_a_run_of_other_particles(refused, cli, files, tmp_path):
+    argv = ["train_amort", files.particles, "--poses", files.poses, "--ctf", files.ctf, "--zdim",
+            "2", "-o", tmp_path / "first", "-n", "1", "--no-analysis",
+            "--encoder", "vlt"]  # fmt: skip
+    assert cli(*argv, "--ind", write_pickle(tmp_path / "first.pkl", np.arange(10)))[0] == 0
+    other = write_pickle(tmp_path / "second.pkl", np.arange(11, 1, -1))
+    start = "--encoder", "vlt", "--table-init", tmp_path / "first", "--ind", other
+    refused(*start, says=["--table-init", "first: was trained on 10", "are 10, of which it had 8"])
+
+
 def test_counts(refused, files, tmp_path):
     short = write_pickle(tmp_path / "short.pkl", (files.rots[:7], files.trans[:7]))
     refused(poses=short, says=["--poses", "short.pkl", "7 rows for 12 particles"])

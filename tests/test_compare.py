@@ -1,6 +1,7 @@
 """Agreement of runs: the measures at null and ideal, and the command on runs of all kinds."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -93,17 +94,61 @@ def test_the_command(folders, cli, tmp_path):
 def test_a_run_agrees_with_itself(folders, cli):
     code, shown, _ = cli("compare_amort", folders / "a", folders / "a", "--volumes", "2")
     assert code == 0
-    rows = {line.split()[4]: line for line in shown.splitlines() if "other seed" in line}
+    rows = {line.split()[2]: line for line in shown.splitlines() if line.startswith("a ")}
     assert " 1 " in rows["knn_overlap"]
     assert " 1 " in rows["volume_fsc"]
+    assert "other seed" not in shown
+    assert "No two runs differ in the seed alone" in shown
+
+
+def test_particles_are_matched_by_their_place_in_the_stack(train, flags, cli, tmp_path):
+    """Frozen tables of the same latents, of other particles, as many, in another order."""
+    z = np.random.default_rng(0).standard_normal((70, 3)).astype(np.float32)
+    common = {**flags, "encoder": "vlt", "num_epochs": 1, "table_freeze": True}
+    chosen = {"one": np.arange(50), "two": np.random.default_rng(1).permutation(70)[:50]}
+    for seed, (name, rows) in enumerate(chosen.items()):
+        own = tmp_path / f"{name}.z.pkl"
+        with open(own, "wb") as handle:
+            for part in (z[rows], 0 * z[rows] - 4):
+                pickle.dump(part, handle)
+        train(common, table_init=str(own), ind=_pickle(tmp_path / f"{name}.ind.pkl", rows),
+              seed=seed, outdir=str(tmp_path / name))  # fmt: skip
+    out = tmp_path / "out.json"
+    code, _, err = cli(
+        "compare_amort", *map(tmp_path.joinpath, chosen), "--volumes", "0", "-o", out
+    )
+    assert code == 0, err
+    measures = json.loads(out.read_text())["pairs"][0]["measures"]
+    both = len(np.intersect1d(*chosen.values()))
+    assert 20 < both < 45
+    assert measures["knn_overlap"]["n"] == both
+    assert measures["knn_overlap"]["value"] == 1
+    assert measures["linear_cka"]["value"] == pytest.approx(1)
+
+
+def test_holding_out_is_not_another_configuration(train, flags, cli, tmp_path):
+    held = _pickle(tmp_path / "held.pkl", range(0, 70, 10))
+    names = ("s0", "s1")
+    for seed, name in enumerate(names):
+        train(flags, encoder="vlt", num_epochs=1, holdout=held, seed=seed,
+              outdir=str(tmp_path / name))  # fmt: skip
+    code, shown, _ = cli("compare_amort", *map(tmp_path.joinpath, names), "--volumes", "0")
+    assert code == 0
+    assert "s1 (other seed)" in shown
 
 
 def test_mistakes_are_one_line(folders, cli, tmp_path, stack, train, flags):
-    few = train(flags, encoder="vlt", zdim=2, ind=_pickle(tmp_path / "ind.pkl", range(40))).folder
+    ends = {"few": range(2), "rest": range(2, 70)}
+    few, rest = (
+        train(flags, encoder="vlt", num_epochs=1, outdir=str(tmp_path / name),
+              ind=_pickle(tmp_path / f"{name}.pkl", rows)).folder
+        for name, rows in ends.items()
+    )  # fmt: skip
     for argv, says in (
         ([folders / "a"], "at least two runs"),
         ([folders / "a", tmp_path / "gone"], "gone: not a run folder"),
-        ([folders / "a", few], "has 40 particles"),
+        ([few, rest], "0 particles in common"),
+        ([folders / "a", few], "2 particles in common"),
         ([folders / "a", folders / "b", "--clusters", "500"], "--clusters 500"),
         ([folders / "a", folders / "b", "--epoch", "7"], "--epoch 7"),
         ([folders / "a", folders / "b", "--volumes", "-1"], "--volumes -1"),

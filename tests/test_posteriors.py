@@ -176,6 +176,22 @@ def test_held_out_and_new_particles_start_from_the_encoder(runs, new, tmp_path):
     assert (found.gap >= 0).all()
 
 
+def test_what_is_written_can_be_moved(runs, plugins, tmp_path):
+    infer_run(runs["network"], InferOptions(held_out=True, steps=1), tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert load_run(tmp_path / "there", plugins).particles().n == HELD
+
+
+def test_files_of_others_are_left_alone(runs, cli, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "ind.pkl").write_text("mine")
+    code, _, err = cli("infer_amort", runs["network"].folder, "-o", out, "--steps", 1)
+    assert code == 2
+    assert "holds no run, but ind.pkl" in err
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"ind.pkl": "mine"}
+
+
 def test_a_stock_run_of_train_dec(stack, plugins, tmp_path):
     run_host(
         "train_dec", stack.particles, "--poses", stack.poses, "--ctf", stack.ctf, "--zdim", 2,
