@@ -29,6 +29,8 @@ with warnings.catch_warnings():  # the host's imports warn of their own dependen
     from cryodrgn.pose import PoseTracker
     from cryodrgn.source import ImageSource, parse_star
 
+logging.getLogger("cryodrgn_amort").disabled = False  # the host disables all that there are
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 

@@ -151,6 +151,16 @@ def test_importing_it_is_cheap():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_what_a_script_trains_is_logged():
+    """Cryodrgn's import disables the loggers that there are."""
+    code = (
+        "import logging; ours = logging.getLogger('cryodrgn_amort')\n"
+        "import cryodrgn_amort; cryodrgn_amort.load_run\n"
+        "assert ours.isEnabledFor(logging.INFO)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_users_script_is_type_checked(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

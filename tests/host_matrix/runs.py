@@ -40,11 +40,14 @@ STOCK = {  # a train_vae run for each kind of run: what files there are depends 
     "train_vae --ind": [*PARTICLES, "--zdim", "3", "--ind", "data/kept.pkl"],
 }
 ONE_Z = "train_vae, one z"  # the same, its latents overwritten by one and the same
-SAME = {"baseline": "train_vae", "tilt": "train_vae, tilts"}  # the same weights
+# A run with the weights of train_vae's. Not `tilt`: images 1e-6 brighter move the latents of
+# train_vae's own run by 5e-3 (its network is deep), more than the 1e-3 that results are held to.
+SAME = {"baseline": "train_vae"}
 HOSTS_OWN = {  # what it cannot do with its own runs
     ("train_vae, zdim 2", "analyze_landscape"),  # reads umap.pkl, which analyze does not write
     ("train_vae, zdim 2", "analyze_landscape_full"),
     ("train_vae, zdim 2", "filter"),
+    ("train_vae, tilts", "eval_images"),  # asks for a flag that there is not
     (ONE_Z, "eval_images"),  # its encoder knows nothing of the one z
     (ONE_Z, "graph_traversal"),
     (ONE_Z, "analyze_landscape"),
