@@ -11,7 +11,7 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,12 +45,15 @@ class Scores:
         How many particles the stack has; None: not known.
     columns
         Values by name, `(N,)` each; NaN where it was not measured.
+    stack
+        The file of the particles that the run was trained on, if it is known.
     """
 
     source: str
     particles: np.ndarray
     total: int | None
     columns: dict[str, np.ndarray]
+    stack: Path | None = None
 
     def rows(self, name: str, total: int) -> np.ndarray:
         """Return a column for all particles of the stack, `(total,)`; NaN for those not in it."""
@@ -81,14 +84,15 @@ def load_scores(folder: str) -> Scores:
         names = list(rows[0])[1:]
         particles = np.array([int(row["particle"]) for row in rows])
         columns = {n: np.array([float(row[n] or "nan") for row in rows]) for n in names}
-        total = read_json(path / "amortization.json", "EVAL")["run"].get("stack")
+        run = read_json(path / "amortization.json", "EVAL")["run"]
+        total, stack = run.get("stack"), run.get("settings", {}).get("particles")
     except (IndexError, KeyError, TypeError, ValueError) as err:
         if isinstance(err, InputError):
             raise
         raise InputError(f"EVAL {path / _TRUST}: damaged ({type(err).__name__})") from None
     if particles.min() < 0 or len(np.unique(particles)) < len(particles):
         raise InputError(f"EVAL {path / _TRUST}: damaged (particles that cannot be)")
-    return Scores(str(path / _TRUST), particles, total, columns)
+    return Scores(str(path / _TRUST), particles, total, columns, stack and Path(stack))
 
 
 def add_scores(
@@ -106,6 +110,8 @@ def add_scores(
     ----------
     table, out
         The file that the stack's particles are in, in the stack's order; where the copy goes.
+        Any order, and any part, if the run was trained on a file of the same names (image or
+        group names of a .star, uid of a .cs).
     columns
         Names of the scores; None: all that are known of any particle.
     labels
@@ -156,8 +162,9 @@ def add_scores(
         if source.suffix == ".star" and not _LABEL.fullmatch(label):
             raise InputError(f"--as {label}: not a label (letters, digits, _)")
     file = (_Star if source.suffix == ".star" else _Cryosparc)(source)
-    owner = file.owner(scores)
-    total = int(owner.max()) + 1
+    owner = _by_name(file, scores)
+    owner = file.owner(scores) if owner is None else owner
+    total = max(int(owner.max()) + 1, scores.total or 0)
     if scores.particles.max() >= total:
         raise InputError(
             f"{what}: has {total} particles, {scores.source} is about particle "
@@ -184,6 +191,18 @@ def _label(name: str, suffix: str) -> str:
     return "amort" + "".join(word[0].upper() + word[1:] for word in words)
 
 
+def _by_name(file: _Star | _Cryosparc, scores: Scores) -> np.ndarray | None:
+    """Return which particle of the stack each row is, by name; None: the names are others."""
+    stack, kind = scores.stack, type(file)
+    if stack is None or stack.suffix != Path(file.path).suffix or not stack.is_file():
+        return None
+    for own, theirs in zip(file.names(), kind(stack).names(), strict=True):
+        known = {name: i for i, name in enumerate(dict.fromkeys(theirs))}
+        if len(known) == scores.total and own and known.keys() >= set(own):
+            return np.array([known[name] for name in own])
+    return None
+
+
 def _chosen(ind: str, total: int) -> np.ndarray:
     chosen = to_array(read_pickle(ind, "--ind"), f"--ind {ind}")
     if chosen.ndim != 1 or chosen.dtype.kind not in "iu" or not len(chosen):
@@ -200,7 +219,7 @@ class _Star:
     """
 
     def __init__(self, path: Path) -> None:
-        self.what = f"PARTICLES {path}"
+        self.path, self.what = path, f"PARTICLES {path}"
         try:
             # of whatever encoding: what is not understood comes out as it went in
             text = path.read_bytes().decode("utf-8", "surrogateescape")
@@ -236,6 +255,8 @@ class _Star:
                 within = True
             elif word.startswith("data_"):
                 within = False
+            elif not within and word and found and found[-1][2] and word[0] not in "_#;":
+                raise InputError(f"{self.what}: line {number + 1}: a row after a blank line")
             elif not within or not word or word.startswith("#"):
                 within = within and not (found and found[-1][2] and not word)
             elif word.startswith("_") and not found[-1][2]:
@@ -245,6 +266,14 @@ class _Star:
             else:
                 found[-1][2].append(number)
         return found
+
+    def names(self) -> tuple[list[Any], ...]:
+        """Return the name of each row's image, and of its group; none where there are none."""
+        labels = _IMAGES[0], next((name for name in _GROUPS if name in self.columns), "")
+        places = [self.columns.index(label) if label in self.columns else -1 for label in labels]
+        tokens = [_TOKEN.findall(self.lines[number]) for number in self.rows]
+        images, groups = ([row[at] for row in tokens] if at >= 0 else [] for at in places)
+        return [name.lstrip("0") for name in images], groups
 
     def owner(self, scores: Scores) -> np.ndarray:
         """Return which particle of the stack each row is of, `(rows,)`: of tilt series, its group.
@@ -286,7 +315,7 @@ class _Cryosparc:
     """A .cs file: a structured array in NumPy's format."""
 
     def __init__(self, path: Path) -> None:
-        self.what = f"PARTICLES {path}"
+        self.path, self.what = path, f"PARTICLES {path}"
         try:
             with open(path, "rb") as handle:
                 self.table: np.ndarray = np.load(handle, allow_pickle=False)
@@ -301,6 +330,10 @@ class _Cryosparc:
         if not len(self.table):
             raise InputError(f"{self.what}: has no particles")
         self.labels = set(names)
+
+    def names(self) -> tuple[list[Any], ...]:
+        """Return the uid of each row; none where there are none."""
+        return (self.table["uid"].tolist() if "uid" in self.labels else [],)
 
     def owner(self, scores: Scores) -> np.ndarray:
         """Return which particle of the stack each row is, `(rows,)`."""

@@ -167,6 +167,40 @@ def test_images_of_a_tilt_series_have_their_particles_score(tmp_path, cli):
     np.testing.assert_allclose(found["amortTrust"], [np.nan, 0.02, np.nan, 0.02])
 
 
+@pytest.mark.parametrize("kind", ["star", "tilts", "cs"])
+def test_rows_are_found_by_name(kind, tmp_path, cli):
+    """In another order, and a part of them, where the run was trained on a file of these names."""
+    suffix = "cs" if kind == "cs" else "star"
+    folder = write_evaluation(tmp_path / "amort.5", [2, 0, 3], 4)
+    facts = {"stack": 4, "settings": {"particles": str(tmp_path / f"stack.{suffix}")}}
+    (folder / "amortization.json").write_text(json.dumps({"run": facts}))
+    images = 2 if kind == "tilts" else 1
+    uid = [77, 11, 55, 33]
+    head = "data_\n\nloop_\n_rlnImageName #1\n_rlnGroupName #2\n"
+
+    def write(path, order):
+        if kind == "cs":
+            table = np.array([(uid[i],) for i in order], [("uid", "<u8")])
+            with open(path, "wb") as handle:
+                np.save(handle, table)
+            return
+        lines = [f"{images * i + k + 1:06d}@x.mrcs g{uid[i] if images > 1 else 0}\n"
+                 for i in order for k in range(images)]  # fmt: skip
+        path.write_text(head + "".join(lines))
+
+    write(tmp_path / f"stack.{suffix}", range(4))
+    write(tmp_path / f"in.{suffix}", [3, 1, 2])
+    code, _, err = cli("scores_amort", folder, tmp_path / f"in.{suffix}", "-o",
+                       tmp_path / f"out.{suffix}", "--columns", "trust")  # fmt: skip
+    assert code == 0, err
+    expected = np.repeat([0.03, np.nan, 0.02], images)
+    if kind == "cs":
+        found = np.load(tmp_path / "out.cs")["amort/trust"]
+    else:
+        found = starfile.read(tmp_path / "out.star")["amortTrust"]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -176,6 +210,10 @@ def test_images_of_a_tilt_series_have_their_particles_score(tmp_path, cli):
         (lambda t: t.replace("_rlnDefocusU", "_amortTrust"), "has a column amortTrust already"),
         (lambda t: t + "\ndata_more\n\nloop_\n_rlnImageName #1\n1@x\n", "2 tables of particles"),
         (lambda t: "", "no tables of particles"),
+        (
+            lambda t: t[: t.rstrip().rfind("\n")] + "\n" + t[t.rstrip().rfind("\n") :],
+            "a row after a blank line",
+        ),
     ],
 )
 def test_star_files_that_do_not_fit(change, says, evaluation, tmp_path, cli):

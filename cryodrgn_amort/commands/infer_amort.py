@@ -52,7 +52,13 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         help="Those that train_amort --holdout kept out")  # fmt: skip
     add(group, "--poses", metavar="PKL", help="Poses of PARTICLES")
     add(group, "--ctf", metavar="PKL", help="CTF parameters of PARTICLES")
-    add(group, "--ind", metavar="PKL", help="Indices of those that are wanted")
+    add(
+        group,
+        "--ind",
+        metavar="PKL",
+        help="Those of PARTICLES that are wanted; without PARTICLES: the file that RUN was trained\n"
+        "with, if it has moved",
+    )
     add(group, "--datadir", metavar="DIR", help="Path prefix of the files in a .star or .cs file")
     add(group, "-d", "--dose-per-tilt", type=float, metavar="DOSE",
         help="Of tilt series: as in training. Runs of train_vae do not tell")  # fmt: skip
