@@ -56,8 +56,8 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         group,
         "--ind",
         metavar="PKL",
-        help="Those of PARTICLES that are wanted; without PARTICLES: the file that RUN was trained\n"
-        "with, if it has moved",
+        help="Those of PARTICLES that are wanted; without PARTICLES, the file that RUN was\n"
+        "trained with, if it has moved",
     )
     add(group, "--datadir", metavar="DIR", help="Path prefix of the files in a .star or .cs file")
     add(group, "-d", "--dose-per-tilt", type=float, metavar="DOSE",
