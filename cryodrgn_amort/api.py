@@ -324,21 +324,20 @@ def _opened(run: Run) -> Run:
     return run
 
 
+_NUMBERS: dict[type, tuple[type, ...]] = {  # of the default -> what may be given
+    bool: (bool, np.bool_),
+    int: (int, np.integer),
+    float: (float, int, np.number),
+}
+
+
 def _options(kind: type[Options], given: Mapping[str, Any]) -> Options:
     """Make the options of a command, whose types are checked as far as the defaults tell."""
     known = {f.name: f.default for f in fields(kind)}  # type: ignore[arg-type]
     for name, value in (plain := _plain(given)).items():
         if name not in known:
             raise InputError(f"{name}: there is no such option{_near(name, known)}")
-        default = known[name]
-        if isinstance(default, bool):
-            right: tuple[type, ...] = (bool, np.bool_)
-        elif isinstance(default, int):
-            right = (int, np.integer)
-        elif isinstance(default, float):
-            right = (int, float, np.number)
-        else:
-            right = (object,)
+        right = _NUMBERS.get(type(known[name]), (object,))
         if value is not None and not isinstance(value, right):
             raise InputError(f"{name} {value!r}: {right[0].__name__} is needed")
     try:

@@ -28,6 +28,7 @@ __all__ = [
     "OWN_KEY",
     "epochs",
     "latest_z",
+    "read_ind",
     "read_pickle",
     "read_weights",
     "read_z",
@@ -114,6 +115,31 @@ def to_array(value: Any, what: str) -> np.ndarray:
         return np.asarray(value)
     except ValueError:
         raise InputError(f"{what}: a list of entries of different lengths, not an array") from None
+
+
+def read_ind(path: str | os.PathLike[str], flag: str, n: int | None = None) -> np.ndarray:
+    """Read indices of particles `(M,)` int64, each once, of a stack of ``n`` (None: not known).
+
+    Raises
+    ------
+    InputError
+        If the file holds anything else; ``flag`` names its role.
+    """
+    what = f"{flag} {path}"
+    ind = to_array(read_pickle(path, flag), what)
+    if ind.dtype == bool:
+        raise InputError(f"{what}: holds booleans; indices are needed (numpy.flatnonzero)")
+    if ind.ndim != 1 or not np.issubdtype(ind.dtype, np.integer):
+        raise InputError(f"{what}: not a list of integer indices")
+    if len(ind) == 0:
+        raise InputError(f"{what}: selects no particle")
+    if ind.min() < 0 or (n is not None and ind.max() >= n):
+        bad = ind.min() if ind.min() < 0 else ind.max()
+        of = "" if n is None else f", there are {n} particles"
+        raise InputError(f"{what}: index {bad} is out of range{of}")
+    if len(np.unique(ind)) != len(ind):
+        raise InputError(f"{what}: holds an index more than once")
+    return ind.astype(np.int64)
 
 
 def read_z(path: str | os.PathLike[str], flag: str) -> tuple[np.ndarray, np.ndarray]:

@@ -88,7 +88,7 @@ def compare(runs: Sequence[Run], options: CompareOptions) -> list[Comparison]:
     """
     if len(runs) < 2:
         raise InputError("RUN: at least two runs are needed")
-    latents = [run.z()[0][rows] for run, rows in zip(runs, _common(runs), strict=True)]
+    latents = [run.z_mu[rows] for run, rows in zip(runs, _common(runs), strict=True)]
     n = len(latents[0])
     if options.clusters > n:
         raise InputError(f"--clusters {options.clusters}: there are only {n} particles")
@@ -111,7 +111,7 @@ def compare(runs: Sequence[Run], options: CompareOptions) -> list[Comparison]:
 
 
 def _common(runs: Sequence[Run]) -> list[np.ndarray]:
-    """Return where each run has the particles that all have, in the order of the first."""
+    """Return where each run has the particles that all have, in the order of the stack."""
     known = [run.index for run in runs]
     index = [found for found in known if found is not None]
     if len(index) < len(runs):
@@ -124,11 +124,9 @@ def _common(runs: Sequence[Run]) -> list[np.ndarray]:
         raise InputError(f"RUN: these have {len(shared)} particles in common")
     if len(shared) < max(map(len, index)):
         logger.info(f"Compared on the {len(shared)} particles that all runs have")
-    wanted = index[0][np.isin(index[0], shared)]
-    places = [np.argsort(found, kind="stable") for found in index]
+    orders = map(np.argsort, index)
     return [
-        order[np.searchsorted(found, wanted, sorter=order)]
-        for found, order in zip(index, places, strict=True)
+        order[np.isin(found[order], shared)] for found, order in zip(index, orders, strict=True)
     ]
 
 

@@ -69,7 +69,7 @@ class RunFolder:
 
     def foreign(self) -> list[Path]:
         """Return files that a run would replace, in a folder that has no run."""
-        found = [path for path in self.present() if path.name != "run.log"]  # which is continued
+        found = self.present()
         of_run = any(p.name == "config.yaml" or p.name.startswith("weights") for p in found)
         return [] if of_run or self.replaced.exists() else found
 
@@ -79,8 +79,6 @@ class RunFolder:
         names = {path.name for path in self.present()}
         if self.replaced.exists() or any(n.startswith(("weights", INTERRUPTED)) for n in names):
             return False
-        if not (self.path / "config.yaml").exists():  # which is written first
-            return not names
         try:
             return OWN_KEY in read_yaml(self.path / "config.yaml", "-o")
         except (InputError, TypeError):

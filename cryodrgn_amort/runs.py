@@ -15,6 +15,7 @@ from cryodrgn_amort import host
 from cryodrgn_amort.checkpoints import (
     OWN_KEY,
     epochs,
+    read_ind,
     read_pickle,
     read_weights,
     read_z,
@@ -304,8 +305,7 @@ class Run:
             return np.arange(self.n)
         if not Path(path).is_file():
             return None
-        ind = to_array(read_pickle(path, "RUN"), f"RUN {path}")
-        ind = np.flatnonzero(ind) if ind.dtype == bool else ind
+        ind = read_ind(path, f"RUN {self.folder}: --ind")
         return ind if len(ind) == self.n else None
 
     def volumes(self, z: np.ndarray) -> np.ndarray:

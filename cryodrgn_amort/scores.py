@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cryodrgn_amort.checkpoints import read_pickle, to_array
+from cryodrgn_amort.checkpoints import read_ind
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import read_json, read_text, replacing
 
@@ -86,7 +86,7 @@ def load_scores(folder: str) -> Scores:
         columns = {n: np.array([float(row[n] or "nan") for row in rows]) for n in names}
         run = read_json(path / "amortization.json", "EVAL")["run"]
         total, stack = run.get("stack"), run.get("settings", {}).get("particles")
-    except (IndexError, KeyError, TypeError, ValueError) as err:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as err:
         if isinstance(err, InputError):
             raise
         raise InputError(f"EVAL {path / _TRUST}: damaged ({type(err).__name__})") from None
@@ -170,7 +170,9 @@ def add_scores(
             f"{what}: has {total} particles, {scores.source} is about particle "
             f"{scores.particles.max()}"
         )
-    chosen = np.ones(len(owner), bool) if ind is None else np.isin(owner, _chosen(ind, total))
+    chosen = (
+        np.ones(len(owner), bool) if ind is None else np.isin(owner, read_ind(ind, "--ind", total))
+    )
     for label in wanted:
         if label in file.labels:
             raise InputError(f"{what}: has a column {label} already")
@@ -193,23 +195,18 @@ def _label(name: str, suffix: str) -> str:
 
 def _by_name(file: _Star | _Cryosparc, scores: Scores) -> np.ndarray | None:
     """Return which particle of the stack each row is, by name; None: the names are others."""
-    stack, kind = scores.stack, type(file)
-    if stack is None or stack.suffix != Path(file.path).suffix or not stack.is_file():
+    stack = scores.stack
+    if stack is None or stack.suffix != file.path.suffix or not stack.is_file():
         return None
-    for own, theirs in zip(file.names(), kind(stack).names(), strict=True):
-        known = {name: i for i, name in enumerate(dict.fromkeys(theirs))}
+    try:
+        theirs = type(file)(stack).names()
+    except InputError:  # the host reads files that we do not
+        return None
+    for own, names in zip(file.names(), theirs, strict=True):
+        known = {name: i for i, name in enumerate(dict.fromkeys(names))}
         if len(known) == scores.total and own and known.keys() >= set(own):
             return np.array([known[name] for name in own])
     return None
-
-
-def _chosen(ind: str, total: int) -> np.ndarray:
-    chosen = to_array(read_pickle(ind, "--ind"), f"--ind {ind}")
-    if chosen.ndim != 1 or chosen.dtype.kind not in "iu" or not len(chosen):
-        raise InputError(f"--ind {ind}: not a list of integer indices")
-    if chosen.min() < 0 or chosen.max() >= total:
-        raise InputError(f"--ind {ind}: there are {total} particles, from 0")
-    return chosen
 
 
 class _Star:
@@ -235,11 +232,12 @@ class _Star:
         columns, self._last, self.rows = loops[0]
         self.columns = columns
         self.labels = {label.removeprefix("_") for label in columns}
-        for number in self.rows:
-            count = len(_TOKEN.findall(self.lines[number]))
-            if count != len(columns):
+        self._values = [_TOKEN.findall(self.lines[number]) for number in self.rows]
+        for number, values in zip(self.rows, self._values, strict=True):
+            if len(values) != len(columns):
                 raise InputError(
-                    f"{self.what}: line {number + 1} has {count} values for {len(columns)} columns"
+                    f"{self.what}: line {number + 1} has {len(values)} values for {len(columns)} "
+                    "columns"
                 )
         if not self.rows:
             raise InputError(f"{self.what}: has no particles")
@@ -271,8 +269,7 @@ class _Star:
         """Return the name of each row's image, and of its group; none where there are none."""
         labels = _IMAGES[0], next((name for name in _GROUPS if name in self.columns), "")
         places = [self.columns.index(label) if label in self.columns else -1 for label in labels]
-        tokens = [_TOKEN.findall(self.lines[number]) for number in self.rows]
-        images, groups = ([row[at] for row in tokens] if at >= 0 else [] for at in places)
+        images, groups = ([row[at] for row in self._values] if at >= 0 else [] for at in places)
         return [name.lstrip("0") for name in images], groups
 
     def owner(self, scores: Scores) -> np.ndarray:
@@ -283,13 +280,10 @@ class _Star:
         rows = np.arange(len(self.rows))
         if scores.total is None or len(rows) == scores.total:
             return rows
-        group = next((name for name in _GROUPS if name in self.columns), None)
-        if group is not None:
-            place = self.columns.index(group)
-            names = [_TOKEN.findall(self.lines[number])[place] for number in self.rows]
-            numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
-            if len(numbers) == scores.total:
-                return np.array([numbers[name] for name in names])
+        groups = self.names()[1]
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+        if len(numbers) == scores.total:
+            return np.array([numbers[name] for name in groups])
         raise InputError(
             f"{self.what}: has {len(rows)} particles, the stack of {scores.source} {scores.total}"
         )

@@ -12,7 +12,6 @@ import itertools
 import logging
 import math
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from cryodrgn_amort import __version__, host
 from cryodrgn_amort.checkpoints import read_pickle, write_pickle
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import forget, record, recorded, replacing
+from cryodrgn_amort.progress import on_terminal
 from cryodrgn_amort.sources import load_ctf, load_poses
 from cryodrgn_amort.specimens import BlobModel, VolumeModel, clean_images, read_volume
 
@@ -361,7 +361,7 @@ def _split(rows: np.ndarray) -> Iterator[np.ndarray]:
 def _chunks(total: int, size: int) -> Iterator[np.ndarray]:
     """Yield the images of each chunk; shows a bar on a terminal, a line every 10 % elsewhere."""
     size, tenths = -(-size // _BLOCK) * _BLOCK, 0
-    with tqdm(total=total, desc="Simulating", unit="image", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=total, desc="Simulating", unit="image", disable=not on_terminal()) as bar:
         for start in range(0, total, size):
             stop = min(start + size, total)
             yield np.arange(start, stop)

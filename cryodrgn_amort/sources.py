@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cryodrgn_amort import host
-from cryodrgn_amort.checkpoints import read_pickle, to_array
+from cryodrgn_amort.checkpoints import read_ind, read_pickle, to_array
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.particles import Particles, odd_images, spans
 from cryodrgn_amort.tilts import TiltSeries
@@ -67,23 +67,6 @@ class ParticleSource:
     refined: str | None = None
 
 
-def _load_ind(path: str, n: int, flag: str = "--ind") -> np.ndarray:
-    what = f"{flag} {path}"
-    ind = to_array(read_pickle(path, flag), what)
-    if ind.dtype == bool:
-        raise InputError(f"{what}: holds booleans; indices are needed (numpy.flatnonzero)")
-    if ind.ndim != 1 or not np.issubdtype(ind.dtype, np.integer):
-        raise InputError(f"{what}: not a list of integer indices")
-    if len(ind) == 0:
-        raise InputError(f"{what}: selects no particle")
-    if ind.min() < 0 or ind.max() >= n:
-        bad = ind.min() if ind.min() < 0 else ind.max()
-        raise InputError(f"{what}: index {bad} is out of range, there are {n} particles")
-    if len(np.unique(ind)) != len(ind):
-        raise InputError(f"{what}: holds an index more than once")
-    return ind.astype(np.int64)
-
-
 def _held_out(source: ParticleSource, ind: np.ndarray, n: int) -> np.ndarray:
     """Tell which of the particles ``ind`` are held out, `(M,)` bool."""
     assert source.holdout is not None
@@ -91,7 +74,7 @@ def _held_out(source: ParticleSource, ind: np.ndarray, n: int) -> np.ndarray:
     try:
         fraction = float(source.holdout)
     except ValueError:
-        held = _load_ind(source.holdout, n, "--holdout")
+        held = read_ind(source.holdout, "--holdout", n)
         foreign = np.setdiff1d(held, ind)
         if len(foreign):
             raise InputError(
@@ -257,7 +240,7 @@ def load_particles(
         raise InputError(f"{what}: the box of {box} pixels is odd; the host needs an even one")
     members = None if source.ntilts is None else _members(source)
     total = n if members is None else len(members)
-    ind = _load_ind(source.ind, total) if source.ind else None
+    ind = read_ind(source.ind, "--ind", total) if source.ind else None
     rows = _images_of(members, ind)
     rots, trans = load_poses(source.poses, n, rows, box)
     ctf = load_ctf(source.ctf, n, rows, box) if source.ctf else None

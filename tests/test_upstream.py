@@ -78,7 +78,14 @@ def test_our_commands_come_by_entry_points_alone(command_line, monkeypatch, caps
 
 def test_the_test_that_is_proposed(command_line, tmp_path, monkeypatch, capsys):
     name = "test_commands_of_other_packages"
+    text = block("python", f"def {name}")
+    assert text.count("    assert ") >= 3
     scope = {}
-    exec(compile(block("python", f"def {name}"), "examples/upstream.md", "exec"), scope)
+    exec(compile(text, "examples/upstream.md", "exec"), scope)
     (tmp_path / "other").mkdir()
     scope[name](tmp_path / "other", monkeypatch, capsys)
+    # without the change it fails
+    monkeypatch.setattr(command_line, "_plugin_commands", lambda group, taken: {})
+    (tmp_path / "again").mkdir()
+    with pytest.raises((AssertionError, SystemExit)):
+        scope[name](tmp_path / "again", monkeypatch, capsys)

@@ -8,7 +8,6 @@ import logging
 import math
 import re
 import shutil
-import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from cryodrgn_amort.latent import adam, train_step
 from cryodrgn_amort.mnist.data import BOX, LEAST_TRAINING
 from cryodrgn_amort.mnist.model import BETA, DigitNetwork, DigitVAE
 from cryodrgn_amort.products import matrix_products
+from cryodrgn_amort.progress import on_terminal
 from cryodrgn_amort.table import LookupTable
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def _train(
     feed = _kept(digits, shown)
     history: list[dict[str, float]] = []
     started = time.monotonic()
-    bar = tqdm(range(1, settings.epochs + 1), name, leave=False, disable=not sys.stderr.isatty())
+    bar = tqdm(range(1, settings.epochs + 1), name, leave=False, disable=not on_terminal())
     for epoch in bar:
         begun = time.monotonic()
         sums = torch.zeros(2, dtype=torch.float64)
