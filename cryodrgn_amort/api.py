@@ -119,7 +119,8 @@ def train(particles: Location | None = None, *, outdir: Location, **flags: Any) 
     if isinstance(start, Run):
         flags["from_run"] = start.folder
     given = {"particles": particles, "outdir": outdir, "do_analysis": False, **flags}
-    train_amort.main(_namespace(train_amort.add_args, given))
+    trainer = train_amort.train(_namespace(train_amort.add_args, given))
+    trainer.team.wait()  # until the leading process has written all
     return load_run(outdir)
 
 

@@ -42,7 +42,8 @@ def _guarded(command: str, run: Callable[[argparse.Namespace], Any]) -> Callable
             where = f"{err.filename}: " if err.filename else ""
             _fail(command, f"{where}{err.strerror or err}")
         except Stopped as stop:
-            sys.stderr.write(f"cryodrgn {command}: {stop}\n")
+            if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+                sys.stderr.write(f"cryodrgn {command}: {stop}\n")
             raise SystemExit(128 + stop.number) from None
         except KeyboardInterrupt:
             sys.stderr.write(f"cryodrgn {command}: interrupted\n")

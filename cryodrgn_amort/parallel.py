@@ -120,8 +120,8 @@ class Team:
         """Put the rows of all processes together, ``n`` in each of ``names``, as ``collect``."""
         return {k: self.collect(v, n) if k in names else v for k, v in state.items()}
 
-    def leave(self) -> None:
-        """End this process when all is done, if it is one of several.
+    def end_process(self) -> None:
+        """End a command's process when all is done, if it is one of several: for commands alone.
 
         Python's own ending is left out: gloo's threads may still let go of tensors then, and crash
         (pytorch/pytorch#179291; 1 of 23 launches here).

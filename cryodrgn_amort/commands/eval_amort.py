@@ -110,10 +110,10 @@ def main(args: argparse.Namespace) -> None:
     team = join()
     if not team.leads:
         assist(run, options, team)
-        team.leave()
+        team.end_process()
         return
     evaluation = evaluate(run, options, team)
     report = write_evaluation(evaluation, out)
     print(summary(evaluation))
     print(f"Report: {report}")
-    team.leave()
+    team.end_process()

@@ -99,4 +99,4 @@ def main(args: argparse.Namespace) -> None:
     if found is not None:
         print(summary(found))
         print(f"Latents: {outdir}")
-    team.leave()
+    team.end_process()

@@ -32,9 +32,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.plugins import load_plugins
+
+if TYPE_CHECKING:
+    from cryodrgn_amort.training import Trainer
 
 _HELP = {  # where the host's is not what it does, or not all that we do
     "do_pose_sgd": "Refine poses with gradient descent, in either --domain; RUN/pose.pkl has them",
@@ -165,6 +169,11 @@ def _torchrun() -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    """Train, and end the process if it is one of several."""
+    train(args).team.end_process()
+
+
+def train(args: argparse.Namespace) -> Trainer:
     """Train."""
     from cryodrgn_amort.runs import with_run
     from cryodrgn_amort.settings import settings_from_flags
@@ -176,4 +185,4 @@ def main(args: argparse.Namespace) -> None:
     given = {dest: value for dest, value in vars(args).items() if dest != "func"}
     trainer = Trainer(settings_from_flags(with_run(given, plugins), plugins), plugins)
     trainer.fit()
-    trainer.team.leave()
+    return trainer
