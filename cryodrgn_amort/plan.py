@@ -1,7 +1,8 @@
 """The plan of a study: one YAML file, and the steps that it stands for.
 
 A step is a command of ours with its flags. What it depends on, and whether it has been done
-already, is decided by its fingerprint: of its command, and of the steps before it.
+already, is decided by its fingerprint: of its command, the files that this names, what its recipe
+says, the versions of what does it, and of the steps before it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import re
 import shlex
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cryodrgn_amort import __version__
 from cryodrgn_amort.encoders import EncoderSpec
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.results import EvalOptions
@@ -65,12 +68,23 @@ class Step:
         Names of the steps that must be done before.
     outputs
         What is there once it is done.
+    reads
+        What else decides what it gives: what its recipe says, where the command only names it.
+    brought_by
+        The packages, with their versions, that bring what it uses beside what is built in.
     """
 
     name: str
     argv: tuple[str, ...]
     after: tuple[str, ...]
     outputs: tuple[Path, ...]
+    reads: str = ""
+    brought_by: tuple[str, ...] = ()
+
+    @property
+    def versions(self) -> list[str]:
+        """Of all packages that do it."""
+        return [f"cryodrgn-amort {__version__}", *self.brought_by]
 
     @property
     def shell(self) -> str:
@@ -186,11 +200,19 @@ class Plan:
 
     def with_parents(self, names: Iterable[str]) -> list[str]:
         """Return recipes and those that they need."""
-        found: dict[str, None] = {}
+        found: list[str] = []
+        seen: set[str] = set()  # references may go round in a circle
+
+        def add(name: str) -> None:
+            if name not in seen:
+                seen.add(name)
+                for parent in self._needed(name):
+                    add(parent)
+                found.append(name)
+
         for name in names:
-            found.update(dict.fromkeys(self.with_parents(self._needed(name))))
-            found[name] = None
-        return list(found)
+            add(name)
+        return found
 
     def _needed(self, name: str) -> list[str]:
         recipe = self.recipe(name)
@@ -213,9 +235,33 @@ class Plan:
         """Return a hash of all that decides what a step gives."""
         argv = [_within(argument, self.folder) for argument in step.argv]
         before = [self.fingerprint(self.steps[name]) for name in step.after]
+        return _hash([argv, before, self._files(step), step.reads, step.versions])
+
+    def former_fingerprint(self, step: Step) -> str:
+        """Return what it was before it knew recipes, versions, and which files a step reads."""
+        argv = [_within(argument, self.folder) for argument in step.argv]
+        before = [self.former_fingerprint(self.steps[name]) for name in step.after]
         given = [] if "simulate" in self.data else sorted(self.data.items())
-        text = json.dumps([argv, before, [_identity(path) for _, path in given]])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        files = [[p, *_identity(p)] if os.path.isfile(p) else [p] for _, p in given]
+        return _hash([argv, before, files])
+
+    def _files(self, step: Step) -> list[Any]:
+        """Tell the user's files and folders that a step's command names, and their versions."""
+        found: list[Any] = []
+        for flag, argument in pairwise(step.argv):
+            is_path = os.sep in argument or os.path.splitext(argument)[1]
+            if not is_path or flag == "--datadir":  # whatever else is there
+                continue
+            path = Path(os.path.abspath(argument))
+            if self._made.isdisjoint((path, *path.parents)):
+                found += _identity(path) if path.is_file() else _listing(path)
+        return found
+
+    @cached_property
+    def _made(self) -> set[Path]:
+        """What the steps make: files, and folders that are theirs alone."""
+        outputs = {Path(os.path.abspath(p)) for s in self.steps.values() for p in s.outputs}
+        return (outputs | {path.parent for path in outputs}) - {Path(os.path.abspath(self.folder))}
 
     def _steps(self) -> Iterable[Step]:
         start: tuple[str, ...] = ()
@@ -267,7 +313,14 @@ class Plan:
             after.append(f"train.{parent}.seed{seed}")
         argv += ["--seed", str(seed), "--no-analysis", "-o", str(out)]
         outputs = (out / "z.pkl", out / "weights.pkl")
-        return Step(f"train.{recipe.name}.seed{seed}", tuple(argv), tuple(after), outputs)
+        given = {**recipe.flags, **self._flags(recipe, self.train)}
+        encoder = str(given.get("encoder", "resid"))
+        kinds = (("recipes", recipe.name), ("encoders", encoder), ("encoder_inputs", encoder))
+        says = json.dumps(dict(recipe.flags), sort_keys=True, default=str)
+        return Step(
+            f"train.{recipe.name}.seed{seed}", tuple(argv), tuple(after), outputs, says,
+            self.plugins.bringing(*kinds),
+        )  # fmt: skip
 
     def _evaluate(self, recipe: Recipe, seed: int) -> Step:
         of = recipe.parents.get("run", recipe.name)
@@ -277,13 +330,17 @@ class Plan:
         if self.truth is not None:
             known["truth"] = str(self.truth)
         argv += _to_argv(known)
-        if recipe.command == "eval_amort":
-            argv += _to_argv(self._flags(recipe, self.evaluate))
-        else:
-            argv += _to_argv(self.evaluate)
+        own = recipe.command == "eval_amort"
+        flags = self._flags(recipe, self.evaluate) if own else self.evaluate
+        argv += _to_argv(flags)
         after = (f"train.{of}.seed{seed}",)
         outputs = (out / "amortization.json", out / "report.html")
-        return Step(f"eval.{recipe.name}.seed{seed}", tuple(argv), after, outputs)
+        asked = flags.get("transform") or ()
+        used = [asked] if isinstance(asked, str) else asked
+        kinds = [("transforms", str(name).partition(":")[0]) for name in used]
+        owners = self.plugins.bringing(*kinds, hook="report_sections")
+        name = f"eval.{recipe.name}.seed{seed}"
+        return Step(name, tuple(argv), after, outputs, brought_by=owners)
 
     def _agreement(self, recipe: Recipe) -> Iterable[Step]:
         names = dict.fromkeys((recipe.reference, recipe.name))
@@ -416,7 +473,19 @@ def _within(argument: str, folder: Path) -> str:
     return argument
 
 
-def _identity(path: str) -> list[Any]:
+def _hash(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _identity(path: str | Path) -> list[Any]:
     """Return what tells one version of a user's file from another."""
     status = os.stat(path)
-    return [path, status.st_size, status.st_mtime_ns] if os.path.isfile(path) else [path]
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _listing(folder: Path) -> list[Any]:
+    """Return the files of a folder and their versions; nothing if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    files = (p for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != ".")
+    return [[path.name, *_identity(path)] for path in files]

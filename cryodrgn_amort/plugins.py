@@ -110,6 +110,19 @@ class Plugins:
         """Plugin name -> the distribution that it came from, in the order of loading."""
         return dict(self._origin)
 
+    def bringing(self, *items: tuple[str, str], hook: str = "") -> tuple[str, ...]:
+        """Return where plugins are from, beside ours, that bring ``items`` or implement a hook.
+
+        Parameters
+        ----------
+        items
+            One of ``KINDS``, and the name of an item, which need not be there.
+        """
+        owned = [self.owned(kind).get(name) for kind, name in items]
+        names = {item.plugin for item in owned if item is not None}
+        names |= {name for name in self._origin if hook in self.observed(name)}
+        return tuple(sorted(self._origin[name] for name in names - {BUILTIN}))
+
     def observed(self, plugin: str) -> list[str]:
         """Return the hooks that a plugin implements beside those that bring named items."""
         callers = self._manager.get_hookcallers(self._manager.get_plugin(plugin)) or []

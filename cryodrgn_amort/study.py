@@ -1,8 +1,8 @@
 """A study: every step of its plan, once; killed, it goes on where it stopped.
 
-``steps/NAME.json`` says that a step is done, and holds its fingerprint: if the plan changes, so
-does the fingerprint of what depends on the change, and of nothing else. While a step is under way
-the same text lies in ``steps/NAME.planned``.
+``steps/NAME.json`` says that a step is done, and holds its fingerprint: if the plan changes, what a
+recipe says, a file, or a version, so does the fingerprint of what depends on the change, and of
+nothing else. While a step is under way the same text lies in ``steps/NAME.planned``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.plan import Plan, Step
     from cryodrgn_amort.plugins import CommandSpec
 
-__all__ = ["commands_line", "default_jobs", "locked", "run_steps"]
+__all__ = ["adopt", "commands_line", "default_jobs", "locked", "run_steps"]
 
 _STATUS_SECONDS = 30.0
 _MOST_JOBS = 4
@@ -83,6 +83,7 @@ class _Stamp:
     name: str
     fingerprint: str
     command: str
+    versions: Sequence[str]
 
     @property
     def _done(self) -> Path:
@@ -93,10 +94,22 @@ class _Stamp:
         return self.folder / "steps" / f"{self.name}.planned"
 
     def is_done(self) -> bool:
-        return _fingerprint_in(self._done) == self.fingerprint
+        return _read(self._done).get("fingerprint") == self.fingerprint
 
     def is_begun(self) -> bool:
-        return _fingerprint_in(self._planned) == self.fingerprint
+        return _read(self._planned).get("fingerprint") == self.fingerprint
+
+    def other_versions(self) -> list[str]:
+        """Return those that it was done with, which are not there any more."""
+        return [v for v in _read(self._done).get("versions", ()) if v not in self.versions]
+
+    def adopt(self, former: str) -> None:
+        """Know by its fingerprint what was known by its former one."""
+        for path in (self._done, self._planned):
+            if _read(path).get("fingerprint") == former:
+                began = path.stat().st_mtime_ns
+                self._write(path)
+                os.utime(path, ns=(began, began))
 
     def is_older_than(self, path: Path) -> bool:
         """Tell whether a file has been written since the step was begun."""
@@ -105,10 +118,16 @@ class _Stamp:
     def begin(self) -> None:
         """Say that it is under way; what it gave before counts no longer."""
         self._done.unlink(missing_ok=True)
-        text = {"step": self.name, "fingerprint": self.fingerprint, "command": self.command}
         self._planned.parent.mkdir(exist_ok=True)
-        with replacing(self._planned) as temporary:
-            temporary.write_text(json.dumps(text, indent=2) + "\n")
+        self._write(self._planned)
+
+    def _write(self, path: Path) -> None:
+        text = {
+            "step": self.name, "fingerprint": self.fingerprint, "command": self.command,
+            "versions": self.versions,
+        }  # fmt: skip
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
 
     def finish(self) -> None:
         os.replace(self._planned, self._done)
@@ -119,16 +138,25 @@ class _Stamp:
         return shlex.join(["mv", str(self._planned), str(self._done)])
 
 
-def _fingerprint_in(path: Path) -> str | None:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        found: str = json.loads(path.read_text())["fingerprint"]
-        return found
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _stamp(plan: Plan, step: Step) -> _Stamp:
-    return _Stamp(plan.folder, step.name, plan.fingerprint(step), step.shell)
+    return _Stamp(plan.folder, step.name, plan.fingerprint(step), step.shell, step.versions)
+
+
+def adopt(plan: Plan) -> None:
+    """Keep what was done before fingerprints knew recipes, versions, and which files a step reads.
+
+    Nobody knows what these were then: they are taken to be what they are now.
+    """
+    for step in plan.steps.values():
+        _stamp(plan, step).adopt(plan.former_fingerprint(step))
 
 
 def is_done(plan: Plan, step: Step) -> bool:
@@ -210,6 +238,10 @@ def run_steps(plan: Plan, commands: Mapping[str, CommandSpec], jobs: int) -> lis
         _say(f"{kept} of {len(plan.steps)} steps are done already")
     if not waiting:
         return []
+    others = {n: v for n, s in waiting.items() if (v := _stamp(plan, s).other_versions())}
+    if others:
+        named = ", ".join(sorted({version for found in others.values() for version in found}))
+        _say(f"{len(others)} steps were done with {named}, and are done again")
     check_inputs(plan)
     threads = max((os.cpu_count() or 1) // jobs, 1)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):

@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import shlex
+import shutil
+import types
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ from helpers import write_pickle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cryodrgn_amort import hookimpl
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.plan import COMMANDS, PLAN, parse
 from cryodrgn_amort.planfile import PRESETS, changed_plan, load_plan
@@ -44,10 +47,6 @@ def fingerprints(plan):
 
 
 def test_recipes_of_plugins_that_need_each_other_or_nothing_that_is_trained(plan_of):
-    import types
-
-    from cryodrgn_amort import hookimpl
-
     bring = [
         Recipe("a", "", {"encoder": "vlt"}, {"table_init": "b"}),
         Recipe("b", "", {"encoder": "vlt"}, {"table_init": "a"}),
@@ -131,10 +130,6 @@ def test_parents_come_first_and_are_named(plan_of):
 
 
 def test_a_plugins_recipe_is_like_ours(plan_of, parsers, tmp_path):
-    import types
-
-    from cryodrgn_amort import hookimpl
-
     theirs = types.SimpleNamespace(
         recipes=hookimpl(lambda: [Recipe("wide", "a wide network", {"qdim": 2048})])
     )
@@ -168,14 +163,53 @@ def test_a_study_can_be_moved(plan_of, tmp_path, monkeypatch):
     assert fingerprints(plan_of(tmp_path / "a")) == fingerprints(plan_of(Path("b/c")))
 
 
-def test_a_file_that_changes_is_another(plan_of, stack, tmp_path):
+def test_a_step_depends_on_the_files_that_it_reads(plan_of, stack, tmp_path):
     data = {"particles": stack.particles, "poses": stack.poses, "ctf": stack.ctf}
-    labels = tmp_path / "labels.pkl"
-    write_pickle(labels, [1])
-    before = fingerprints(plan_of(data={**data, "labels": str(labels)}))
-    write_pickle(labels, [1, 2, 3])
-    after = fingerprints(plan_of(data={**data, "labels": str(labels)}))
-    assert all(before[name] != after[name] for name in before)
+    truth, table, labels, poses = (tmp_path / n for n in ("truth", "z.pkl", "labels.pkl", "poses"))
+    truth.mkdir()
+    for path in (truth / "labels.pkl", table, labels):
+        write_pickle(path, [1])
+    shutil.copy(stack.poses, poses)
+    data |= {"labels": str(labels), "truth": str(truth), "poses": str(poses)}
+    recipes = {"baseline": None, "vlt": {"table-init": str(table)}, "mnist": None}
+    before = fingerprints(plan_of(data=data, recipes=recipes, more_seeds={}))
+    evaluations = {name for name in before if name.startswith("eval.")}
+    of_vlt = {"train.vlt.seed0", "eval.vlt.seed0", "compare.vlt"}
+    for path, changed in (
+        (labels, evaluations),
+        (truth / "labels.pkl", evaluations),
+        (table, of_vlt),
+        (poses, set(before) - {"mnist"}),
+    ):
+        write_pickle(path, [1, 2, 3])
+        after = fingerprints(plan_of(data=data, recipes=recipes, more_seeds={}))
+        assert {name for name in before if before[name] != after[name]} == changed, path
+        before = after
+
+
+def test_a_step_depends_on_what_its_recipe_says_and_on_versions(plan_of, monkeypatch):
+    def plan(width, version="theirs 1.0"):
+        recipe = Recipe("wide", "a wide network", {"qdim": width})
+        theirs = types.SimpleNamespace(recipes=hookimpl(lambda: [recipe]))
+        plugins = Plugins(found={"theirs": theirs})
+        monkeypatch.setitem(plugins._origin, "theirs", version)
+        return plan_of(plugins=plugins, recipes=dict.fromkeys(["baseline", "wide"]), more_seeds={})
+
+    before = fingerprints(plan(2048))
+    of_theirs = {"train.wide.seed0", "eval.wide.seed0", "compare.wide"}
+    for other in (plan(1024), plan(2048, "theirs 1.1")):
+        after = fingerprints(other)
+        assert {name for name in before if before[name] != after[name]} == of_theirs
+    assert fingerprints(plan(2048)) == before
+    monkeypatch.setattr("cryodrgn_amort.plan.__version__", "99")
+    assert not set(before.values()) & set(fingerprints(plan(2048)).values())
+
+
+def test_recipes_that_are_held_against_each_other(plan_of):
+    bring = [Recipe("a", "", reference="b"), Recipe("b", "", reference="a")]
+    plugins = Plugins(found={"p": types.SimpleNamespace(recipes=hookimpl(lambda: bring))})
+    plan = plan_of(plugins=plugins, recipes={"baseline": None, "a": None, "b": None}, more_seeds={})
+    assert set(plan.only(["a"]).recipes) == {"a", "b"}
 
 
 def test_own_flags_come_before_the_recipes_and_those_before_common_ones(plan_of):

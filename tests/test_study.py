@@ -1,7 +1,9 @@
 """Studies end to end: everything is done once, a killed one goes on, a change reruns its part."""
 
+import argparse
 import contextlib
 import html
+import importlib
 import io
 import json
 import os
@@ -19,9 +21,11 @@ import pytest
 import yaml
 from helpers import write_pickle
 
-from cryodrgn_amort import host
+from cryodrgn_amort import __version__, host
 from cryodrgn_amort.cli import main
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.plan import COMMANDS
+from cryodrgn_amort.planfile import load_plan
 from cryodrgn_amort.study_results import Member
 
 PLAN = {
@@ -77,6 +81,20 @@ def ran(folder):
         log.stem: len(re.findall(r"^cryodrgn \w+_amort ", log.read_text(), re.MULTILINE))
         for log in (folder / "logs").iterdir()
     }
+
+
+@pytest.fixture
+def plan_of_study(plugins):
+    """Read the plan in a study's folder."""
+
+    def read(folder):
+        parsers = {}
+        for name in COMMANDS:
+            parsers[name] = argparse.ArgumentParser(prog=name)
+            importlib.import_module(plugins.commands()[name].module).add_args(parsers[name])
+        return load_plan(folder, (folder / "plan.yaml").read_text(), plugins, parsers)
+
+    return read
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +172,42 @@ def test_a_second_call_runs_nothing(finished):
     assert ran(folder) == counts
     assert numbers(folder) == before
     assert run(folder, "--dry-run").stdout.strip() == ""
+
+
+def restamp(folder, plan_of_study, change):
+    """Rewrite every stamp of a study as another version left it."""
+    for path in (folder / "steps").glob("*.json"):
+        stamp = json.loads(path.read_text())
+        change(stamp, plan_of_study.steps[path.stem])
+        path.write_text(json.dumps(stamp))
+
+
+def test_steps_of_other_versions(finished, tmp_path, monkeypatch, plan_of_study):
+    """The unnumbered one before is trusted; those of a known one are done again, which is said."""
+    folder = tmp_path / "old"
+    shutil.copytree(finished[0], folder)
+    plan = plan_of_study(folder)
+
+    def as_before(stamp, step):
+        del stamp["versions"]
+        stamp["fingerprint"] = plan.former_fingerprint(step)
+
+    restamp(folder, plan, as_before)
+    assert run(folder, "--dry-run").stdout.strip() == ""
+    stamps = [json.loads(path.read_text()) for path in (folder / "steps").glob("*.json")]
+    assert {tuple(stamp["versions"]) for stamp in stamps} == {(f"cryodrgn-amort {__version__}",)}
+    monkeypatch.setattr("cryodrgn_amort.plan.__version__", "99")
+    assert len(run(folder, "--dry-run").stdout.splitlines()) == len(plan.steps)
+
+    def stop(*_):
+        raise InputError("enough")
+
+    monkeypatch.setattr("cryodrgn_amort.study.check_inputs", stop)
+    for path in (folder / "steps").glob("*.planned"):
+        path.unlink()
+    shutil.copytree(finished[0] / "steps", folder / "steps", dirs_exist_ok=True)
+    said = run(folder, code=2).stdout
+    assert f"{len(plan.steps)} steps were done with cryodrgn-amort {__version__}" in said
 
 
 CHANGED = {**PLAN, "recipes": {**PLAN["recipes"], "vlt": {"table-lr": 0.5}}}
@@ -254,9 +308,6 @@ def test_the_users_own_files(kind, stack, tmp_path, monkeypatch):
 
 
 def run_host_utils(name, *argv):
-    import argparse
-    import importlib
-
     module = importlib.import_module(f"cryodrgn.commands_utils.{name}")
     parser = argparse.ArgumentParser()
     module.add_args(parser)

@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
     from cryodrgn_amort.planfile import changed_plan, load_plan, write_plan
     from cryodrgn_amort.plugins import load_plugins
     from cryodrgn_amort.recipes import REPAIR
-    from cryodrgn_amort.study import commands_line, default_jobs, locked, run_steps
+    from cryodrgn_amort.study import adopt, commands_line, default_jobs, locked, run_steps
     from cryodrgn_amort.study_report import summary, write_report
     from cryodrgn_amort.study_results import read_study
 
@@ -103,6 +103,7 @@ def main(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         write_plan(folder, text)
+        adopt(plan)
         if args.dry_run:
             print("\n".join(commands_line(part)))
             return
