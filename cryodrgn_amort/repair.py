@@ -6,6 +6,7 @@ Plain networks of the host can be trained so as well; what they learn from is in
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from cryodrgn_amort import host
+from cryodrgn_amort.checkpoints import epochs
 from cryodrgn_amort.encoders import SLEEP_DEFAULTS, Encoder, EncoderSpec
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.sleep import Dream, whole_ctf
@@ -204,7 +206,10 @@ class AnchoredEncoder(SecondStage):
 
 
 def _build_semi(settings: TrainSettings, particles: Particles) -> Encoder:
-    start = {"table_init": settings.from_run, **settings.extra}
+    run = Path(str(settings.from_run))
+    known = epochs(run)  # the table is of the epoch that the decoder is of
+    latest = run / f"z.{known[-1]}.pkl" if known else run
+    start = {"table_init": str(latest), **settings.extra}
     return build_table(replace(settings, extra=start), particles)
 
 

@@ -105,7 +105,7 @@ def check_start(
         If they are others.
     """
     flag, start = "--table-init", settings.extra.get("table_init")
-    if settings.from_run and encoder.second_stage and not encoder.shown_images:
+    if start is None and encoder.second_stage and not encoder.shown_images:
         flag, start = "--from", settings.from_run
     if start is None or not (Path(start) / "config.yaml").is_file():
         return

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from helpers import read_pickles, run_host, write_pickle, write_stack
 
 from cryodrgn_amort.checkpoints import read_weights
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import CHECKSUMS
 from cryodrgn_amort.inference import anchored as weighted_anchors
 from cryodrgn_amort.noise import Agreement, NoiseModel, Shells, optics_groups
 from cryodrgn_amort.repair import AnchoredEncoder, split_pose
@@ -263,6 +265,18 @@ def test_a_second_stage_is_a_run_like_any_other(encoder, first, second, plugins,
         ):
             torch.testing.assert_close(mine, theirs)
             np.testing.assert_allclose(mine, z[:9], rtol=1e-4, atol=1e-4)
+
+
+def test_a_table_starts_from_what_was_checked(first, second, train, flags, tmp_path):
+    """--table-init wins over --from, whose decoder and latents are of one epoch."""
+    other = train(flags, encoder="vlt", holdout="0.2", seed=8, num_epochs=1).folder
+    with pytest.raises(InputError, match=r"--table-init .*: was trained on 56 particles"):
+        second("semi", table_init=str(other))
+    copy = shutil.copytree(first, tmp_path / "copy")
+    (copy / CHECKSUMS).unlink()
+    shutil.copy(copy / "z.1.pkl", copy / "z.pkl")  # of an earlier training that was continued
+    table = second("semi", from_run=str(copy), num_epochs=3).model.amort
+    np.testing.assert_array_equal(table.latents()[0].numpy(), read_pickles(first / "z.9.pkl"))
 
 
 def turned(angle):
