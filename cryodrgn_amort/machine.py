@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["available_memory", "read_fact"]
 
@@ -24,10 +28,32 @@ def available_memory() -> int:
     known = read_fact("/proc/meminfo", "MemAvailable")
     if known is None:  # not Linux: all there is
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = 1024 * int(known.split()[0])
-    group = (read_fact("/proc/self/cgroup", "0") or "").rpartition(":")[2].lstrip("/")
-    for folder in (Path("/sys/fs/cgroup", group), Path("/sys/fs/cgroup")):
-        with contextlib.suppress(OSError, ValueError):  # no limit, or none for this group
-            limit, used = (int((folder / f"memory.{n}").read_text()) for n in ("max", "current"))
-            free = min(free, limit - used)
-    return max(free, 0)
+    return max(min([1024 * int(known.split()[0]), *_left_to_groups()]), 0)
+
+
+_GROUPS = Path("/proc/self/cgroup")
+_GROUPS_AT = Path("/sys/fs/cgroup")
+# where a kind of cgroups has memory: below _GROUPS_AT, limit, use
+_VERSIONS = {
+    "": (".", "memory.max", "memory.current"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
+}
+
+
+def _left_to_groups() -> Iterator[int]:
+    """Yield what is left, in bytes, to each cgroup with a limit that this process is in.
+
+    A group is bound by those around it as well. In a container the group's own path may not be
+    there, but what is around it.
+    """
+    with contextlib.suppress(OSError):
+        for line in _GROUPS.read_text(errors="replace").splitlines():
+            _, controllers, group = line.split(":", 2)
+            for kind in _VERSIONS.keys() & set(controllers.split(",")):
+                root, *names = _VERSIONS[kind]
+                around = Path(group.lstrip("/"))
+                for folder in (around, *around.parents):
+                    with contextlib.suppress(OSError, ValueError):  # no limit, or not there
+                        files = (_GROUPS_AT / root / folder / name for name in names)
+                        limit, used = (int(file.read_text()) for file in files)
+                        yield limit - used
