@@ -79,8 +79,9 @@ class EncoderSpec:
         The name on the command line, and one line for humans.
     build
         Makes the encoder from the settings and the particles: those trained on, or others that it
-        is to encode. PyTorch's global generator is seeded by ``--seed`` meanwhile, and then as it
-        was before. None: the host's own network of encode mode ``host_mode``.
+        is to encode. PyTorch's global generators, of the CPU and of the GPU in use, are seeded by
+        ``--seed`` meanwhile, and then as they were before. None: the host's own network of encode
+        mode ``host_mode``.
     shown_images
         Whether it is shown images. A table is not: its amortization is "not applicable".
     flags
@@ -113,8 +114,12 @@ class EncoderSpec:
         """Make the encoder; None: it is the host's own network."""
         if self.build is None:
             return None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
+        # of GPUs, the one that is used: torch.manual_seed would reseed all, and for good
+        gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=gpus):
+            torch.default_generator.manual_seed(settings.seed)
+            if gpus:
+                torch.cuda.manual_seed(settings.seed)
             return self.build(settings, particles)
 
 

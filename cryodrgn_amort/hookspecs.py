@@ -5,7 +5,7 @@ A plugin is a module or object that an installed package names under the entry-p
 take any subset of the arguments below. Hooks that *bring* something return a list and are called
 once, when plugins are loaded; hooks that *observe* are called by the trainer as it goes along, of
 several processes by the leading one. One that fails is reported in one line and left out; only
-InputError stops a training.
+InputError stops a training. A plugin with hook wrappers is left out: each hook is called by itself.
 What ships in the box comes through the same hooks (``cryodrgn_amort.builtin``).
 
 A hook or an argument that is to go is marked with ``warn_on_impl`` or ``warn_on_impl_args``, and a

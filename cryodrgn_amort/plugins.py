@@ -65,9 +65,9 @@ def warn(message: str) -> None:
 class Plugins:
     """All loaded plugins.
 
-    A plugin that cannot be loaded, that implements a hook which does not exist, or whose hook
-    fails is reported in one line and left out. A name that is taken already is refused, naming
-    both plugins; the first one keeps it.
+    A plugin that cannot be loaded, that implements a hook which does not exist or a hook wrapper,
+    or whose hook fails is reported in one line and left out. A name that is taken already is
+    refused, naming both plugins; the first one keeps it.
     """
 
     def __init__(self, found: Mapping[str, Any] | None = None) -> None:
@@ -92,6 +92,7 @@ class Plugins:
                 warnings.simplefilter("always")
                 self._manager.register(plugin, name=name)
             self._manager.check_pending()  # refuses hooks that do not exist
+            self._refuse_wrappers(plugin)
         except (Exception, SystemExit) as err:
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
@@ -100,6 +101,13 @@ class Plugins:
         for warning in said:
             warn(f"plugin {name!r}: {warning.message}")
         self._origin[name] = origin
+
+    def _refuse_wrappers(self, plugin: Any) -> None:
+        """Refuse hooks that are to go around those of others: each is called by itself."""
+        for caller in self._manager.get_hookcallers(plugin) or []:
+            for impl in caller.get_hookimpls():
+                if impl.plugin is plugin and (impl.wrapper or impl.hookwrapper):
+                    raise TypeError(f"{caller.name} is a hook wrapper, which is never run here")
 
     @property
     def hook(self) -> Any:

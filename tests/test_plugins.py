@@ -244,6 +244,45 @@ def test_an_encoder_is_made_with_the_seed_and_disturbs_no_other_draws(flags, plu
     assert torch.equal(after, torch.rand(3, generator=torch.Generator().manual_seed(0)))
 
 
+def test_an_encoder_that_is_made_leaves_gpus_as_they_were(flags, plugins, monkeypatch):
+    import torch
+
+    def build(settings, particles):
+        return torch.rand(3, device="cuda") if torch.cuda.is_available() else torch.rand(3)
+
+    def reseed_all(seed):
+        raise AssertionError(seed)
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseed_all)
+    spec = EncoderSpec("drawn", "test", build=build)
+    settings = settings_from_flags(flags, plugins)
+    first = spec.make(settings, None)
+    before = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    assert torch.equal(first, spec.make(settings, None))
+    after = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("how", ["wrapper", "hookwrapper"])
+def test_hook_wrappers_are_refused_by_name(how, capsys):
+    def around(trainer):
+        yield
+
+    def bring():
+        yield
+
+    late = types.SimpleNamespace(training_end=hookimpl(**{how: True})(around))
+    more = types.SimpleNamespace(encoders=hookimpl(**{how: True})(bring))
+    plugins = Plugins(found={"late": late, "more": more})
+    assert list(plugins.origins()) == ["built-in"]
+    assert "resid" in plugins.owned("encoders")
+    assert capsys.readouterr().err.splitlines() == [
+        f"cryodrgn_amort: plugin {name!r} left out (TypeError: {hook} is a hook wrapper, which is "
+        "never run here)"
+        for name, hook in (("late", "training_end"), ("more", "encoders"))
+    ]
+
+
 POLICY = re.compile(r"deprecated since (\d+)\.(\d+), goes in (\d+)\.(\d+)")
 """The words of a deprecation: see examples/plugins/README.md."""
 
