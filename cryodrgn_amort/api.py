@@ -23,6 +23,7 @@ from cryodrgn_amort.evaluation import evaluate as _evaluate
 from cryodrgn_amort.notebook import Figures, Result, frame
 from cryodrgn_amort.plugins import load_plugins
 from cryodrgn_amort.posteriors import InferOptions, infer_run
+from cryodrgn_amort.private import actions_of
 from cryodrgn_amort.runs import Run
 from cryodrgn_amort.runs import load_run as _load_run
 from cryodrgn_amort.simulate import SimulateOptions, Simulation, simulate
@@ -390,7 +391,7 @@ def _namespace(
     parser = _Parser(allow_abbrev=False, add_help=False)
     add_args(parser)
     actions: dict[str, list[argparse.Action]] = {}
-    for action in parser._actions:
+    for action in actions_of(parser):
         flags = (flag[2:].replace("-", "_") for flag in action.option_strings if flag[:2] == "--")
         for name in {action.dest, *flags}:
             actions.setdefault(name, []).append(action)

@@ -19,6 +19,7 @@ import torch
 from cryodrgn_amort import __version__
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import check_intact, check_plain, replacing
+from cryodrgn_amort.private import PythonUnpickler
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,11 +62,8 @@ def _storage_from_bytes(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=True)
 
 
-class _ArrayUnpickler(pickle._Unpickler):
-    """Admits numpy arrays, torch tensors and plain Python containers, and nothing else.
-
-    In Python: the one in C makes room for whatever number of objects a file claims to have.
-    """
+class _ArrayUnpickler(PythonUnpickler):
+    """Admits numpy arrays, torch tensors and plain Python containers, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.storage", "_load_from_bytes"):

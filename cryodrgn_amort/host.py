@@ -11,7 +11,6 @@ import logging
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import matplotlib
 
@@ -28,6 +27,8 @@ with warnings.catch_warnings():  # the host's imports warn of their own dependen
     from cryodrgn.mrcfile import MRCHeader, parse_mrc, write_mrc
     from cryodrgn.pose import PoseTracker
     from cryodrgn.source import ImageSource, parse_star
+
+from cryodrgn_amort.private import replaced
 
 logging.getLogger("cryodrgn_amort").disabled = False  # the host disables all that there are
 
@@ -97,7 +98,7 @@ def _same_backend() -> Iterator[None]:
 
     before = plt.get_fignums()
     try:
-        with mock.patch.object(matplotlib, "use"):
+        with replaced(matplotlib, "use", lambda *args, **kwargs: None):
             yield
     finally:
         for number in set(plt.get_fignums()).difference(before):

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from cryodrgn_amort import __version__
 from cryodrgn_amort.encoders import EncoderSpec
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.private import actions_of
 from cryodrgn_amort.results import EvalOptions
 from cryodrgn_amort.runs import inherited
 from cryodrgn_amort.settings import TrainSettings, flag_name, settings_from_flags
@@ -445,7 +446,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any
 
 def _action(parser: argparse.ArgumentParser, key: str) -> argparse.Action | None:
     flag = f"-{key}" if len(key) == 1 else f"--{key}"
-    return parser._option_string_actions.get(flag)
+    return next((a for a in actions_of(parser) if flag in a.option_strings), None)
 
 
 def _dest(parser: argparse.ArgumentParser, key: str) -> str:

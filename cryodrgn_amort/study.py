@@ -249,11 +249,12 @@ def run_steps(plan: Plan, commands: Mapping[str, CommandSpec], jobs: int) -> lis
     (plan.folder / "logs").mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
+    of_caller = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, context, _start_worker, (str(plan.folder), threads))
     try:
         return _Runner(plan, commands, pool, jobs, kept).run(waiting)
     except BaseException:  # Ctrl-C too: nothing may go on behind the user's back
-        for process in list((pool._processes or {}).values()):
+        for process in set(multiprocessing.active_children()) - of_caller:
             process.kill()
         raise
     finally:

@@ -40,7 +40,7 @@ LAYERS = [  # each may import from those below it
     {"particles", "tilts", "shuffler", "metrics", "objective", "parallel", "decoding", "products"},
     {"checkpoints", "host"},
     {"files"},
-    {"errors", "machine", "recipes", "interrupts", "progress", "draws"},
+    {"errors", "machine", "recipes", "interrupts", "progress", "draws", "private"},
 ]
 
 
@@ -73,6 +73,43 @@ def test_only_one_module_imports_the_host():
         p.name for p in SOURCE.rglob("*.py") for m in imports(p) if m.split(".")[0] == "cryodrgn"
     }
     assert importers == {"host.py"}
+
+
+PRIVATE = {  # what we use of others' private parts, and where; cli's _get_commands is wrapped
+    ("private.py", "_Unpickler"),
+    ("private.py", "_actions"),
+    ("host.py", "_process"),
+}
+
+
+def test_private_parts_of_others_are_used_in_one_place_each():
+    """Names with a leading underscore that the module does not give itself; types aside."""
+    found = set()
+    for path in modules():
+        tree = ast.parse(path.read_text())
+        typed = {
+            id(inner)
+            for node in ast.walk(tree)
+            for part in (getattr(node, "annotation", None), getattr(node, "returns", None))
+            if part is not None
+            for inner in ast.walk(part)
+        }
+        own = {getattr(node, "name", None) for node in ast.walk(tree)}
+        own |= {n.target.id for n in ast.walk(tree) if isinstance(n, ast.AnnAssign)
+                and isinstance(n.target, ast.Name)}  # fmt: skip
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [node.attr] if isinstance(node, ast.Attribute) else []
+            of_self = isinstance(getattr(node, "value", None), ast.Name) and node.value.id in (
+                "self", "cls",
+            )  # fmt: skip
+            for name in names:
+                private = name.startswith("_") and not name.startswith("__")
+                if private and not of_self and name not in own and id(node) not in typed:
+                    found.add((path.name, name))
+    assert found - {(path, "_exit") for path, _ in found} == PRIVATE
 
 
 def test_imports_point_one_way():

@@ -6,6 +6,7 @@ import html
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -351,6 +352,29 @@ def test_two_at_a_time_are_refused(finished):
     with locked(finished[0]):
         done = run(finished[0], code=2)
     assert "another study_amort is running it" in done.stderr
+
+
+def test_after_ctrl_c_no_worker_goes_on(tmp_path, plan_of_study, plugins, monkeypatch):
+    """All that the study started ends at once; what the caller started does not."""
+    from cryodrgn_amort import study
+
+    def interrupted(self, waiting):
+        self.pool.submit(time.sleep, 600)
+        while not set(multiprocessing.active_children()) - {mine}:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    mine = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(600,))
+    mine.start()
+    try:
+        folder = new_study(tmp_path / "study")
+        monkeypatch.setattr(study._Runner, "run", interrupted)
+        with study.locked(folder), pytest.raises(KeyboardInterrupt):
+            study.run_steps(plan_of_study(folder), plugins.commands(), 1)
+        assert multiprocessing.active_children() == [mine]
+    finally:
+        mine.kill()
+        mine.join()
 
 
 def test_digits_are_held_against_particles():

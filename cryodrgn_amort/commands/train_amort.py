@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING
 
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.plugins import load_plugins
+from cryodrgn_amort.private import actions_of
 
 if TYPE_CHECKING:
     from cryodrgn_amort.training import Trainer
@@ -53,7 +54,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     from cryodrgn_amort.settings import REFUSED
 
     host.add_train_vae_args(parser)
-    for action in parser._actions:
+    for action in actions_of(parser):
         if action.dest == "help":
             continue
         if action.help:  # the defaults are about to go
@@ -154,7 +155,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         "memory)",
     )
     load_plugins().add_train_args(parser)
-    for action in parser._actions:
+    for action in actions_of(parser):
         action.default = argparse.SUPPRESS  # also what plugins added
 
 
