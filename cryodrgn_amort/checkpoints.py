@@ -230,7 +230,7 @@ def write_weights(
             torch.save(checkpoint, temporary)
         except RuntimeError as err:  # PyTorch writes without Python, and hides what went wrong
             reason = f"cannot be written ({str(err).splitlines()[0]}): is the disk full?"
-            raise OSError(errno.EIO, reason, str(path)) from None
+            raise OSError(errno.EIO, reason) from None
 
 
 def write_z(path: str | os.PathLike[str], mean: np.ndarray, logvar: np.ndarray) -> None:

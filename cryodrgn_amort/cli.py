@@ -39,6 +39,10 @@ def _guarded(command: str, run: Callable[[argparse.Namespace], Any]) -> Callable
         except InputError as err:
             _fail(command, str(err))
         except OSError as err:
+            if err.filename is None and getattr(args, "outdir", None):
+                from cryodrgn_amort.files import named  # heavy
+
+                err = named(err, f"{args.outdir}/")
             where = f"{err.filename}: " if err.filename else ""
             _fail(command, f"{where}{err.strerror or err}")
         except Stopped as stop:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 import tempfile
 from collections import deque
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from cryodrgn_amort import host
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import naming
 from cryodrgn_amort.parallel import Team
 from cryodrgn_amort.particles import Batch, Part, odd_images, spans
 from cryodrgn_amort.shuffler import Shuffler
@@ -164,7 +167,9 @@ class Feed:
         def make() -> np.ndarray:
             if not in_file:
                 return np.empty((len(rows), size), dtype)
-            with tempfile.TemporaryFile(dir=folder) as file:  # gone when this process is
+            with naming(f"{folder}/"), tempfile.TemporaryFile(dir=folder) as file:
+                # gone when this process is
+                _reserve(file.fileno(), len(rows) * size * dtype.itemsize)
                 return np.memmap(file, dtype, "w+", shape=(len(rows), size))
 
         store = replace(shared, shown=None) if shared else _Store(make(), None, None, None, where)
@@ -383,3 +388,14 @@ class _Positions(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, positions: list[int]) -> Tensor:
         return torch.tensor(positions)
+
+
+def _reserve(file: int, size: int) -> None:
+    """Take the room for a file now: a disk that is full later would kill this process."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except AttributeError:  # not on this system
+        return
+    except OSError as err:
+        if err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,8 @@ __all__ = [
     "forget",
     "is_recorded",
     "locked",
+    "named",
+    "naming",
     "read_json",
     "read_table",
     "read_text",
@@ -48,19 +52,46 @@ _MOST_TEXT = 1 << 26  # bytes
 _UNFOLDED, _MORE = 64, 1_000_000  # parts of plain data, or bytes of arrays, for each byte of a file
 
 
+def named(err: OSError, path: str | os.PathLike[str]) -> OSError:
+    """Return an error that says which file, and on a full disk what is free: writes say neither."""
+    reason, number = err.strerror or str(err), err.errno or errno.EIO
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        there = next((p for p in Path(os.path.abspath(path)).parents if p.is_dir()), Path("/"))
+        with contextlib.suppress(OSError):
+            reason += f"; {shutil.disk_usage(there).free / 1e9:.3f} GB are free in {there}"
+    return OSError(number, reason, os.fspath(path))
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str], temporary: Path | None = None) -> Iterator[None]:
+    """Let an error that names no file, or ``temporary``, name the file that is written."""
+    try:
+        yield
+    except OSError as err:
+        if err.filename is not None and str(err.filename) != str(temporary):
+            raise
+        raise named(err, path) from None
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write a file whole or not at all.
 
     Yields a temporary path in the same folder, named with a leading dot (the host's search for
     the latest checkpoint trips over other names); it takes the place of ``path`` on success.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; names ``path``.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
+        with naming(path, temporary):
+            yield temporary
+            with open(temporary, "rb+") as handle:
+                os.fsync(handle.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -24,10 +24,12 @@ with warnings.catch_warnings():  # the host's imports warn of their own dependen
     from cryodrgn.lattice import Lattice
     from cryodrgn.lie_tools import s2s2_to_rotmat
     from cryodrgn.models import FTPositionalDecoder, HetOnlyVAE, ResidLinearMLP
-    from cryodrgn.mrcfile import MRCHeader, parse_mrc, write_mrc
+    from cryodrgn.mrcfile import MRCHeader, parse_mrc
+    from cryodrgn.mrcfile import write_mrc as _write_mrc
     from cryodrgn.pose import PoseTracker
     from cryodrgn.source import ImageSource, parse_star
 
+from cryodrgn_amort.files import naming
 from cryodrgn_amort.private import replaced
 
 logging.getLogger("cryodrgn_amort").disabled = False  # the host disables all that there are
@@ -103,6 +105,12 @@ def _same_backend() -> Iterator[None]:
     finally:
         for number in set(plt.get_fignums()).difference(before):
             plt.close(number)
+
+
+def write_mrc(path: str, array: np.ndarray, **header: Any) -> None:
+    """Write volumes or images as the host does; an OSError names the file."""
+    with naming(path):
+        _write_mrc(path, array, **header)
 
 
 def preprocess(images: ImageDataset, raw: torch.Tensor) -> torch.Tensor:

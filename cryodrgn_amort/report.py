@@ -25,7 +25,7 @@ from cryodrgn_amort.definitions import (
     verdict,
 )
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.files import locked, read_json, recorded, write_json
+from cryodrgn_amort.files import locked, naming, read_json, recorded, write_json
 from cryodrgn_amort.metrics import MOST_QUERIES
 from cryodrgn_amort.pages import Picture, environment, picture
 from cryodrgn_amort.pictures import pictures_of
@@ -170,7 +170,8 @@ def _staging(out: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
             staging.mkdir()
             try:
-                yield staging
+                with naming(f"{out}/"):
+                    yield staging
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     finally:

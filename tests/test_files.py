@@ -1,0 +1,83 @@
+"""Files that cannot be written: which one, and what is free."""
+
+import errno
+import re
+import resource
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from cryodrgn_amort import cli, host
+from cryodrgn_amort.checkpoints import write_weights, write_z
+from cryodrgn_amort.files import replacing, write_json
+
+FREE = r"; \d+\.\d{3} GB are free in "
+
+
+def write_csv(path):
+    with replacing(path) as temporary, open(temporary, "w", newline="") as handle:
+        handle.write("x" * 100_000)
+
+
+WRITERS = {
+    "json": lambda path: write_json(path, {"a": [1] * 10_000}),
+    "z": lambda path: write_z(path, np.zeros((10_000, 8)), np.zeros((10_000, 8))),
+    "weights": lambda path: write_weights(path, 1, {"w": torch.zeros(100_000)}),
+    "csv": write_csv,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_on_a_full_disk_the_error_names_the_file_and_what_is_free(writer, tmp_path):
+    path = tmp_path / "file.x"
+    path.write_text("old")
+    (tmp_path / ".file.x.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=FREE + re.escape(str(tmp_path))) as caught:
+        WRITERS[writer](path)
+    assert caught.value.filename == str(path)
+    assert "full" in caught.value.strerror or caught.value.errno == errno.ENOSPC
+    assert [p.name for p in tmp_path.iterdir()] == ["file.x"]
+    assert path.read_text() == "old"
+
+
+def test_volumes_on_a_full_disk(tmp_path):
+    path = tmp_path / "vol.mrc"
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=FREE) as caught:
+        host.write_mrc(str(path), np.zeros((32, 32, 32), np.float32))
+    assert caught.value.filename == str(path)
+
+
+def test_a_folder_that_is_not_there_is_named_as_it_was_given(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        write_csv(tmp_path / "none" / "file.x")
+    assert caught.value.filename == str(tmp_path / "none" / "file.x")
+    assert "free" not in caught.value.strerror
+
+
+def test_particles_that_fit_no_disk_are_refused_by_name(train, flags, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=FREE) as caught:
+            train(flags, qdim=16, memory=1e-9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == f"{tmp_path}/"
+    assert caught.value.errno == errno.EFBIG
+
+
+def test_an_error_without_a_file_names_the_output_folder(tmp_path, capsys):
+    def full(args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for args, says in (
+        (SimpleNamespace(outdir=str(tmp_path)), f"{tmp_path}/: No space left on device{FREE}"),
+        (SimpleNamespace(), "error: No space left on device"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli._guarded("train_amort", full)(args)
+        assert stop.value.code == 2
+        assert re.search(says, capsys.readouterr().err)
