@@ -131,7 +131,8 @@ class TransformResult:
     arrays
         Per-particle values `(N,)` by name; NaN where a particle was not looked up.
     volumes
-        Decoded at the labelled particles' transformed latents, `(L, box, box, box)`.
+        Decoded at the labelled particles' transformed latents, `(L, box, box, box)`; none, `L` = 0,
+        of transforms that are not shown particle by particle (``Evaluation.mapped``).
     """
 
     name: str
