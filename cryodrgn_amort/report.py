@@ -57,7 +57,7 @@ CITATION = (
 _MAIN = ("retrieval_rank", "latent_correlation", "amortization_loss_fraction", "volume_change")
 # What an earlier evaluation may have left, and a later one without that transform must remove.
 _OURS = re.compile(
-    r"vol\.\d+(\..+)?\.mrc|.+\.(held|follow)\.pkl|(latents|ranks|map\..+)\.(png|pdf)"
+    r"vol\.\d+(\..+)?\.mrc|.+\.(held|follow)\.pkl|(latents|ranks|calibration|map\..+)\.(png|pdf)"
     r"|(reconstruction|neighbourhood|per_image_fsc|gap|trust|ind_(un)?stable)\.pkl|trust\.csv"
 )
 
@@ -322,7 +322,7 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
         "fits": {
             f.key: {
                 "which": f.which, "weight": f.weight, "beta": f.beta, "variance": f.variance,
-                "measures": measure_facts(f.measures),
+                "n": len(f.index), "left_out": f.left_out, "measures": measure_facts(f.measures),
             }
             for f in evaluation.fits
         },

@@ -167,7 +167,9 @@ class FitResult:
     measures
         By name.
     gap
-        In nats per particle, `(M,)`.
+        In nats per particle, `(M,)`; NaN where it cannot be told.
+    left_out
+        Number of particles whose loss is not a number; the measures leave them out.
     """
 
     which: str
@@ -177,6 +179,7 @@ class FitResult:
     index: np.ndarray
     measures: dict[str, Measure]
     gap: np.ndarray
+    left_out: int = 0
 
     @property
     def key(self) -> str:

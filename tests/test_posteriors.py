@@ -491,3 +491,28 @@ def test_the_evaluation_tells_what_the_encoder_loses(runs, stack, cli, tmp_path)
         if os.path.exists(tmp_path / f"out/ind_{name}.pkl")
     ]
     assert sorted(i for ids in chosen for i in ids) == trained.tolist()
+
+
+def test_a_particle_without_a_loss_costs_no_measure(runs, stack, cli, tmp_path, caplog):
+    from cryodrgn.mrcfile import write_mrc
+
+    folder = runs["network"].folder
+    images = stack.images.copy()
+    images[read_pickles(folder / "ind_heldout.pkl")[3]] = np.nan
+    write_mrc(str(tmp_path / "nan.mrcs"), images)
+    labels = write_pickle(tmp_path / "labels.pkl", np.arange(stack.n) % 3)
+    code, _, err = cli(
+        "eval_amort", folder, "-o", tmp_path / "out", "--no-umap", "--bootstrap", 20, "--fit",
+        HELD, "--labels", labels, "--particles", tmp_path / "nan.mrcs", "--transform",
+    )  # fmt: skip
+    assert code == 0, err
+    facts = json.loads((tmp_path / "out/amortization.json").read_text())["fits"]
+    seen, unseen = facts["training.implied"], facts["held-out.implied"]
+    assert (seen["n"], seen["left_out"], unseen["n"], unseen["left_out"]) == (HELD, 0, HELD, 1)
+    counts = {name: m["n"] for name, m in unseen["measures"].items()}
+    named = ("amortization_gap", "generalisation_gap", "held_out_score", "approximation_gap")
+    assert [counts[name] for name in named] == [HELD - 1] * 4
+    assert all(np.isfinite(unseen["measures"][name]["value"]) for name in named)
+    assert (counts["class_knn_fitted"], counts["converged"]) == (HELD, HELD)
+    assert f"The loss of 1 of {HELD} held-out particles is not a number" in caplog.text
+    assert f"1 of {HELD} held-out particles" in (tmp_path / "out/report.html").read_text()

@@ -346,6 +346,12 @@ def test_writing_again_removes_what_is_stale_and_nothing_else(light, tmp_path):
     assert all(path.read_text() == "mine" for path in others)
 
 
+def test_all_that_is_written_goes_when_it_is_stale(written):
+    names = {path.name for path in written.iterdir()} - {"report.html", "amortization.json"}
+    stay = {name for name in names if not report._OURS.fullmatch(name)}
+    assert stay == {CHECKSUMS}
+
+
 def test_an_output_that_cannot_be(light, tmp_path):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file/below"):
