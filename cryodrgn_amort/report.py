@@ -352,7 +352,7 @@ def _table_of_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Latent dimensions", str(run["zdim"])),
         ("Sample sizes", f"reconstruction losses {options.sample}, volumes {options.volumes}, at "
                          f"most; the neighbours of {min(run['n'], MOST_QUERIES)} particles are "
-                         "looked up among all; all other measures use every particle"),
+                         "looked up among all; N beneath each value says of how many it is"),
         ("Intervals", f"95 %, bootstrap over particles, {options.bootstrap} rounds, seed "
                       f"{options.seed}"),
         ("Headline", VERDICT_RULE),
