@@ -16,6 +16,7 @@ from cryodrgn_amort.definitions import DEFINITIONS, text_row, text_table
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import write_json
 from cryodrgn_amort.metrics import Measure, measure
+from cryodrgn_amort.runs import load_run
 
 if TYPE_CHECKING:
     import os
@@ -30,8 +31,8 @@ logger = logging.getLogger("cryodrgn_amort")
 _FEWEST = 3  # particles that runs must have in common
 _NOT_CONFIGURATION = {
     "seed", "shuffle_seed", "outdir", "load", "overwrite", "do_analysis", "checkpoint",
-    "log_interval", "verbose", "lazy", "num_workers", "max_threads", "recipe", "particles",
-    "poses", "ctf", "ind", "holdout", "datadir", "norm",
+    "log_interval", "verbose", "lazy", "memory", "num_workers", "max_threads", "recipe",
+    "particles", "poses", "ctf", "ind", "holdout", "datadir", "norm",
 }  # fmt: skip
 
 
@@ -93,12 +94,11 @@ def compare(runs: Sequence[Run], options: CompareOptions) -> list[Comparison]:
     if options.clusters > n:
         raise InputError(f"--clusters {options.clusters}: there are only {n} particles")
     sample = np.random.default_rng(options.seed).permutation(n)[: options.volumes]
-    volumes = [run.volumes(z[sample]) for run, z in zip(runs, latents, strict=True)]
+    volumes = _volume_measures(runs, [z[sample] for z in latents], options) if len(sample) else {}
     found = []
     for i, j in combinations(range(len(runs)), 2):
         measures = _latent_measures(latents[i], latents[j], options)
-        if len(sample):
-            measures.append(_volume_measure(volumes[i], volumes[j], runs[i], runs[j], options))
+        measures += [volumes[i, j]] if volumes else []
         found.append(
             Comparison(
                 str(runs[i].folder),
@@ -143,19 +143,30 @@ def _latent_measures(a: np.ndarray, b: np.ndarray, options: CompareOptions) -> l
     ]
 
 
-def _volume_measure(
-    a: np.ndarray, b: np.ndarray, first: Run, second: Run, options: CompareOptions
-) -> Measure:
-    if a.shape != b.shape:
-        raise InputError(
-            f"RUN {second.folder}: volumes of {b.shape[1]} px, those of {first.folder} have "
-            f"{a.shape[1]}; compare latents alone with --volumes 0"
-        )
-    areas = np.array([metrics.fsc(u, v)[1:].mean() for u, v in zip(a, b, strict=True)])
-    others = np.roll(b, 1, axis=0)
-    null = np.mean([metrics.fsc(u, v)[1:].mean() for u, v in zip(a, others, strict=True)])
-    return measure("volume_fsc", np.mean, areas, null=float(null), ideal=1.0,
-                   rounds=options.bootstrap, seed=options.seed)  # fmt: skip
+def _volume_measures(
+    runs: Sequence[Run], latents: Sequence[np.ndarray], options: CompareOptions
+) -> dict[tuple[int, int], Measure]:
+    """Compare the volumes that pairs of runs decode for the same particles, one after the other."""
+    first, *others = ((run, run.config["lattice_args"]["D"] - 1) for run in runs)
+    for run, box in others:
+        if box != first[1]:
+            raise InputError(
+                f"RUN {run.folder}: volumes of {box} px, those of {first[0].folder} have "
+                f"{first[1]}; compare latents alone with --volumes 0"
+            )
+    pairs = list(combinations(range(len(runs)), 2))
+    areas, nulls = ({pair: [] for pair in pairs} for _ in range(2))  # type: ignore[var-annotated]
+    decoded = zip(*(run.decode(z) for run, z in zip(runs, latents, strict=True)), strict=True)
+    for own, before in metrics.with_before(decoded):
+        for i, j in pairs:
+            areas[i, j].append(metrics.fsc(own[i], own[j])[1:].mean())
+            nulls[i, j].append(metrics.fsc(own[i], before[j])[1:].mean())
+    return {
+        pair: measure("volume_fsc", np.mean, np.roll(areas[pair], 1),
+                      null=float(np.mean(nulls[pair])), ideal=1.0,
+                      rounds=options.bootstrap, seed=options.seed)
+        for pair in pairs
+    }  # fmt: skip
 
 
 def _only_seed(first: Run, second: Run) -> bool:
@@ -163,10 +174,31 @@ def _only_seed(first: Run, second: Run) -> bool:
     return same and first.settings.seed != second.settings.seed
 
 
-def _configuration(run: Run) -> dict[str, Any]:
+def _configuration(run: Run, before: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return what a run's latents depend on but for seeds and particles, and so on for parents."""
     settings = asdict(run.settings)
     kept = {name: value for name, value in settings.items() if name not in _NOT_CONFIGURATION}
-    return {**kept, "epoch": run.epoch}
+    before = (*before, run.folder.resolve())
+    start = kept["extra"].get("table_init")
+    return {
+        **kept,
+        "epoch": run.epoch,
+        "from_run": _parent(kept["from_run"], run, before),
+        "extra": {**kept["extra"], "table_init": _parent(start, run, before)},
+    }
+
+
+def _parent(path: str | None, run: Run, before: tuple[Path, ...]) -> Any:
+    """Return the configuration of a run that another one begins with; its path, if it is gone."""
+    folder, file = (Path(path), "") if path else (None, "")
+    if folder is not None and folder.is_file():
+        folder, file = folder.parent, folder.name
+    if folder is None or folder.resolve() in before:
+        return path
+    try:
+        return file, _configuration(load_run(folder, run.plugins), before)
+    except InputError:
+        return path
 
 
 def summary(found: Sequence[Comparison]) -> str:

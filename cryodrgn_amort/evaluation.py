@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +50,10 @@ logger = logging.getLogger("cryodrgn_amort")
 _ACTIVE_VARIANCE = 0.01
 _Tables = tuple["Tensor", "Tensor | None", "Tensor | None"]
 """Rotations, translations and CTFs, as ``Particles`` has them."""
-_VOXELS_AT_ONCE = 100_000_000  # of decoded volumes: 400 MB
+_Volumes = Callable[[], "Iterator[np.ndarray]"]
+"""Gives volumes one by one, whenever it is called."""
+_Pairs = tuple[np.ndarray, np.ndarray]
+_VOXELS_KEPT = 250_000_000  # of the particles' own volumes: 1 GB
 
 
 @matrix_products()
@@ -85,7 +90,8 @@ def evaluate(run: Run, options: EvalOptions, team: Team | None = None) -> Evalua
     labelled = evaluator.labelled
     decoded = evaluator.volume_sample if copies else labelled
     with clock.stage("volumes"):
-        volumes = evaluator.decode(z[decoded])
+        volumes = evaluator.own_volumes(z[decoded])
+        shown_volumes = np.stack(list(itertools.islice(volumes(), len(labelled))))
     result = Evaluation(
         run=run,
         options=options,
@@ -97,7 +103,7 @@ def evaluate(run: Run, options: EvalOptions, team: Team | None = None) -> Evalua
         total=particles.total,
         measures=measures,
         labelled=labelled,
-        volumes=volumes[: len(labelled)],
+        volumes=shown_volumes,
         arrays=arrays,
         labels=known.labels,
         coordinate=known.coordinate,
@@ -415,16 +421,17 @@ class _Evaluator:
             )  # fmt: skip
         return measures
 
-    def decode(self, z: np.ndarray) -> np.ndarray:
-        """Decode volumes `(M, box, box, box)` as ``cryodrgn eval_vol`` does."""
-        return np.stack(list(self._decoded(z)))
+    def own_volumes(self, z: np.ndarray) -> _Volumes:
+        """Decode volumes `(box, box, box)` once if they fit into memory, else whenever needed."""
+        if len(z) * self.particles.D**3 > _VOXELS_KEPT:
+            return lambda: self._decoded(z)
+        kept = list(self._decoded(z))
+        return lambda: iter(kept)
 
     def _decoded(self, z: np.ndarray) -> Iterator[np.ndarray]:
-        """Decode volumes `(box, box, box)`, a few at a time."""
-        p = self.particles
-        latents = torch.from_numpy(z).float().to(p.device)
-        parts = latents.split(max(1, _VOXELS_AT_ONCE // p.D**3))
-        volumes = (volume for part in parts for volume in self.model.decode_volumes(part, p.norm))
+        """Decode volumes `(box, box, box)` as ``cryodrgn eval_vol`` does, one by one."""
+        latents = torch.from_numpy(z).float().to(self.particles.device)
+        volumes = self.model.decode_volumes(latents, self.particles.norm)
         return (volume.numpy().astype(np.float32) for volume in bar(volumes, "volumes", len(z)))
 
     def run_measures(
@@ -502,17 +509,20 @@ class _Evaluator:
         logvar: np.ndarray,
         transforms: list[tuple[str, Transform]],
         copies: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]],
-        volumes: np.ndarray,
+        volumes: _Volumes,
         base: dict[str, np.ndarray],
         near: Neighbours,
     ) -> list[TransformResult]:
         """Measure every transform in every mode.
 
-        ``volumes`` are those of ``volume_sample``, ``base`` the losses of the particles themselves.
+        ``volumes`` are those of ``volume_sample``; ``base`` the losses of the particles themselves.
         """
         found = []
         opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": self.options.seed}
-        for name, transform in transforms:
+        with self.clock.stage("volumes"):
+            pairs = _pairs(volumes())
+        for number, (name, transform) in enumerate(transforms):
+            shown = len(self.labelled) if number < self.options.maps else 0
             modes = {mode: copies[(name, mode)][0] for mode in MODES}
             with self.clock.stage("reconstruction"):
                 losses = self.reconstruction({"control": z, **modes}, transform)
@@ -523,8 +533,9 @@ class _Evaluator:
                 measures = moved_measures(z, logvar, moved, arrays, near, self.known.labels, known,
                                           **opts)  # fmt: skip
                 with self.clock.stage("volumes"):
-                    moved_volumes = self.decode(moved[self.volume_sample])
-                measures |= self._volume_measures(volumes, moved_volumes)
+                    copies_volumes = self._decoded(moved[self.volume_sample])
+                    more, first = self._compare_volumes(volumes(), copies_volumes, pairs, shown)
+                measures |= more
                 found.append(
                     TransformResult(
                         name,
@@ -534,24 +545,39 @@ class _Evaluator:
                         moved_logvar,
                         measures,
                         arrays,
-                        moved_volumes[: len(self.labelled)],
+                        first,
                     )
                 )
         return found
 
-    def _volume_measures(self, volumes: np.ndarray, copies: np.ndarray) -> dict[str, Measure]:
-        others = np.roll(volumes, 1, axis=0)
-        changed, pairs, area, area_pairs = [], [], [], []
-        for own, copy, other in zip(volumes, copies, others, strict=True):
-            changed.append(np.linalg.norm(own - copy))
-            pairs.append(np.linalg.norm(own - other))
-            area.append(1 - metrics.fsc(own, copy)[1:].mean())
-            area_pairs.append(1 - metrics.fsc(own, other)[1:].mean())
+    def _compare_volumes(
+        self, own: Iterator[np.ndarray], copies: Iterator[np.ndarray], pairs: _Pairs, shown: int
+    ) -> tuple[dict[str, Measure], np.ndarray]:
+        """Compare volumes with those of the copies; also returns the first ``shown`` of these."""
+        changed, areas = [], []
+        first: list[np.ndarray] = []
+        for volume, copy in zip(own, copies, strict=True):
+            changed.append(np.linalg.norm(volume - copy))
+            areas.append(1 - metrics.fsc(volume, copy)[1:].mean())
+            if len(first) < shown:
+                first.append(copy)
         opts: dict[str, Any] = {"rounds": self.options.bootstrap, "seed": self.options.seed}
+        distances, losses = pairs
         found = [
-            measure("volume_change", metrics.volume_change, np.array(changed), np.array(pairs),
+            measure("volume_change", metrics.volume_change, np.array(changed), distances,
                     null=1.0, ideal=0.0, **opts),
-            measure("volume_fsc_loss", np.mean, np.array(area),
-                    null=float(np.mean(area_pairs)), ideal=0.0, **opts),
+            measure("volume_fsc_loss", np.mean, np.array(areas),
+                    null=float(losses.mean()), ideal=0.0, **opts),
         ]  # fmt: skip
-        return {m.name: m for m in found}
+        box = self.particles.box
+        return {m.name: m for m in found}, np.array(first, np.float32).reshape(-1, box, box, box)
+
+
+def _pairs(volumes: Iterator[np.ndarray]) -> _Pairs:
+    """Return distance, and 1 minus mean FSC, of each volume from the one before it, `(M,)` each."""
+    found = [
+        (np.linalg.norm(own - before), 1 - metrics.fsc(own, before)[1:].mean())
+        for own, before in metrics.with_before(volumes)
+    ]
+    distances, losses = np.roll(np.array(found), 1, axis=0).T
+    return distances, losses

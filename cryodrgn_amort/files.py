@@ -28,6 +28,7 @@ __all__ = [
     "CHECKSUMS",
     "check_intact",
     "check_plain",
+    "digest",
     "forget",
     "is_recorded",
     "locked",
@@ -121,7 +122,7 @@ def recorded(folder: Path, *names: str) -> Iterator[None]:
 
 def record(folder: Path, *names: str) -> None:
     """Keep the checksums of files, for ``check_intact``; a name without a file has none."""
-    new = {name: _digest(folder / name) for name in names if (folder / name).is_file()}
+    new = {name: digest(folder / name) for name in names if (folder / name).is_file()}
     _write_checksums(folder, _checksums(folder) | new)
 
 
@@ -143,12 +144,13 @@ def is_recorded(folder: Path, *names: str) -> bool:
     return not (folder / CHECKSUMS).exists() or _checksums(folder).keys() >= set(names)
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file's contents."""
+    found = hashlib.sha256()
     with open(path, "rb") as handle:
         while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def check_intact(path: str | os.PathLike[str], flag: str) -> None:
@@ -166,7 +168,7 @@ def check_intact(path: str | os.PathLike[str], flag: str) -> None:
     known = _checksums(path.parent).get(path.name)
     while known is not None:
         try:
-            found = _digest(path)
+            found = digest(path)
         except OSError as err:
             raise InputError(f"{flag} {path}: {err.strerror}") from None
         before, known = known, _checksums(path.parent).get(path.name)

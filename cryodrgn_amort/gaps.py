@@ -155,6 +155,10 @@ def fit_results(
             chunks = bar(torch.from_numpy(index).split(_CHUNK), f"fits, {which}")
             values = _fit(fitter, chunks, yardstick, tighten=weight == "implied")
             measures = fit_measures(values, seen, opts)
+            left_out = int((~np.isfinite(values.fitted)).sum())
+            if left_out:
+                logger.warning(f"The loss of {left_out} of {count} {which} particles is not a "
+                               "number: they are left out of what is said of fits")  # fmt: skip
             if which == "held-out" and "training" in labels and which in labels:
                 truth = labels["held-out"][index]
                 measures += class_measures(run.z()[0], labels["training"], values, truth, opts)
@@ -168,32 +172,41 @@ def fit_results(
                     index,
                     {m.name: m for m in measures},
                     values.gap,
+                    left_out,
                 )
             )
     return found
 
 
 def fit_measures(found: FitValues, seen: FitValues | None, opts: dict[str, Any]) -> list[Measure]:
-    """Measure one set of particles; ``seen`` are those of the training if these are not."""
+    """Measure one set of particles; ``seen`` are those of the training if these are not.
+
+    Each measure leaves out particles without a loss; those not trained on are compared with as
+    many others.
+    """
     measures = []
-    if np.isfinite(found.gap).all():
+    known = np.isfinite(found.gap)
+    if known.any():
         measures.append(
-            measure("amortization_gap", np.mean, found.gap, null=None, ideal=0.0, **opts)
+            measure("amortization_gap", np.mean, found.gap[known], null=None, ideal=0.0, **opts)
         )
-        if seen is not None and np.isfinite(seen.gap).all():
-            measures.append(
-                measure("generalisation_gap", metrics.difference_of_means, found.gap, seen.gap,
-                        null=None, ideal=0.0, **opts)
-            )  # fmt: skip
-        if seen is not None:
-            measures.append(
-                measure("held_out_score", metrics.gained_share, found.constant - found.encoder,
-                        found.constant - found.fitted, null=0.0, ideal=1.0, **opts)
-            )  # fmt: skip
-    if np.isfinite(found.tighter).all():
+    if seen is not None and (both := known & np.isfinite(seen.gap)).any():
         measures.append(
-            measure("approximation_gap", np.mean, found.tighter, null=None, ideal=0.0, **opts)
-        )
+            measure("generalisation_gap", metrics.difference_of_means, found.gap[both],
+                    seen.gap[both], null=None, ideal=0.0, **opts)
+        )  # fmt: skip
+    if seen is not None and known.any():
+        gained, possible = found.constant - found.encoder, found.constant - found.fitted
+        measures.append(
+            measure("held_out_score", metrics.gained_share, gained[known], possible[known],
+                    null=0.0, ideal=1.0, **opts)
+        )  # fmt: skip
+    known = np.isfinite(found.tighter)
+    if known.any():
+        measures.append(
+            measure("approximation_gap", np.mean, found.tighter[known], null=None, ideal=0.0,
+                    **opts)
+        )  # fmt: skip
     converged = measure("converged", np.mean, found.converged, null=None, ideal=1.0, **opts)
     return [*measures, converged]
 
@@ -213,9 +226,10 @@ def class_measures(
     near = Neighbours(z, np.arange(0))
     measures = []
     for name, latents in (("class_knn_encoder", found.own), ("class_knn_fitted", found.z)):
-        if np.isfinite(latents).all():
-            rows = near.of(latents.astype(np.float32))
-            measures.append(told_classes(name, rows, labels, truth, opts))
+        known = np.isfinite(latents).all(1)
+        if known.any():
+            rows = near.of(latents[known].astype(np.float32))
+            measures.append(told_classes(name, rows, labels, truth[known], opts))
     return measures
 
 

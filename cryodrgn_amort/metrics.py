@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 __all__ = [
     "MOST_QUERIES",
@@ -53,6 +53,7 @@ __all__ = [
     "ratio_of_means",
     "retrieval_rank",
     "volume_change",
+    "with_before",
 ]
 
 K = 15
@@ -66,6 +67,8 @@ _MOST_DIMENSIONS = 10  # in which a tree is faster than all distances
 _PAIRS = 100_000
 _MOST_COMPONENTS = 2000
 _COUNTS_KEPT = 1 << 26  # bytes
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -462,6 +465,19 @@ def ratio_of_means(values: np.ndarray, reference: np.ndarray) -> float:
 def volume_change(moved: np.ndarray, pairs: np.ndarray) -> float:
     """Median distance |v(z_i) - v(z'_i)| over median |v(z_i) - v(z_j)|. Null 1, ideal 0."""
     return float(np.median(moved) / np.median(pairs))
+
+
+def with_before(items: Iterable[_T]) -> Iterator[tuple[_T, _T]]:
+    """Pair each of some volumes with the one before it; holds three at a time.
+
+    The pairs are those of ``zip(items, np.roll(items, 1, axis=0))``, but the first one comes last.
+    """
+    items = iter(items)
+    first = before = next(items)
+    for item in items:
+        yield item, before
+        before = item
+    yield first, before
 
 
 def fsc(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -29,6 +29,7 @@ so that ``cryodrgn eval_images`` fails instead of encoding with weights that wer
 """
 
 _VOLUME_ROWS = 1 << 13  # voxels at a time
+_VOXELS_AT_ONCE = 100_000_000  # of decoded volumes: 400 MB
 _ACTIVATION = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
 _OWN = "amort."
 
@@ -105,7 +106,7 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
         """Decode volumes `(box, box, box)` at latents `(M, zdim)`, as ``eval_vol`` does.
 
         Only half of Fourier space is evaluated (the volume is real), and its positional encoding
-        once for all latents.
+        once for as many latents as are decoded at a time: memory does not grow with their number.
         """
         lattice, decoder = self.lattice, self.decoder
         if not isinstance(decoder, host.FTPositionalDecoder):
@@ -118,14 +119,16 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
         coords = plane + torch.stack([half * 0, half * 0, half], 1)[:, None]
         coords = coords.view(-1, 3)[: size**3 // 2 + 1]
         kept = (coords.square().sum(1) <= lattice.extent**2).nonzero()[:, 0]
-        volumes = torch.zeros(len(z), size**3, device=plane.device)
-        for part in kept.split(_VOLUME_ROWS):
-            for volume, values in zip(volumes, self.fast.values(coords[part], z), strict=True):
-                real, imag = values.float().unbind(1)
-                volume[size**3 - 1 - part] = real + imag
-                volume[part] = real - imag
-        for volume in volumes:
-            yield host.volume_of(volume.view(size, size, size), norm).cpu()
+        for some in z.split(max(1, _VOXELS_AT_ONCE // size**3)):
+            volumes = torch.zeros(len(some), size**3, device=plane.device)
+            for part in kept.split(_VOLUME_ROWS):
+                values = self.fast.values(coords[part], some)
+                for volume, of_volume in zip(volumes, values, strict=True):
+                    real, imag = of_volume.float().unbind(1)
+                    volume[size**3 - 1 - part] = real + imag
+                    volume[part] = real - imag
+            for volume in volumes:
+                yield host.volume_of(volume.view(size, size, size), norm).cpu()
 
     def host_state_dict(self) -> dict[str, Tensor]:
         """Return the state that the host's ``HetOnlyVAE`` has, and no more."""

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Team", "join"]
 
-_PATIENCE = timedelta(hours=2)  # one may preprocess or write while the others wait
+_PATIENCE = timedelta(hours=2)  # within common work, one may preprocess while the others wait
+_ENDLESS = timedelta(days=3650)  # what one does alone takes as long as it takes
+_waiting: list[dist.ProcessGroup] = []  # the group that has such patience, once there is one
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class Team:
         (pytorch/pytorch#179291; 1 of 23 launches here).
         """
         if self.size > 1:
-            dist.barrier()
+            self.wait()
+            _waiting.clear()
             dist.destroy_process_group()
             logging.shutdown()
             sys.stdout.flush()
@@ -135,9 +138,9 @@ class Team:
             os._exit(0)
 
     def wait(self) -> None:
-        """Wait until all processes have come here."""
+        """Wait until all processes have come here, however long one works alone before."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=_waiting[0])
 
 
 def join() -> Team:
@@ -150,4 +153,6 @@ def join() -> Team:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(backend, timeout=_PATIENCE)
+    if not _waiting:  # of gloo with any backend: a GPU would be kept busy by waiting
+        _waiting.append(dist.new_group(backend="gloo", timeout=_ENDLESS))
     return Team(dist.get_rank(), size)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
+import re
 import shutil
 import sys
 import time
@@ -20,7 +23,7 @@ from cryodrgn_amort import __version__
 from cryodrgn_amort.checkpoints import write_pickle, write_weights, write_z
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.feed import Feed
-from cryodrgn_amort.files import CHECKSUMS, recorded, replacing, write_json
+from cryodrgn_amort.files import CHECKSUMS, digest, locked, recorded, replacing, write_json
 from cryodrgn_amort.inference import (
     FitOptions,
     Fitted,
@@ -62,6 +65,7 @@ _ANCHORS = 32
 _VARIANCE_SAMPLE = 512
 _PARTS = ".posteriors"
 _RESULTS = ("mean", "logvar", "elbo", "converged", "start", "encoder_elbo")
+_OF = "particles"  # in a part: digest of what was fitted
 
 
 @dataclass(frozen=True)
@@ -253,10 +257,8 @@ class Fitter:
 
         At the saved latents of the run's own particles, else at the best anchors.
         """
-        sample = np.random.default_rng(self.seed).permutation(self.particles.n)[:_VARIANCE_SAMPLE]
         total, pixels = 0.0, 0
-        for index in torch.from_numpy(np.sort(sample)).split(128):
-            batch = self.feed.read(index)
+        for batch in self.sample():
             answer = self.answer(batch) if self.own else None
             if answer is not None:
                 errors = errors_at(self.model, batch, answer[0][None])[0]
@@ -269,6 +271,11 @@ class Fitter:
             raise InputError(f"PARTICLES {self.particles.images.src.filenames[0]}: no loss of a "
                              "sample of them is a number")  # fmt: skip
         return total / pixels
+
+    def sample(self) -> Iterator[Batch]:
+        """Read the particles that tell of the noise."""
+        sample = np.random.default_rng(self.seed).permutation(self.particles.n)[:_VARIANCE_SAMPLE]
+        return map(self.feed.read, torch.from_numpy(np.sort(sample)).split(128))
 
     def starts(
         self, batch: Batch, names: Sequence[str], answer: Posterior | None
@@ -317,7 +324,15 @@ class _Inference:
             "run": str(run.folder.resolve()), "epoch": run.epoch, "seed": options.seed,
             "particles": self.particles.n, "starts": self.names, "version": __version__,
             **{k: v for k, v in asdict(options).items() if k not in ("starts", "overwrite")},
+            "contents": self._contents(),
         })  # fmt: skip
+
+    def _contents(self) -> dict[str, str]:
+        """Return digests of what all parts depend on; of its own particles, each has one itself."""
+        folder, epoch = self.run.folder, self.run.epoch
+        names = ("config.yaml", f"weights.{epoch}.pkl", f"z.{epoch}.pkl")
+        noise = hashlib.sha256("".join(map(_digest, self.fitter.sample())).encode())
+        return {name: digest(folder / name) for name in names} | {"noise": noise.hexdigest()}
 
     def _starts(self) -> tuple[str, ...]:
         given, has = self.options.starts, self.fitter.has_answers
@@ -342,18 +357,25 @@ class _Inference:
         done, begun = (out / "inference.json").is_file(), self.parts.is_dir()
         if (out / "config.yaml").exists() and not done and not begun:
             raise InputError(f"-o {out}: holds a run that is not of infer_amort")
-        if not done and not begun and (found := _present(out, self.run.epoch)):
+        ours = sorted(path.name for path in _earlier(out))
+        if not done and not begun and ours:
             raise InputError(
-                f"-o {out}: holds no run, but {', '.join(found[:3])}, which would be replaced; "
+                f"-o {out}: holds no run, but {', '.join(ours[:3])}, which would be replaced; "
                 "choose another folder"
             )
         if done and not overwrite:
             raise InputError(f"-o {out}: holds latents already; --overwrite replaces them")
+        for name in INPUT_FILES:
+            path = getattr(self.options, name)
+            if path is not None and Path(path).resolve() in {(out / o).resolve() for o in ours}:
+                raise InputError(f"--{name} {path}: would be replaced; choose another -o")
 
     def prepare_folder(self) -> None:
-        """Keep the parts of an interrupted call with the same options; drop those of others."""
+        """Keep the parts of an interrupted call for the same; drop those of others."""
         plan = self.parts / "plan.json"
         if not plan.is_file() or plan.read_bytes() != self.plan.encode():
+            if self.parts.is_dir():
+                logger.info("What an interrupted call left is of another RUN, input or option")
             shutil.rmtree(self.parts, ignore_errors=True)
             self.parts.mkdir(parents=True)
             plan.write_text(self.plan, encoding="utf-8")
@@ -364,27 +386,33 @@ class _Inference:
         todo = [
             (number, index)
             for number, index in enumerate(chunks)
-            if number % self.team.size == self.team.rank and self._done(number, len(index)) is None
+            if number % self.team.size == self.team.rank and not self._is_done(number, index)
         ]
         done = len(range(self.team.rank, len(chunks), self.team.size)) - len(todo)
         if done and self.team.leads:
             logger.info(f"Going on after {done} of {done + len(todo)} parts")
         for number, index in _progress(todo, silent=not self.team.leads):
-            _, fit, own, _ = self.fitter.fit(index, self.names, yardstick, self.fit_options)
+            batch, fit, own, _ = self.fitter.fit(index, self.names, yardstick, self.fit_options)
             values = [fit.mean, fit.logvar, fit.elbo, fit.converged, fit.start,
                       torch.full_like(fit.elbo, torch.nan) if own is None else own]  # fmt: skip
             arrays = (value.cpu().numpy() for value in values)
             with replacing(self._part(number)) as temporary, open(temporary, "wb") as handle:
-                np.savez(handle, **dict(zip(_RESULTS, arrays, strict=True)))  # type: ignore[arg-type]
+                kept = dict(zip(_RESULTS, arrays, strict=True))
+                np.savez(handle, **{_OF: _digest(batch)}, **kept)  # type: ignore[arg-type]
+
+    def _is_done(self, number: int, index: Tensor) -> bool:
+        """Tell whether a part is whole, and of the particles as they are now."""
+        found = self._done(number, len(index))
+        return found is not None and found[_OF] == _digest(self.fitter.feed.read(index))
 
     def _done(self, number: int, count: int) -> dict[str, np.ndarray] | None:
         """Read a part of ``count`` particles; None: it is not there, or not whole."""
         try:
             with np.load(self._part(number), allow_pickle=False) as part:
-                found = {name: part[name] for name in _RESULTS}
+                found = {name: part[name] for name in (_OF, *_RESULTS)}
         except Exception:  # zip, numpy and the system have many for a damaged one
             return None
-        return found if all(len(values) == count for values in found.values()) else None
+        return found if all(len(found[name]) == count for name in _RESULTS) else None
 
     def _part(self, number: int) -> Path:
         return self.parts / f"{number:06d}.npz"
@@ -427,20 +455,32 @@ def infer_run(
     team, out = team or Team(), Path(outdir)
     work = _Inference(run, options, out, team)
     work.check_folder()
-    with matrix_products():
+    with matrix_products(), contextlib.ExitStack() as held:
         yardstick = work.fitter.yardstick(options.beta)
         team.wait()  # until all have seen what the folder holds
         if team.leads:
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(out, "another infer_amort writes to it"))
+            work.check_folder()  # another may just have ended
             work.prepare_folder()
         team.wait()
         work.fit(yardstick)
-    team.wait()
-    if not team.leads:
-        return None
-    found = work.collect(yardstick)
-    _write(run, options, out, work, found)
-    shutil.rmtree(work.parts)
+        team.wait()
+        if not team.leads:
+            return None
+        found = work.collect(yardstick)
+        _write(run, options, out, work, found)
+        shutil.rmtree(work.parts)
     return found
+
+
+def _digest(batch: Batch) -> str:
+    """Return a digest of all that is known of particles: images, poses, CTFs."""
+    found = hashlib.sha256()
+    for part in (batch.y, batch.image, batch.rot, batch.ctf):
+        if part is not None:
+            found.update(np.ascontiguousarray(part.cpu().numpy()).data)
+    return found.hexdigest()
 
 
 def _particles(run: Run, options: InferOptions) -> Particles:
@@ -486,12 +526,19 @@ def _names(epoch: int) -> list[str]:
     return [*kinds, *(f"{name}.pkl" for name in ("ind", "elbo", "converged", "gap"))]
 
 
-def _present(out: Path, epoch: int) -> list[str]:
-    return [name for name in (*_names(epoch), CHECKSUMS) if (out / name).exists()]
+def _earlier(out: Path) -> list[Path]:
+    """Return what an earlier call left that another one must replace, or remove."""
+    names = {*_names(0), CHECKSUMS}
+    of_epoch = re.compile(r"(?:z|pose|weights)\.\d+\.pkl")
+    there = out.iterdir() if out.is_dir() else ()
+    return [path for path in there if path.name in names or of_epoch.fullmatch(path.name)]
 
 
 def _write(run: Run, options: InferOptions, out: Path, work: _Inference, found: Inferred) -> None:
     """Write a table run, and what is known of each particle."""
+    (out / "inference.json").unlink(missing_ok=True)  # nothing is done until all is written
+    for path in _earlier(out):
+        path.unlink()
     with recorded(out, "config.yaml", *_names(run.epoch)):
         _write_files(run, options, out, work, found)
     write_json(out / "inference.json", {"plan": json.loads(work.plan), **facts(found)})

@@ -57,7 +57,7 @@ CITATION = (
 _MAIN = ("retrieval_rank", "latent_correlation", "amortization_loss_fraction", "volume_change")
 # What an earlier evaluation may have left, and a later one without that transform must remove.
 _OURS = re.compile(
-    r"vol\.\d+(\..+)?\.mrc|.+\.(held|follow)\.pkl|(latents|ranks|map\..+)\.(png|pdf)"
+    r"vol\.\d+(\..+)?\.mrc|.+\.(held|follow)\.pkl|(latents|ranks|calibration|map\..+)\.(png|pdf)"
     r"|(reconstruction|neighbourhood|per_image_fsc|gap|trust|ind_(un)?stable)\.pkl|trust\.csv"
 )
 
@@ -323,7 +323,7 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
         "fits": {
             f.key: {
                 "which": f.which, "weight": f.weight, "beta": f.beta, "variance": f.variance,
-                "measures": measure_facts(f.measures),
+                "n": len(f.index), "left_out": f.left_out, "measures": measure_facts(f.measures),
             }
             for f in evaluation.fits
         },
@@ -353,7 +353,7 @@ def _table_of_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Latent dimensions", str(run["zdim"])),
         ("Sample sizes", f"reconstruction losses {options.sample}, volumes {options.volumes}, at "
                          f"most; the neighbours of {min(run['n'], MOST_QUERIES)} particles are "
-                         "looked up among all; all other measures use every particle"),
+                         "looked up among all; N beneath each value says of how many it is"),
         ("Intervals", f"95 %, bootstrap over particles, {options.bootstrap} rounds, seed "
                       f"{options.seed}"),
         ("Headline", VERDICT_RULE),

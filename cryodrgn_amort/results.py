@@ -131,7 +131,8 @@ class TransformResult:
     arrays
         Per-particle values `(N,)` by name; NaN where a particle was not looked up.
     volumes
-        Decoded at the labelled particles' transformed latents, `(L, box, box, box)`.
+        Decoded at the labelled particles' transformed latents, `(L, box, box, box)`; none, `L` = 0,
+        of transforms that are not shown particle by particle (``Evaluation.mapped``).
     """
 
     name: str
@@ -166,7 +167,9 @@ class FitResult:
     measures
         By name.
     gap
-        In nats per particle, `(M,)`.
+        In nats per particle, `(M,)`; NaN where it cannot be told.
+    left_out
+        Number of particles whose loss is not a number; the measures leave them out.
     """
 
     which: str
@@ -176,6 +179,7 @@ class FitResult:
     index: np.ndarray
     measures: dict[str, Measure]
     gap: np.ndarray
+    left_out: int = 0
 
     @property
     def key(self) -> str:

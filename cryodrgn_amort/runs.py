@@ -31,7 +31,7 @@ from cryodrgn_amort.sources import ParticleSource, load_particles
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from cryodrgn_amort.encoders import Encoder
     from cryodrgn_amort.inputs import EncoderInput
@@ -311,6 +311,17 @@ class Run:
     def volumes(self, z: np.ndarray) -> np.ndarray:
         """Decode volumes `(M, box, box, box)` at latents `(M, zdim)`, as ``eval_vol`` does.
 
+        For more than fit into memory, see ``decode``; raises what that does.
+        """
+        decoded = self.decode(z)
+        found = np.empty((len(z), *[self.config["lattice_args"]["D"] - 1] * 3), np.float32)
+        for number, volume in enumerate(decoded):
+            found[number] = volume
+        return found
+
+    def decode(self, z: np.ndarray) -> Iterator[np.ndarray]:
+        """Decode volumes `(box, box, box)` at latents `(M, zdim)`, one by one.
+
         Raises
         ------
         InputError
@@ -320,10 +331,10 @@ class Run:
         if z.ndim != 2 or z.shape[1] != self.settings.zdim:
             raise InputError(f"z: has shape {z.shape}, (M, {self.settings.zdim}) is needed")
         if not len(z):
-            return np.empty((0, *[self.config["lattice_args"]["D"] - 1] * 3), np.float32)
+            return iter(())
         model, norm = self.load_decoder()
         decoded = model.decode_volumes(torch.from_numpy(z).to(self.device), norm)
-        return np.stack([volume.numpy() for volume in decoded])
+        return (volume.numpy() for volume in decoded)
 
     def z(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the saved means and log variances, each `(N, zdim)`; NaN where it has none."""

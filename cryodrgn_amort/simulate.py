@@ -25,7 +25,7 @@ from tqdm import tqdm
 from cryodrgn_amort import __version__, host
 from cryodrgn_amort.checkpoints import read_pickle, write_pickle
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.files import forget, record, recorded, replacing
+from cryodrgn_amort.files import forget, locked, record, recorded, replacing
 from cryodrgn_amort.progress import on_terminal
 from cryodrgn_amort.sources import load_ctf, load_poses
 from cryodrgn_amort.specimens import BlobModel, VolumeModel, clean_images, read_volume
@@ -491,6 +491,8 @@ def simulate(options: SimulateOptions) -> Simulation:
     os.makedirs(folder, exist_ok=True)
     names = ["particles", "clean"] if options.clean else ["particles"]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(folder, "another simulate_amort writes to it"))
+        _check_outdir(options)  # another may just have ended
         paths = {k: stack.enter_context(replacing(folder / f"{k}.mrcs")) for k in names}
         _write_stacks(paths, imager, apix, sigma, options.noise, streams["noise"], options.chunk)
         with recorded(folder, *(n for n in _OUTPUTS if n.endswith((".pkl", ".star")))):

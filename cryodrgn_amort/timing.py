@@ -68,9 +68,12 @@ def time_epochs(runs: Sequence[Run], options: TimingOptions) -> dict[str, np.nda
         If their inputs are gone.
     """
     trainers: dict[str, Trainer] = {}
-    opened: dict[ParticleSource, Particles] = {}
+    opened: dict[tuple[ParticleSource, bool], Particles] = {}
     for run in runs:
-        source = source_of(run.settings)
+        source = (
+            source_of(run.settings),
+            run.settings.enc_mask == -1,
+        )  # all that particles depend on
         settings = replace(run.settings, overwrite=True)  # which it says, but does not do
         trainer = Trainer(settings, run.plugins, opened.get(source))
         trainers[str(run.folder)], opened[source] = trainer, trainer.particles

@@ -588,7 +588,14 @@ class Trainer:
         own_state = own.get("encoder_state_dict", {})
         if self.model.amort is not None:
             own_state = self.team.own_rows(own_state, self.model.amort.per_particle)
+        sleeps = self.stage is not None and self.encoder_spec.sleeps
+        fixed = [v.clone() for v in self.model.decoder.state_dict().values()] if sleeps else []
         self.model.restore(checkpoint["model_state_dict"], own_state, name)
+        if not all(map(torch.equal, fixed, self.model.decoder.state_dict().values())):
+            raise InputError(
+                f"--from {self.settings.from_run}: its decoder is not the one that {name} was "
+                "trained for: it has been trained since; begin anew with --overwrite"
+            )
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         except (KeyError, ValueError) as err:

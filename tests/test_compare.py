@@ -2,14 +2,21 @@
 
 import json
 import pickle
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import run_host
+from helpers import BOX, Volume, run_host
 from scipy.spatial import procrustes
 from scipy.stats import ortho_group
 
 from cryodrgn_amort import metrics
+from cryodrgn_amort.compare import CompareOptions, compare
+from cryodrgn_amort.model import AmortVAE
+from cryodrgn_amort.runs import load_run, with_run
+from cryodrgn_amort.settings import settings_from_flags
+from cryodrgn_amort.training import Trainer
 
 
 def latents(n=400, zdim=3, seed=0):
@@ -49,9 +56,6 @@ def test_overlap_is_the_naive_one_and_dimensions_may_differ():
 
 @pytest.fixture(scope="module")
 def folders(stack, tmp_path_factory, plugins):
-    from cryodrgn_amort.settings import settings_from_flags
-    from cryodrgn_amort.training import Trainer
-
     out = tmp_path_factory.mktemp("runs")
     common = {
         "particles": stack.particles, "poses": stack.poses, "ctf": stack.ctf, "zdim": 3,
@@ -89,6 +93,55 @@ def test_the_command(folders, cli, tmp_path):
         assert 0 <= values["knn_overlap"] <= 1
         assert -1 <= values["volume_fsc"] <= 1
     assert "b (other seed)" in shown
+
+
+def test_volumes_are_compared_one_after_the_other(folders, plugins, monkeypatch):
+    runs = [load_run(folders / name, plugins) for name in ("a", "b", "vlt")]
+    options = CompareOptions(volumes=4, bootstrap=0)
+    sample = np.random.default_rng(0).permutation(runs[0].n)[:4]
+    found = {(Path(c.first).name, Path(c.second).name): c.measures["volume_fsc"]
+             for c in compare(runs, options)}  # fmt: skip
+    volumes = {run.name: run.volumes(run.z_mu[sample]) for run in runs}
+
+    def mean(first, second):
+        return np.mean([metrics.fsc(u, v)[1:].mean() for u, v in zip(first, second, strict=True)])
+
+    for (i, j), m in found.items():
+        assert m.value == pytest.approx(mean(volumes[i], volumes[j]))
+        assert m.null == pytest.approx(mean(volumes[i], np.roll(volumes[j], 1, axis=0)))
+    monkeypatch.setattr(AmortVAE, "decode_volumes", Volume.decoder(BOX))
+    compare(runs, replace(options, volumes=30))
+    assert Volume.most <= 3 * len(runs) + 3
+    assert Volume.alive == 0
+
+
+def test_neither_memory_nor_the_parents_seed_is_configuration(folders, stack, plugins, tmp_path):
+    def second(name, **more):
+        given = {"outdir": str(tmp_path / name), "num_epochs": 1, "do_analysis": False,
+                 "encoder": "sleep", "qdim": 8, **more}  # fmt: skip
+        Trainer(settings_from_flags(with_run(given, plugins), plugins), plugins).fit()
+        return load_run(tmp_path / name, plugins)
+
+    def table(name, **more):
+        given = {"outdir": str(tmp_path / name), "num_epochs": 1, "do_analysis": False, "zdim": 3,
+                 "particles": stack.particles, "poses": stack.poses, "ctf": stack.ctf, "pdim": 8,
+                 "encoder": "vlt", **more}  # fmt: skip
+        Trainer(settings_from_flags(given, plugins), plugins).fit()
+        return load_run(tmp_path / name, plugins)
+
+    def only_seed(*runs):
+        [pair] = compare(runs, CompareOptions(volumes=0, clusters=2, bootstrap=0))
+        return pair.only_seed
+
+    a, b, vlt = (str(folders / name) for name in ("a", "b", "vlt"))
+    seconds = [second("c", from_run=a, seed=0), second("d", from_run=b, seed=1, memory=0.5),
+               second("e", from_run=vlt, seed=1)]  # fmt: skip
+    assert only_seed(*seconds[:2])
+    assert not only_seed(seconds[0], seconds[2])
+    tables = [table("f", table_init=a, seed=0), table("g", table_init=f"{b}/z.1.pkl", seed=1),
+              table("h", table_init=b, seed=1)]  # fmt: skip
+    assert not only_seed(*tables[:2])
+    assert only_seed(tables[0], tables[2])
 
 
 def test_a_run_agrees_with_itself(folders, cli):

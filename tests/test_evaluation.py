@@ -4,9 +4,12 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from helpers import BOX, Volume
 
-from cryodrgn_amort import metrics
+from cryodrgn_amort import evaluation, metrics, model
+from cryodrgn_amort.decoding import FastDecoder
 from cryodrgn_amort.evaluation import EvalOptions, _Evaluator, evaluate
+from cryodrgn_amort.model import AmortVAE
 from cryodrgn_amort.runs import load_run
 from cryodrgn_amort.transforms import Roll, Rotation, Transform
 from cryodrgn_amort.truth import Known
@@ -112,6 +115,38 @@ def test_of_many_particles_a_sample_is_looked_up_among_all(run, tmp_path, monkey
             assert numbers[name] == 30
             assert full.measures[name].n == N
         assert numbers["displacement"] == numbers["latent_correlation"] == N
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_decoded_volumes_are_held_a_few_at_a_time(kept, run, monkeypatch):
+    transforms = ("roll:1", "rotate:90", "roll:3")
+    options = EvalOptions(transforms=transforms, umap=False, volumes=30, labelled=2, maps=1,
+                          sample=20, bootstrap=0, fit=0)  # fmt: skip
+    monkeypatch.setattr(AmortVAE, "decode_volumes", Volume.decoder(BOX))
+    if not kept:
+        monkeypatch.setattr(evaluation, "_VOXELS_KEPT", 0)
+    found = evaluate(run, options)
+    assert Volume.most <= (30 if kept else 0) + 8
+    assert Volume.alive == 0
+    assert [len(r.volumes) for r in found.results] == [2, 2, 0, 0, 0, 0]
+    for result in found.results:
+        assert result.volumes.base is None or result.volumes.base.size == result.volumes.size
+
+
+def test_volumes_are_decoded_a_few_at_a_time(run, monkeypatch):
+    z, sizes = run.z_mu[:7], []
+    whole = run.volumes(z)
+    values = FastDecoder.values
+
+    def watched(decoder, coords, some):
+        sizes.append(len(some))
+        return values(decoder, coords, some)
+
+    monkeypatch.setattr(FastDecoder, "values", watched)
+    monkeypatch.setattr(model, "_VOXELS_AT_ONCE", 3 * (BOX + 1) ** 3)
+    np.testing.assert_allclose(run.volumes(z), whole, rtol=1e-5, atol=1e-5 * whole.max())
+    assert set(sizes) == {3, 1}
+    assert run.volumes(z[:0]).shape == (0, BOX, BOX, BOX)
 
 
 def test_the_log_says_how_long_the_stages_took(run, caplog):

@@ -13,6 +13,7 @@ import torch
 from helpers import read_pickles
 from torch import nn
 
+from cryodrgn_amort.files import locked
 from cryodrgn_amort.inputs import EncoderInput, Noise, Twin
 from cryodrgn_amort.latent import train_step
 from cryodrgn_amort.mnist import data, evaluation, report, training
@@ -259,6 +260,10 @@ def test_what_is_trained_is_not_trained_again(written, cli, monkeypatch):
     code, _, err = cli(*argv)
     assert (code, err) == (0, "")
     assert json.loads((out / "mnist.json").read_text())["methods"] == first
+    assert list((out / "figures").iterdir()) == []  # none was drawn: none of before is left
+    with locked(out, "this test"):
+        code, _, err = cli(*argv)
+    assert (code, "another mnist_amort writes to it" in err) == (2, True)
     code, _, err = cli(*argv, "--lr", "0.002")
     assert code == 2
     assert "was trained with other settings" in err

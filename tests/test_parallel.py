@@ -129,6 +129,34 @@ def test_two_processes_encode_what_one_does(both, plugins):
     np.testing.assert_allclose(theirs[1], mine.z, rtol=1e-4, atol=1e-5)
 
 
+PATIENT = """
+import os, sys, time
+from datetime import timedelta
+from cryodrgn_amort import parallel
+parallel._PATIENCE = timedelta(seconds=1)
+team = parallel.join()
+if team.leads:
+    time.sleep(2.5)  # writes a report, say
+team.wait()
+print("together")
+if team.leads:
+    time.sleep(2.5)
+team.leave()
+"""
+
+
+def test_others_wait_as_long_as_one_works_alone(tmp_path):
+    script = tmp_path / "patient.py"
+    script.write_text(PATIENT)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("together") == 2
+
+
 def evaluation(folder, plugins):
     """Keep a copy's latents, and those of the particles, in the place of a z file's two parts."""
     from cryodrgn_amort.evaluation import EvalOptions, assist, evaluate

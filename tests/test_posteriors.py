@@ -7,13 +7,15 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import read_pickles, run_host, write_pickle, write_stack
 
-from cryodrgn_amort.checkpoints import read_weights, read_z
+from cryodrgn_amort.checkpoints import read_weights, read_z, write_weights
 from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import locked, recorded
 from cryodrgn_amort.posteriors import InferOptions, infer_run
 from cryodrgn_amort.runs import load_run
 from cryodrgn_amort.settings import settings_from_flags
@@ -250,6 +252,98 @@ def test_what_is_done_is_not_done_again(runs, tmp_path, monkeypatch):
     }
 
 
+def _interrupted(run, options, out, monkeypatch, after=4):
+    """Fit until some parts are done."""
+    from cryodrgn_amort import posteriors
+
+    fit, calls = posteriors.Fitter.fit, []
+
+    def killed(self, index, *rest):
+        calls.append(index)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return fit(self, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(posteriors.Fitter, "fit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            infer_run(run, options, out)
+
+
+@pytest.mark.parametrize("what", ["weights", "image", "pose"])
+def test_what_is_done_counts_for_the_same_decoder_and_particles_alone(
+    what, runs, stack, plugins, tmp_path, monkeypatch
+):
+    from cryodrgn.mrcfile import write_mrc
+
+    from cryodrgn_amort import posteriors
+
+    monkeypatch.setattr(posteriors, "_VARIANCE_SAMPLE", 3)
+    shutil.copytree(runs["table"].folder, tmp_path / "run")
+    shutil.copy(stack.particles, tmp_path / "stack.mrcs")
+    shutil.copy(stack.poses, tmp_path / "poses.pkl")
+    places = {"particles": str(tmp_path / "stack.mrcs"), "poses": str(tmp_path / "poses.pkl")}
+    options = InferOptions(steps=4, batch_size=10, ctf=stack.ctf, **places)
+    _interrupted(load_run(tmp_path / "run", plugins), options, tmp_path / "out", monkeypatch)
+    if what == "weights":
+        path = tmp_path / "run/weights.8.pkl"
+        kept = read_weights(path, "")
+        for name, value in kept["model_state_dict"].items():
+            if name.startswith("decoder."):
+                value *= 1.1
+        with recorded(path.parent, path.name):
+            write_weights(path, 8, kept["model_state_dict"], **kept["amort"])
+    elif what == "image":
+        images = stack.images.copy()
+        images[15] = images[16]
+        write_mrc(places["particles"], images)
+    else:
+        rots = stack.rots.copy()
+        rots[15] = rots[16]
+        write_pickle(tmp_path / "poses.pkl", (rots, stack.trans))
+    run = load_run(tmp_path / "run", plugins)
+    again, fresh = (infer_run(run, options, tmp_path / name) for name in ("out", "fresh"))
+    np.testing.assert_array_equal(again.mean, fresh.mean)
+    np.testing.assert_array_equal(again.elbo, fresh.elbo)
+
+
+def test_two_calls_do_not_share_a_folder(runs, cli, tmp_path, monkeypatch):
+    options = InferOptions(steps=4, batch_size=10)
+    _interrupted(runs["table"], options, tmp_path / "out", monkeypatch)
+    before = contents(tmp_path / "out")
+    with locked(tmp_path / "out", "this test"):
+        argv = ["infer_amort", runs["table"].folder, "-o", tmp_path / "out", "--steps", 5]
+        code, _, err = cli(*argv)
+        assert contents(tmp_path / "out").keys() - before.keys() == {Path(".lock")}
+    assert code == 2
+    assert f"-o {tmp_path / 'out'}: another infer_amort writes to it" in err
+    assert contents(tmp_path / "out") == before
+
+
+def test_what_replaces_other_latents_leaves_nothing_of_them(runs, stack, plugins, tmp_path):
+    infer_run(runs["network"], InferOptions(held_out=True, steps=1), tmp_path / "out")
+    again = InferOptions(steps=1, overwrite=True)
+    for name, epoch in (("table", 8), ("twin", 2)):
+        infer_run(runs[name], again, tmp_path / "out")
+        run = load_run(tmp_path / "out", plugins)
+        assert (run.epoch, run.n) == (epoch, stack.n)
+    infer_run(runs["twin"], again, tmp_path / "fresh")
+    names = [{p.name for p in (tmp_path / n).iterdir()} for n in ("out", "fresh")]
+    assert names[0] == names[1]
+
+
+def test_an_input_is_not_replaced_by_what_is_made_of_it(runs, stack, cli, tmp_path):
+    out = tmp_path / "out"
+    infer_run(runs["table"], InferOptions(steps=1), out)
+    write_pickle(out / "pose.pkl", (stack.rots, stack.trans))
+    argv = ["infer_amort", runs["table"].folder, stack.particles, "--ctf", stack.ctf, "--poses",
+            out / "pose.pkl", "-o", out, "--overwrite", "--steps", 1]  # fmt: skip
+    before = contents(out)
+    code, _, err = cli(*argv)
+    assert (code, f"--poses {out / 'pose.pkl'}: would be replaced" in err) == (2, True)
+    assert contents(out) == before
+
+
 def test_a_particle_without_a_loss_is_marked_and_the_rest_spared(runs, stack, tmp_path):
     from cryodrgn.mrcfile import write_mrc
 
@@ -397,3 +491,28 @@ def test_the_evaluation_tells_what_the_encoder_loses(runs, stack, cli, tmp_path)
         if os.path.exists(tmp_path / f"out/ind_{name}.pkl")
     ]
     assert sorted(i for ids in chosen for i in ids) == trained.tolist()
+
+
+def test_a_particle_without_a_loss_costs_no_measure(runs, stack, cli, tmp_path, caplog):
+    from cryodrgn.mrcfile import write_mrc
+
+    folder = runs["network"].folder
+    images = stack.images.copy()
+    images[read_pickles(folder / "ind_heldout.pkl")[3]] = np.nan
+    write_mrc(str(tmp_path / "nan.mrcs"), images)
+    labels = write_pickle(tmp_path / "labels.pkl", np.arange(stack.n) % 3)
+    code, _, err = cli(
+        "eval_amort", folder, "-o", tmp_path / "out", "--no-umap", "--bootstrap", 20, "--fit",
+        HELD, "--labels", labels, "--particles", tmp_path / "nan.mrcs", "--transform",
+    )  # fmt: skip
+    assert code == 0, err
+    facts = json.loads((tmp_path / "out/amortization.json").read_text())["fits"]
+    seen, unseen = facts["training.implied"], facts["held-out.implied"]
+    assert (seen["n"], seen["left_out"], unseen["n"], unseen["left_out"]) == (HELD, 0, HELD, 1)
+    counts = {name: m["n"] for name, m in unseen["measures"].items()}
+    named = ("amortization_gap", "generalisation_gap", "held_out_score", "approximation_gap")
+    assert [counts[name] for name in named] == [HELD - 1] * 4
+    assert all(np.isfinite(unseen["measures"][name]["value"]) for name in named)
+    assert (counts["class_knn_fitted"], counts["converged"]) == (HELD, HELD)
+    assert f"The loss of 1 of {HELD} held-out particles is not a number" in caplog.text
+    assert f"1 of {HELD} held-out particles" in (tmp_path / "out/report.html").read_text()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from helpers import read_pickles, run_host, write_pickle, write_stack
 
-from cryodrgn_amort.checkpoints import read_weights
+from cryodrgn_amort.checkpoints import read_weights, write_weights
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.files import CHECKSUMS
+from cryodrgn_amort.files import CHECKSUMS, recorded
 from cryodrgn_amort.inference import anchored as weighted_anchors
 from cryodrgn_amort.noise import Agreement, NoiseModel, Shells, optics_groups
 from cryodrgn_amort.repair import AnchoredEncoder, split_pose
@@ -396,6 +396,24 @@ def test_mistakes_are_named(more, says, second, tmp_path):
     with pytest.raises(InputError, match=says):
         second(**more)
     assert not (tmp_path / "second").exists()
+
+
+def test_a_second_stage_goes_on_for_the_same_decoder_alone(first, second, plugins, tmp_path):
+    second("sleep", num_epochs=1).fit()
+    before = {p: p.read_bytes() for p in (tmp_path / "second").iterdir()}
+    shutil.copytree(first, tmp_path / "again")
+    epoch = load_run(first, plugins).epoch
+    path = tmp_path / f"again/weights.{epoch}.pkl"
+    kept = read_weights(path, "")
+    for name, value in kept["model_state_dict"].items():
+        if name.startswith("decoder."):
+            value *= 1.01
+    with recorded(path.parent, path.name):
+        write_weights(path, epoch, kept["model_state_dict"], **kept["amort"])
+    with pytest.raises(InputError, match=r"--from .*again: its decoder is not the one"):
+        second("sleep", from_run=str(tmp_path / "again"), load="latest").fit()
+    assert before == {p: p.read_bytes() for p in (tmp_path / "second").iterdir()}
+    second("sleep", load="latest").fit()
 
 
 def test_a_run_cannot_be_its_own_second_stage(first, plugins):

@@ -16,7 +16,7 @@ from helpers import read_pickles, write_pickle
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from cryodrgn_amort import figures, hookimpl, report, surfaces
+from cryodrgn_amort import calibration, figures, hookimpl, report, surfaces
 from cryodrgn_amort.definitions import DEFINITIONS, number, verdict
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.evaluation import EvalOptions, evaluate
@@ -344,6 +344,26 @@ def test_writing_again_removes_what_is_stale_and_nothing_else(light, tmp_path):
     assert not list(out.glob("*rotate-90*"))
     assert list(out.glob("*roll-1.held*"))
     assert all(path.read_text() == "mine" for path in others)
+
+
+def test_every_measure_says_of_how_many_it_is(written, evaluation):
+    facts, html = strict_json(written / "amortization.json"), (written / "report.html").read_text()
+    assert "every particle" not in html
+    kinds = [facts, *facts["transforms"].values(), *facts["fits"].values()]
+    counts = [m["n"] for kind in kinds for m in kind["measures"].values()]
+    assert sorted(map(str, counts)) == sorted(re.findall(r"<small>N = (\d+)</small>", html))
+    of = {name: m["n"] for name, m in facts["measures"].items()}
+    assert (of["kl"], of["aggregate_kl"], of["coverage_95"], of["encoding_cost"]) == (
+        70, 70, calibration.IMAGES, 4,
+    )  # fmt: skip
+    assert facts["transforms"]["roll-1.held"]["measures"]["volume_change"]["n"] == 3
+    assert facts["fits"]["training.train"]["measures"]["amortization_gap"]["n"] == 4
+
+
+def test_all_that_is_written_goes_when_it_is_stale(written):
+    names = {path.name for path in written.iterdir()} - {"report.html", "amortization.json"}
+    stay = {name for name in names if not report._OURS.fullmatch(name)}
+    assert stay == {CHECKSUMS}
 
 
 def test_an_output_that_cannot_be(light, tmp_path):

@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 from cryodrgn_amort import host
 from cryodrgn_amort import simulate as module
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.files import CHECKSUMS
+from cryodrgn_amort.files import CHECKSUMS, locked
 from cryodrgn_amort.simulate import SimulateOptions, simulate
 from cryodrgn_amort.sources import ParticleSource, load_particles
 from cryodrgn_amort.specimens import BlobModel, VolumeModel
@@ -422,6 +422,14 @@ def test_interruption_leaves_the_earlier_simulation(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "sim", n=100, seed=5, overwrite=True)
     assert {p: p.read_bytes() for p in (tmp_path / "sim").rglob("*") if p.is_file()} == before
+
+
+def test_two_calls_do_not_share_a_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out", "this test"):
+        with pytest.raises(InputError, match="another simulate_amort writes to it"):
+            simulate(SimulateOptions(outdir=str(tmp_path / "out"), n=10))
+        assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_inputs_are_never_replaced(tmp_path):

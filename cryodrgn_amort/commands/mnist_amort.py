@@ -53,6 +53,7 @@ def main(args: argparse.Namespace) -> None:
     """Train, evaluate, write, and print the main numbers."""
     import shutil
 
+    from cryodrgn_amort.files import locked
     from cryodrgn_amort.mnist.data import load_data
     from cryodrgn_amort.mnist.evaluation import evaluate
     from cryodrgn_amort.mnist.report import summary, write_report
@@ -63,13 +64,16 @@ def main(args: argparse.Namespace) -> None:
     given |= {name: tuple(given[name]) for name in ("methods", "seeds") if name in given}
     settings = MnistSettings(**given)
     data = load_data(settings.data)
-    for stale in check_folder(folder, settings, data, overwrite):
-        shutil.rmtree(stale)
-    found = []
-    for method in settings.methods:
-        for seed in settings.seeds:
-            trained = train(settings, method, seed, data, folder / f"runs/{method}.seed{seed}")
-            found.append(evaluate(trained, data, settings))
-    report = write_report(found, data, settings, folder)
+    check_folder(folder, settings, data, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "another mnist_amort writes to it"):
+        for stale in check_folder(folder, settings, data, overwrite):
+            shutil.rmtree(stale)
+        found = []
+        for method in settings.methods:
+            for seed in settings.seeds:
+                trained = train(settings, method, seed, data, folder / f"runs/{method}.seed{seed}")
+                found.append(evaluate(trained, data, settings))
+        report = write_report(found, data, settings, folder)
     print(summary(found))
     print(f"Report: {report}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ NO_HELD_OUT = "not applicable: what is shown for an image is defined for trainin
 _NUMBERS = {"vae": ("12", {0: "13", 1: "15", 5: "17"}, {1: "14", 5: "16"}),
             "vlt": ("18", {0: "19"}, {})}  # fmt: skip
 _SHOWN_SHIFTS = (1, 5)
+_FIGURE = re.compile(rf"(ranks|({'|'.join(METHODS)})\..+)\.(png|pdf)")
 _OWN_DEFINITIONS = {
     "reconstruction": Definition(
         "Reconstruction loss",
@@ -59,6 +61,9 @@ def write_report(
     """Write figures/, mnist.json and report.html; returns the latter's path."""
     pictures = _pictures(found, data)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for old in (folder / "figures").iterdir():  # of methods that are not asked for any more
+        if _FIGURE.fullmatch(old.name):
+            old.unlink()
     for drawn in (p for some in pictures.values() for p in some):
         for ending, content in (("png", drawn.png), ("pdf", drawn.pdf)):
             with replacing(folder / f"figures/{drawn.name}.{ending}") as temporary:
