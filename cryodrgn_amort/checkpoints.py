@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import io
 import os
 import pickle
@@ -10,6 +12,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +32,14 @@ __all__ = [
     "OWN_KEY",
     "epochs",
     "latest_z",
+    "odd_rows",
+    "odd_text",
     "read_ind",
     "read_pickle",
     "read_weights",
     "read_z",
     "to_array",
+    "without_odd",
     "write_pickle",
     "write_weights",
     "write_z",
@@ -46,6 +52,10 @@ OWN_PARTS = frozenset({"encoder", "encoder_state_dict", "input_state", "norm", "
 
 INTERRUPTED = ".interrupted.pkl"
 """Checkpoint within an epoch; named unlike what the host takes for its own."""
+_NAMED = 10  # particles in a message
+_LONGEST = 10**8  # range
+_PARALLEL = "module."
+"""What PyTorch's data-parallel wrappers put before every name."""
 _ARRAY_NAMES = {
     "numpy": {"ndarray", "dtype"},
     "numpy.core.multiarray": {"_reconstruct", "scalar"},
@@ -53,6 +63,7 @@ _ARRAY_NAMES = {
     "numpy.core.numeric": {"_frombuffer"},
     "numpy._core.numeric": {"_frombuffer"},
     "collections": {"OrderedDict"},
+    "datetime": {"datetime"},  # of a config.pkl
     "_codecs": {"encode"},  # bytes in pickles of protocol 2
     "torch._utils": {"_rebuild_tensor_v2"},
 }
@@ -62,18 +73,33 @@ def _storage_from_bytes(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=True)
 
 
+def _pandas_index(_: str, parts: dict[str, Any]) -> Any:
+    """Stand in for what makes a pandas Index: the array that it holds, or the range."""
+    if "data" in parts:
+        return np.asarray(parts["data"])
+    return range(int(parts["start"]), int(parts["stop"]), int(parts["step"]))
+
+
 class _ArrayUnpickler(PythonUnpickler):
-    """Admits numpy arrays, torch tensors and plain Python containers, and nothing else."""
+    """Admits arrays, tensors, plain Python containers, pandas' indices, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return _storage_from_bytes
+        if (module, name) in (("builtins", "range"), ("__builtin__", "xrange")):  # protocol 2
+            return range
+        if module.split(".")[0] == "pandas":  # which need not be imported
+            if name == "_new_Index":
+                return _pandas_index
+            if name.endswith("Index"):
+                return name
+            raise pickle.UnpicklingError(f"it holds a pandas {name}; save its .to_numpy()")
         if name in _ARRAY_NAMES.get(module, ()):
             return OrderedDict if name == "OrderedDict" else super().find_class(module, name)
         raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not plain data")
 
 
-def read_pickle(path: str | os.PathLike[str], flag: str, count: int = 1) -> Any:
+def read_pickle(path: str | os.PathLike[str], flag: str, count: int | None = 1) -> Any:
     """Read a pickle of arrays and plain containers from a user, running none of its code.
 
     Parameters
@@ -81,7 +107,7 @@ def read_pickle(path: str | os.PathLike[str], flag: str, count: int = 1) -> Any:
     flag
         Names the file's role in errors.
     count
-        Number of pickles in the file; a list of them is returned if more than one.
+        Number of pickles in the file; a list of them is returned if more than one. None: all.
 
     Raises
     ------
@@ -91,7 +117,13 @@ def read_pickle(path: str | os.PathLike[str], flag: str, count: int = 1) -> Any:
     check_intact(path, flag)
     try:
         with open(path, "rb") as handle:
-            parts = [_ArrayUnpickler(handle).load() for _ in range(count)]
+            if count is None:
+                parts: list[Any] = []
+                size = os.path.getsize(path)
+                while handle.tell() < size or not parts:
+                    parts.append(_ArrayUnpickler(handle).load())
+            else:
+                parts = [_ArrayUnpickler(handle).load() for _ in range(count)]
     except OSError as err:
         raise InputError(f"{flag} {path}: {err.strerror or 'cannot be read'}") from None
     except Exception as err:  # a damaged pickle can raise anything
@@ -107,8 +139,10 @@ def to_array(value: Any, what: str) -> np.ndarray:
     Raises
     ------
     InputError
-        If it has no regular shape; ``what`` names flag and file.
+        If it has no regular shape, or is too long a range; ``what`` names flag and file.
     """
+    if isinstance(value, range) and len(value) > _LONGEST:
+        raise InputError(f"{what}: {value} has {len(value)} values")
     try:
         return np.asarray(value)
     except ValueError:
@@ -141,14 +175,54 @@ def read_ind(path: str | os.PathLike[str], flag: str, n: int | None = None) -> n
 
 
 def read_z(path: str | os.PathLike[str], flag: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read a z.pkl of the host: means and log variances, each `(N, zdim)` float32."""
-    parts = read_pickle(path, flag, count=2)
+    """Read a z.pkl of the host: means and log variances, each `(N, zdim)` float32.
+
+    Log variances are NaN where the file has none, as those of ``train_dec`` and ``abinit``. Rows
+    may hold values that are not finite: see ``odd_rows``.
+
+    Raises
+    ------
+    InputError
+        If the file is no z file, or no row is finite.
+    """
+    parts = read_pickle(path, flag, count=None)
     usable = all(isinstance(p, np.ndarray) and p.ndim == 2 and p.dtype.kind == "f" for p in parts)
-    if not usable or parts[0].shape != parts[1].shape:
+    if not usable or not 1 <= len(parts) <= 2 or len({p.shape for p in parts}) > 1:
         raise InputError(f"{flag} {path}: not a z file (two pickled arrays, N x zdim each)")
-    if not all(np.isfinite(p).all() for p in parts):
-        raise InputError(f"{flag} {path}: holds values that are not finite")
-    return parts[0].astype(np.float32, copy=False), parts[1].astype(np.float32, copy=False)
+    mean = parts[0].astype(np.float32, copy=False)
+    logvar = np.full_like(mean, np.nan) if len(parts) == 1 else parts[1]
+    if len(odd_rows(mean, logvar)) == len(mean):
+        raise InputError(f"{flag} {path}: holds no latent that is finite")
+    return mean, logvar.astype(np.float32, copy=False)
+
+
+def odd_rows(mean: np.ndarray, logvar: np.ndarray) -> np.ndarray:
+    """Return the positions of latents `(N, zdim)` that are not finite, `(M,)`.
+
+    Log variances count, unless they are all NaN: there are none then.
+    """
+    good = np.isfinite(mean).all(1)
+    if not np.isnan(logvar).all():
+        good &= np.isfinite(logvar).all(1)
+    return np.flatnonzero(~good)
+
+
+def without_odd(mean: np.ndarray, logvar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return latents `(N, zdim)` with the mean of the others where they are not finite."""
+    odd, parts = odd_rows(mean, logvar), []
+    for part in (mean, logvar):
+        filled = part.copy()
+        filled[odd] = np.delete(part, odd, 0).mean(0)
+        parts.append(filled)
+    return parts[0], parts[1]
+
+
+def odd_text(rows: np.ndarray) -> str:
+    """Name particles whose latents are not finite, by their rows among the latents."""
+    some = ", ".join(map(str, rows[:_NAMED])) + (", ..." if len(rows) > _NAMED else "")
+    one = len(rows) == 1
+    count = "1 particle whose latent is" if one else f"{len(rows)} particles whose latents are"
+    return f"{count} not finite ({'row' if one else 'rows'} {some} of its z.pkl, from 0)"
 
 
 def read_weights(path: str | os.PathLike[str], flag: str) -> dict[str, Any]:
@@ -162,7 +236,7 @@ def read_weights(path: str | os.PathLike[str], flag: str) -> dict[str, Any]:
     check_intact(path, flag)
     _check_archive(path, flag)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _arrays_admitted():
             warnings.simplefilter("ignore")  # of odd pickles, which are refused below
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as err:
@@ -177,11 +251,32 @@ def read_weights(path: str | os.PathLike[str], flag: str) -> dict[str, Any]:
     state = parts["model_state_dict"]
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise InputError(f"{flag} {path}: a damaged checkpoint (its model_state_dict)")
+    if state and all(name.startswith(_PARALLEL) for name in state):
+        parts["model_state_dict"] = {k.removeprefix(_PARALLEL): v for k, v in state.items()}
     own = parts.get(OWN_KEY, {})
     if not isinstance(own, dict) or (own and not own.keys() >= OWN_PARTS):
         raise InputError(f"{flag} {path}: a damaged checkpoint (its part {OWN_KEY!r})")
     check_plain(parts, os.path.getsize(path), f"{flag} {path}")
     return parts
+
+
+@functools.cache
+def _array_types() -> list[Any]:
+    """Return what pickles of numpy arrays, and of the time in a config, are made of."""
+    value = np.float64(0)
+    made = [(value.__reduce__()[0], "scalar"), (np.array(value).__reduce__()[0], "_reconstruct")]
+    types = [type(np.dtype(code)) for code in "?bhilqBHILQefdSU"]
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+    named = [(make, f"{module}.{name}") for make, name in made for module in modules]
+    return [np.ndarray, np.dtype, *types, datetime, *named]
+
+
+def _arrays_admitted() -> contextlib.AbstractContextManager[Any]:
+    """Let PyTorch read arrays in checkpoints, where it can be told to (from 2.6 on)."""
+    try:
+        return torch.serialization.safe_globals(_array_types())
+    except (AttributeError, TypeError):
+        return contextlib.nullcontext()
 
 
 def _check_archive(path: str | os.PathLike[str], flag: str) -> None:

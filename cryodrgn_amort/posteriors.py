@@ -177,7 +177,10 @@ class Fitter:
 
     def __init__(self, run: Run, particles: Particles, *, own: bool, seed: int = 0) -> None:
         self.run, self.particles, self.own, self.seed = run, particles, own, seed
-        self.saved = run.z()
+        known = run.z()
+        # its own particles with those that have no finite latents, or without
+        complete = own and particles.n == run.n + len(run.odd)
+        self.saved = run.z(complete=True) if complete else known
         if own and len(self.saved[0]) != particles.n:
             raise InputError(
                 f"RUN {run.folder}: has latents of {len(self.saved[0])} particles, its inputs hold "
@@ -192,12 +195,14 @@ class Fitter:
         self.model.requires_grad_(False)
         self.feed = Feed(particles, shown, memory=0)
         device = particles.device
-        mean = torch.from_numpy(self.saved[0]).to(device)
-        logvar = torch.from_numpy(self.saved[1]).to(device)
+        mean, logvar = (torch.from_numpy(part).to(device) for part in known)
+        self._means = known[0]
         self.spread = mean.std(0) if len(mean) > 1 else torch.ones_like(mean[0])
         self.centre = mean.mean(0)
-        known = bool(logvar.isfinite().all())
-        self.usual_logvar = logvar.mean(0) if known else 2 * self.spread.clamp(min=1e-3).log() - 4
+        posteriors = bool(logvar.isfinite().all())
+        self.usual_logvar = (
+            logvar.mean(0) if posteriors else 2 * self.spread.clamp(min=1e-3).log() - 4
+        )
 
     @property
     def has_answers(self) -> bool:
@@ -248,7 +253,7 @@ class Fitter:
     @cached_property
     def anchors(self) -> Tensor:
         """Centres of clusters of the run's latents, `(K, zdim)`."""
-        centres = cluster_centres(self.saved[0], _ANCHORS, self.seed)
+        centres = cluster_centres(self._means, _ANCHORS, self.seed)
         return torch.from_numpy(centres).to(self.particles.device)
 
     @cached_property
@@ -329,10 +334,9 @@ class _Inference:
 
     def _contents(self) -> dict[str, str]:
         """Return digests of what all parts depend on; of its own particles, each has one itself."""
-        folder, epoch = self.run.folder, self.run.epoch
-        names = ("config.yaml", f"weights.{epoch}.pkl", f"z.{epoch}.pkl")
+        files = (self.run.file(kind) for kind in ("config", "weights", "z"))
         noise = hashlib.sha256("".join(map(_digest, self.fitter.sample())).encode())
-        return {name: digest(folder / name) for name in names} | {"noise": noise.hexdigest()}
+        return {path.name: digest(path) for path in files} | {"noise": noise.hexdigest()}
 
     def _starts(self) -> tuple[str, ...]:
         given, has = self.options.starts, self.fitter.has_answers
@@ -488,7 +492,7 @@ def _particles(run: Run, options: InferOptions) -> Particles:
     given = {name: getattr(options, name) for name in INPUTS}
     if options.particles is None:
         if not options.held_out:
-            return run.particles(**given)
+            return run.particles(complete=True, **given)
         held = run.held_out(**given)
         if held is None:
             raise InputError(f"--held-out: RUN {run.folder} was trained without --holdout")

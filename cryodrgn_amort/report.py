@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryodrgn_amort import __version__, figures, host
-from cryodrgn_amort.checkpoints import write_pickle, write_z
+from cryodrgn_amort.checkpoints import odd_text, write_pickle, write_z
 from cryodrgn_amort.definitions import (
     DEFINITIONS,
     MODE_NOTES,
@@ -201,16 +201,18 @@ def _earlier_files(out: Path) -> list[str]:
 
 def _write_arrays(evaluation: Evaluation, folder: Path) -> None:
     apix = {"Apix": evaluation.apix}
+    every = evaluation.run.with_odd  # the host's dashboard shows values of all particles
     names = figures.numbers(len(evaluation.labelled))
     for name, volume in zip(names, evaluation.volumes, strict=True):
         host.write_mrc(str(folder / f"vol.{name}.mrc"), volume, **apix)
     for array, values in evaluation.arrays.items():
-        write_pickle(folder / f"{array}.pkl", values)
+        write_pickle(folder / f"{array}.pkl", every(values))
     write_trust(evaluation, folder)
     for result in evaluation.results:
-        write_z(folder / f"z.{result.key}.pkl", result.z, result.logvar)
+        write_z(folder / f"z.{result.key}.pkl", every(result.z), every(result.logvar))
         for array, values in result.arrays.items():
-            write_pickle(folder / f"{array}.{result.key}.pkl", np.ascontiguousarray(values))
+            values = np.ascontiguousarray(every(values))
+            write_pickle(folder / f"{array}.{result.key}.pkl", values)
     for result in evaluation.mapped:
         for name, volume in zip(names, result.volumes, strict=True):
             host.write_mrc(str(folder / f"vol.{name}.{result.key}.mrc"), volume, **apix)
@@ -293,6 +295,7 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
             "encoder_kind": run.encoder.name,
             "encoder_input": None if shown is None else shown.name,
             "n": len(evaluation.z),
+            "left_out": run.odd.tolist(),
             "stack": evaluation.total,
             "zdim": evaluation.z.shape[1],
             "box_px": evaluation.volumes.shape[-1],
@@ -350,6 +353,7 @@ def _table_of_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Run", f"{run['name']}, epoch {run['epoch']}"),
         ("Encoder", f"{run['encoder']} ({evaluation.run.encoder.summary}); it is shown: {shown}"),
         ("Particles", f"{run['n']} from {particles}, box {run['box_px']} px, {apix}"),
+        *([("Left out", odd_text(evaluation.run.odd))] if run["left_out"] else []),
         ("Latent dimensions", str(run["zdim"])),
         ("Sample sizes", f"reconstruction losses {options.sample}, volumes {options.volumes}, at "
                          f"most; the neighbours of {min(run['n'], MOST_QUERIES)} particles are "

@@ -109,7 +109,7 @@ def check_start(
         flag, start = "--from", settings.from_run
     if start is None or not (Path(start) / "config.yaml").is_file():
         return
-    had = load_run(start, plugins, flag=flag).index
+    had = load_run(start, plugins, flag=flag).whole_index
     have = np.arange(particles.n) if particles.ind is None else particles.ind
     if had is not None and not np.array_equal(had, have):
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +16,20 @@ from cryodrgn_amort import host
 from cryodrgn_amort.checkpoints import (
     OWN_KEY,
     epochs,
+    odd_rows,
+    odd_text,
     read_ind,
     read_pickle,
     read_weights,
     read_z,
-    to_array,
+    without_odd,
     write_pickle,
 )
 from cryodrgn_amort.encoders import EncoderSpec
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import read_yaml, replacing
 from cryodrgn_amort.model import TOKEN_ENCODER, TOKEN_TILT_PARAMS, AmortVAE, build_model
+from cryodrgn_amort.origins import Origin, origin_of
 from cryodrgn_amort.settings import TrainSettings, flag_name
 from cryodrgn_amort.sources import ParticleSource, load_particles
 
@@ -52,6 +56,9 @@ __all__ = [
     "with_run",
     "write_config",
 ]
+
+
+logger = logging.getLogger("cryodrgn_amort")
 
 
 def default_device() -> torch.device:
@@ -189,16 +196,17 @@ def write_config(
         write_pickle(folder / TRAINED, particles.ind)
 
 
-def _vae_args(args: dict[str, Any]) -> dict[str, Any]:
-    """Return the ``model_args`` of a train_vae run, also for those of train_dec."""
-    if "encode_mode" in args:
-        return args
-    return {**args, **TOKEN_ENCODER, "players": args["layers"], "pdim": args["dim"]}
+def _settings_of(
+    config: dict[str, Any], origin: Origin, folder: Path, poses: Path
+) -> TrainSettings:
+    """Return what a run was trained with. A damaged config raises whatever it raises.
 
-
-def _settings_of(config: dict[str, Any], folder: Path) -> TrainSettings:
-    """Return what a run was trained with. A damaged config raises whatever it raises."""
-    args = _vae_args(config["model_args"])
+    Parameters
+    ----------
+    poses
+        File of the poses that it has found, if its origin is to find them.
+    """
+    args, data = origin.model_args(config), origin.dataset_args(config)
     missing = _MODEL_ARGS - args.keys()
     if missing:
         raise ValueError(f"model_args lacks {', '.join(sorted(missing))}")
@@ -206,20 +214,22 @@ def _settings_of(config: dict[str, Any], folder: Path) -> TrainSettings:
     if OWN_KEY in config:
         values = {k: v for k, v in config[OWN_KEY]["settings"].items() if k in known}
     else:  # a run of the host's
-        args = _vae_args(config["model_args"])
-        together = {**args.get("tilt_params", {}), **config["dataset_args"], **args}
+        together = {**args.get("tilt_params", {}), **data, **args}
         values = {k: v for k, v in together.items() if k in known}
-        mode = config["model_args"].get("encode_mode")
-        values.update(encoder=mode or "vlt", seed=config.get("seed", 0))
-        if mode is None:
-            values.update(encode_mode="resid")
+        values.update(seed=config.get("seed", 0))
+        if not origin.encoder:
+            values.update(encoder="vlt", encode_mode="resid")
+        else:
+            values.update(encoder=args["encode_mode"])
+        if origin.finds_poses:
+            values.update(poses=str(poses), do_pose_sgd=True)
     values.update(outdir=str(folder), load=None, overwrite=False)
     if values.get("holdout"):
         values["holdout"] = str(folder / HOLDOUT)
     moved = folder / CHOSEN
     if Path(values.get("ind") or "").name == CHOSEN and moved.is_file():
         values["ind"] = str(moved)
-    values["norm"] = tuple(config["dataset_args"]["norm"])
+    values["norm"] = tuple(map(float, data["norm"]))
     settings = TrainSettings(**values)
     if args["activation"] not in ("relu", "leaky_relu") or args["zdim"] != settings.zdim:
         raise ValueError(f"activation {args['activation']}, zdim {args['zdim']}")
@@ -228,7 +238,7 @@ def _settings_of(config: dict[str, Any], folder: Path) -> TrainSettings:
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A finished or growing run, of ours or of the host's train_vae or train_dec, at one epoch.
+    """A finished or growing run, of ours or of the host's, at one epoch.
 
     Attributes
     ----------
@@ -236,6 +246,10 @@ class Run:
         Where it is.
     epoch
         The epoch whose weights and latents these are.
+    final
+        Whether they are those in ``weights.pkl`` and ``z.pkl``: there are no others.
+    origin
+        The command that wrote it.
     config
         What config.yaml holds.
     settings
@@ -248,6 +262,8 @@ class Run:
 
     folder: Path
     epoch: int
+    final: bool
+    origin: Origin
     config: dict[str, Any]
     settings: TrainSettings
     encoder: EncoderSpec
@@ -265,8 +281,14 @@ class Run:
 
     @property
     def autodecoder(self) -> bool:
-        """Whether it is of ``train_dec``: latents without a posterior, a decoder by itself."""
-        return "encode_mode" not in self.config["model_args"]
+        """Whether it has latents without posteriors: of ``train_dec``, ``abinit``."""
+        return not self.origin.logvar
+
+    def file(self, kind: str) -> Path:
+        """Return its "config", or its file of "weights", "z" or "pose"."""
+        if kind == "config":
+            return _config_file(self.folder)
+        return _file(self.folder, kind, None if self.final else self.epoch)
 
     @property
     def shows_particles(self) -> bool:
@@ -290,7 +312,7 @@ class Run:
 
     @property
     def n(self) -> int:
-        """Number of particles that it was trained on."""
+        """Number of particles that it was trained on, and has latents of."""
         return len(self.z_mu)
 
     @cached_property
@@ -299,14 +321,21 @@ class Run:
 
         None: not known, since what ``--ind`` named is not there any more.
         """
+        whole = self.whole_index
+        return None if whole is None else np.delete(whole, self.odd)
+
+    @cached_property
+    def whole_index(self) -> np.ndarray | None:
+        """The same with those whose latents are not finite."""
         kept = self.folder / TRAINED
         path = str(kept) if self.settings.holdout and kept.is_file() else self.settings.ind
+        total = self.n + len(self.odd)
         if path is None:
-            return np.arange(self.n)
+            return np.arange(total)
         if not Path(path).is_file():
             return None
         ind = read_ind(path, f"RUN {self.folder}: --ind")
-        return ind if len(ind) == self.n else None
+        return ind if len(ind) == total else None
 
     def volumes(self, z: np.ndarray) -> np.ndarray:
         """Decode volumes `(M, box, box, box)` at latents `(M, zdim)`, as ``eval_vol`` does.
@@ -336,32 +365,59 @@ class Run:
         decoded = model.decode_volumes(torch.from_numpy(z).to(self.device), norm)
         return (volume.numpy() for volume in decoded)
 
-    def z(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the saved means and log variances, each `(N, zdim)`; NaN where it has none."""
-        path = self.folder / f"z.{self.epoch}.pkl"
-        if not self.autodecoder:
-            return read_z(path, "RUN")
-        mean = to_array(read_pickle(path, "RUN"), f"RUN {path}")
-        if mean.ndim != 2 or mean.dtype.kind != "f" or not np.isfinite(mean).all():
-            raise InputError(f"RUN {path}: not a z file (an array, N x zdim)")
-        return mean, np.full_like(mean, np.nan)
+    def z(self, *, complete: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Return the saved means and log variances, each `(N, zdim)`; NaN where it has none.
+
+        Parameters
+        ----------
+        complete
+            Whether those of ``particles(complete=True)`` are wanted: where they are not finite,
+            the mean of the others.
+        """
+        found = read_z(self.file("z"), "RUN")
+        if complete and len(self.odd):
+            return without_odd(*found)
+        mean, logvar = (np.delete(part, self.odd, 0) for part in found)
+        return mean, logvar
+
+    @cached_property
+    def odd(self) -> np.ndarray:
+        """Which of the latents that were saved are not finite: positions `(M,)`.
+
+        Their particles are left out, as if they were not the run's.
+        """
+        found = odd_rows(*read_z(self.file("z"), "RUN"))
+        if len(found):
+            logger.warning(f"RUN {self.folder}: left out are {odd_text(found)}")
+        return found
+
+    def with_odd(self, values: np.ndarray) -> np.ndarray:
+        """Return values of its particles `(N, ...)` with NaN in the places of those left out."""
+        if not len(self.odd):
+            return values
+        whole = np.full((len(values) + len(self.odd), *values.shape[1:]), np.nan, np.float32)
+        whole[np.setdiff1d(np.arange(len(whole)), self.odd)] = values
+        return whole
 
     @property
     def refined_poses(self) -> Path | None:
         """The file of the poses that its particles have got by this epoch; None: those given."""
-        path = self.folder / f"pose.{self.epoch}.pkl"
+        path = self.file("pose")
         there = OWN_KEY in self.config or path.exists()  # the host has none before --pretrain
         return path if self.settings.do_pose_sgd and there else None
 
-    def particles(self, **moved: Any) -> Particles:
+    def particles(self, *, complete: bool = False, **moved: Any) -> Particles:
         """Open the particles that it was trained on, with the poses that it has refined, if any.
 
         Parameters
         ----------
+        complete
+            Whether those are wanted, too, whose latents are not finite.
         moved
             ``INPUTS`` that are others now, if not None.
         """
-        return self.open(**{name: path for name, path in moved.items() if path is not None})
+        given = {name: path for name, path in moved.items() if path is not None}
+        return self.open(**given, without=() if complete else tuple(self.odd.tolist()))
 
     def held_out(self, **moved: Any) -> Particles | None:
         """Open the particles that were held out from it, if there are any."""
@@ -379,7 +435,7 @@ class Run:
                 raise InputError(f"{flag_name(name)}: RUN {self.folder} is not of tilt series")
         refined = self.refined_poses
         if refined and given.get("poses") is None and not given.get("held_out"):
-            given["refined"] = str(refined)
+            given.update(refined=str(refined), refined_px=self.origin.poses_px)
         source = replace(source_of(self.settings), **given)
         return load_particles(source, self.device, whole=self.settings.enc_mask == -1)
 
@@ -404,21 +460,21 @@ class Run:
         """Load a model that decodes, and the normalisation of its images; needs no particles."""
         args = self.config["lattice_args"]
         lattice = host.Lattice(args["D"], extent=args["extent"], device=self.device)
-        offset, scale = self.config["dataset_args"]["norm"]
-        return self._model(lattice, None)[0], (float(offset), float(scale))
+        assert self.settings.norm is not None
+        return self._model(lattice, None)[0], self.settings.norm
 
     def _model(
         self, lattice: host.Lattice, amort: Encoder | None
     ) -> tuple[AmortVAE, dict[str, Any]]:
         """Load the model in evaluation mode; also returns our part of the checkpoint."""
-        path = self.folder / f"weights.{self.epoch}.pkl"
+        path = self.file("weights")
         checkpoint = read_weights(path, "RUN")
         own = checkpoint.get(OWN_KEY, {})
-        model = build_model(_vae_args(self.config["model_args"]), lattice, amort)
-        state = checkpoint["model_state_dict"]
-        if self.autodecoder:
-            token = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
-            state = {**token, **{f"decoder.{name}": value for name, value in state.items()}}
+        model = build_model(self.origin.model_args(self.config), lattice, amort)
+        try:
+            state = self.origin.state(checkpoint, model.state_dict())
+        except (KeyError, AttributeError):
+            raise InputError(f"RUN {path}: a damaged checkpoint, or of another command") from None
         model.restore(state, own["encoder_state_dict"] if amort is not None else {}, f"RUN {path}")
         model.eval()
         return model, own
@@ -427,7 +483,10 @@ class Run:
 def load_run(
     folder: str | os.PathLike[str], plugins: Plugins, epoch: int | None = None, flag: str = "RUN"
 ) -> Run:
-    """Open a run folder of ``train_amort``, ``train_vae`` or ``train_dec``.
+    """Open a run folder of ``train_amort``, or of the host's commands that find latents.
+
+    Those are ``train_vae``, ``train_dec``, ``abinit`` and ``abinit_het``. Where there are no files
+    of single epochs, the final ones are opened.
 
     Parameters
     ----------
@@ -441,22 +500,40 @@ def load_run(
     InputError
         If the folder is no such run, or does not have that epoch.
     """
-    path = Path(folder)
-    config_path = path / "config.yaml"
+    path, what = Path(folder), f"{flag} {folder}"
+    config_path = _config_file(path)
     if not config_path.is_file():
-        raise InputError(f"{flag} {folder}: not a run folder (it has no config.yaml)")
-    config = read_yaml(config_path, flag)
+        raise InputError(f"{what}: not a run folder (it has no config.yaml)")
+    is_old = config_path.suffix == ".pkl"
+    config = read_pickle(config_path, flag) if is_old else read_yaml(config_path, flag)
     try:
-        settings = _settings_of(config, path)
+        origin = origin_of(config, what)
+        known = epochs(path)
+        final = not known and all(_file(path, kind).is_file() for kind in ("weights", "z"))
+        if final:
+            known = [read_weights(_file(path, "weights"), flag)["epoch"]]
+        if not known:
+            raise InputError(f"{what}: no epoch has both weights and z yet")
+        if epoch is not None and epoch not in known:
+            listed = ", ".join(map(str, known))
+            raise InputError(f"--epoch {epoch}: {folder} does not have it; it has {listed}")
+        epoch = known[-1] if epoch is None else epoch
+        poses = _file(path, "pose", None if final else epoch)
+        settings = _settings_of(config, origin, path, poses)
     except InputError:
         raise
     except Exception as err:
         raise InputError(f"{flag} {config_path}: damaged ({type(err).__name__}: {err})") from None
-    known = epochs(path)
-    if not known:
-        raise InputError(f"{flag} {folder}: no epoch has both weights and z yet")
-    if epoch is not None and epoch not in known:
-        listed = ", ".join(map(str, known))
-        raise InputError(f"--epoch {epoch}: {folder} does not have it; it has {listed}")
     encoder, _ = settings.resolve(plugins)
-    return Run(path, known[-1] if epoch is None else epoch, config, settings, encoder, plugins)
+    return Run(path, epoch, final, origin, config, settings, encoder, plugins)
+
+
+def _file(folder: Path, kind: str, epoch: int | None = None) -> Path:
+    """Return a run's file of some kind: of an epoch, or the final one."""
+    return folder / (f"{kind}.pkl" if epoch is None else f"{kind}.{epoch}.pkl")
+
+
+def _config_file(folder: Path) -> Path:
+    """Return config.yaml, or the config.pkl of cryodrgn before version 2 if only that is there."""
+    new, old = folder / "config.yaml", folder / "config.pkl"
+    return old if old.is_file() and not new.is_file() else new

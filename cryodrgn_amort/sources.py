@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ParticleSource", "load_ctf", "load_particles", "load_poses"]
 
+logger = logging.getLogger("cryodrgn_amort")
+
 _HOLDOUT_STREAM = 0x401D
 _LEAST_DEFOCUS = 20  # median in angstroms; less would be micrometres
 _SCANNED = 1000  # images at a time
 _HEADER_BYTES = 1024
+_EXACT = 1e-3  # off 1 in R R'
+_DECIMALS = (2, 3)  # that an export may have rounded rotations to
 _STACKS = (".mrcs", ".mrc")
 _EXTENSIONS = (".mrcs", ".mrc", ".star", ".cs", ".txt")
 
@@ -45,6 +50,10 @@ class ParticleSource:
         ``ind``, ``holdout`` are then about particles, poses and CTFs still about images.
     refined
         Poses that a run has refined, of exactly these particles; None: those of ``poses`` hold.
+    refined_px
+        Whether translations there are in pixels.
+    without
+        Which of the particles that all this names are left out, by their positions among them.
     """
 
     particles: str
@@ -65,6 +74,8 @@ class ParticleSource:
     dose_per_tilt: float | None = None
     angle_per_tilt: float = 3.0
     refined: str | None = None
+    refined_px: bool = False
+    without: tuple[int, ...] = ()
 
 
 def _held_out(source: ParticleSource, ind: np.ndarray, n: int) -> np.ndarray:
@@ -103,9 +114,15 @@ def _select(table: np.ndarray, n: int, ind: np.ndarray | None, what: str) -> np.
 
 
 def load_poses(
-    path: str, n: int, ind: np.ndarray | None, box: int, flag: str = "--poses"
+    path: str,
+    n: int,
+    ind: np.ndarray | None,
+    box: int,
+    flag: str = "--poses",
+    *,
+    in_px: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read and check poses, which ``flag`` names.
+    """Read and check poses, which ``flag`` names; translations ``in_px``, or fractions of the box.
 
     Returns
     -------
@@ -132,15 +149,14 @@ def load_poses(
     if not np.isfinite(rots).all():
         i = int(np.flatnonzero(~np.isfinite(rots).all((1, 2)))[0])
         raise InputError(f"{what}: the rotation of particle {i} is not finite")
-    off = np.abs(rots @ rots.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
-    bad = (off > 1e-3) | (np.linalg.det(rots) < 0)
-    if bad.any():
-        raise InputError(f"{what}: the matrix of particle {int(np.argmax(bad))} is not a rotation")
+    rots = _unrounded(rots, what)
     if len(arrays) == 1:
         return rots.astype(np.float32), None
     if arrays[1].ndim != 2 or arrays[1].shape[1] != 2:
         raise InputError(f"{what}: translations have shape {arrays[1].shape}, not (N, 2)")
     trans = _select(arrays[1], n, ind, what).astype(np.float32)
+    if in_px:
+        trans /= np.float32(box + 1)
     outside = ~(np.abs(trans) <= 1).all(1)  # also catches NaN
     if outside.any():
         i = int(np.argmax(outside))
@@ -149,6 +165,36 @@ def load_poses(
             "fractions of the box are needed, not pixels"
         )
     return rots.astype(np.float32), trans * (box + 1)
+
+
+def _unrounded(matrices: np.ndarray, what: str) -> np.ndarray:
+    """Check that matrices `(N, 3, 3)` are rotations; undo an export's rounding to a few decimals.
+
+    Raises
+    ------
+    InputError
+        If one is no rotation, however it was rounded.
+    """
+    off = np.abs(matrices @ matrices.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
+    bad = (off > _EXACT) | (np.linalg.det(matrices) < 0)
+    if not bad.any():
+        return matrices
+    for decimals in _DECIMALS:
+        if np.abs(matrices - matrices.round(decimals)).max() > 1e-6:
+            continue
+        left, _, right = np.linalg.svd(matrices)
+        nearest: np.ndarray = left @ right
+        far = np.abs(matrices - nearest).max((1, 2)) > 0.85 * 10.0**-decimals
+        bad = far | (np.linalg.det(nearest) < 0)
+        if not bad.any():
+            turned = np.linalg.norm(matrices - nearest, axis=(1, 2)).max() / np.sqrt(2)
+            logger.warning(
+                f"{what}: rotations are rounded to {decimals} decimals; the nearest rotations are "
+                f"used, up to {np.degrees(turned):.2g} degrees away"
+            )
+            return nearest
+        break
+    raise InputError(f"{what}: the matrix of particle {int(np.argmax(bad))} is not a rotation")
 
 
 def load_ctf(path: str, n: int, ind: np.ndarray | None, box: int) -> np.ndarray:
@@ -242,19 +288,24 @@ def load_particles(
     total = n if members is None else len(members)
     ind = read_ind(source.ind, "--ind", total) if source.ind else None
     rows = _images_of(members, ind)
-    rots, trans = load_poses(source.poses, n, rows, box)
+    rots: np.ndarray | None = None
+    trans: np.ndarray | None = None
+    if source.refined is None:
+        rots, trans = load_poses(source.poses, n, rows, box)
     ctf = load_ctf(source.ctf, n, rows, box) if source.ctf else None
-    held = None
+    held, had = None, np.arange(n) if rows is None else rows
     if source.holdout is not None:
         ind = np.arange(total) if ind is None else ind
         chosen = _held_out(source, ind, total)
-        held, wanted = ind[chosen], chosen if source.held_out else ~chosen
-        had = np.arange(n) if rows is None else rows
-        ind, rows = ind[wanted], _images_of(members, ind[wanted])
-        assert rows is not None
+        held, ind = ind[chosen], ind[chosen if source.held_out else ~chosen]
+        rows = _images_of(members, ind)
+    own = rows  # of the run that has refined their poses
+    if source.without:
+        ind = np.delete(np.arange(total) if ind is None else ind, source.without)
+        rows = _images_of(members, ind)
+    if rows is not None:
         kept = _places(had, rows)
-        rots = rots[kept]
-        trans, ctf = (None if t is None else t[kept] for t in (trans, ctf))
+        rots, trans, ctf = (None if t is None else t[kept] for t in (rots, trans, ctf))
     try:
         with host.quiet():
             images = _open(source, rows)
@@ -275,8 +326,15 @@ def load_particles(
     tilts = None
     if source.ntilts is not None:
         tilts, ctf = _tilt_series(source, images, ctf)
-    if source.refined is not None:
-        rots, trans = load_poses(source.refined, images.N, None, box, "RUN")
+    if rots is None:
+        assert source.refined is not None
+        own = np.arange(n) if own is None else own
+        rots, trans = load_poses(
+            source.refined, len(own), None, box, "RUN", in_px=source.refined_px
+        )
+        if rows is not None:
+            kept = _places(own, rows)
+            rots, trans = rots[kept], None if trans is None else trans[kept]
     found = Particles(
         images, rots, trans, ctf, ind=ind, total=total, tilts=tilts, whole=whole, device=device
     )

@@ -6,6 +6,7 @@ Edelberg & Lederman, arXiv 2303.07487, Section 3.2.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cryodrgn_amort.checkpoints import latest_z, read_z
+from cryodrgn_amort.checkpoints import latest_z, odd_rows, odd_text, read_z, without_odd
 from cryodrgn_amort.encoders import Encoder, EncoderSpec
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.objective import falling_rate
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from cryodrgn_amort.settings import TrainSettings
 
 __all__ = ["DEFAULT_LOGVAR", "DEFAULT_LR", "VLT", "LazyAdam", "LookupTable", "add_table_args"]
+
+logger = logging.getLogger("cryodrgn_amort")
 
 DEFAULT_LR = 3e-2
 DEFAULT_LOGVAR = -4.0
@@ -306,13 +309,16 @@ def build_table(settings: TrainSettings, particles: Particles) -> LookupTable:
         mean = torch.zeros(shape)
     else:
         path = latest_z(start, "--table-init") if os.path.isdir(start) else start
-        mean, from_file = (torch.from_numpy(a) for a in read_z(path, "--table-init"))
+        found = read_z(path, "--table-init")
+        if len(odd := odd_rows(*found)):
+            logger.warning(f"--table-init {path}: at the mean of the others start {odd_text(odd)}")
+        mean, from_file = (torch.from_numpy(part) for part in without_odd(*found))
         if mean.shape != shape:
             raise InputError(
                 f"--table-init {path}: holds {len(mean)} particles of zdim {mean.shape[1]}, "
                 f"these are {shape[0]} of zdim {shape[1]}"
             )
-        if "table_logvar" not in given:
+        if "table_logvar" not in given and from_file.isfinite().all():
             logvar = from_file
     if not math.isfinite(given.get("table_logvar", 0.0)):
         raise InputError(f"--table-logvar {given['table_logvar']}: must be finite")

@@ -198,7 +198,7 @@ class Trainer:
         except RuntimeError:
             raise InputError(f"{name}: its decoder is another one than was asked for") from None
         self.model.fast.forget()
-        mean, logvar = (torch.from_numpy(part).to(self.device) for part in run.z())
+        mean, logvar = (torch.from_numpy(part).to(self.device) for part in run.z(complete=True))
         if not logvar.isfinite().all():  # of train_dec: it has no posteriors
             logvar = torch.full_like(mean, -np.inf)
         if self.encoder_spec.sleeps:

@@ -1,10 +1,15 @@
 """A user's mistake: one line that names flag and file, exit code 2, nothing touched on disk."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import read_pickles, write_pickle, write_stack
+
+from cryodrgn_amort.checkpoints import read_ind
+from cryodrgn_amort.sources import load_poses
 
 
 @pytest.fixture
@@ -83,6 +88,9 @@ def test_counts(refused, files, tmp_path):
         (lambda r, t: (np.where(np.arange(12)[:, None, None] == 4, np.nan, r), t),
          "rotation of particle 4 is not finite"),
         (lambda r, t: (r * 1.01, t), "the matrix of particle 0 is not a rotation"),
+        (lambda r, t: (r.round(1), t), "is not a rotation"),
+        (lambda r, t: (r.round(2) + 0.01 * (np.arange(12) == 7)[:, None, None], t),
+         "the matrix of particle 7 is not a rotation"),
         (lambda r, t: (r * -1, t), "the matrix of particle 0 is not a rotation"),
         (lambda r, t: (r[:, :2], t), "(12, 2, 3), not (N, 3, 3)"),
         (lambda r, t: (r, t * 0 - 1.5), "leaves the box"),
@@ -96,6 +104,21 @@ def test_counts(refused, files, tmp_path):
 def test_poses(refused, files, tmp_path, change, says):
     path = write_pickle(tmp_path / "bad_poses.pkl", change(files.rots, files.trans))
     refused(poses=path, says=["--poses", "bad_poses.pkl", says])
+
+
+@pytest.mark.parametrize("decimals", [2, 3])
+def test_rotations_that_were_rounded_are_made_rotations_again(decimals, files, tmp_path, caplog):
+    rounded = files.rots.round(decimals)
+    assert np.abs(rounded @ rounded.transpose(0, 2, 1) - np.eye(3)).max() > 1e-3
+    path = write_pickle(tmp_path / "rounded.pkl", (rounded, files.trans))
+    rots, _ = load_poses(path, 12, None, 16)
+    np.testing.assert_allclose(
+        rots @ rots.transpose(0, 2, 1), np.eye(3)[None].repeat(12, 0), atol=1e-6
+    )
+    np.testing.assert_allclose(rots, files.rots, atol=10.0**-decimals)
+    assert f"rotations are rounded to {decimals} decimals" in caplog.text
+    exact = write_pickle(tmp_path / "exact.pkl", (files.rots, files.trans))
+    np.testing.assert_array_equal(load_poses(exact, 12, None, 16)[0], files.rots)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +143,9 @@ def test_ctf(refused, files, tmp_path, change, says):
         (np.array([1, 1]), "more than once"),
         (np.array([], int), "selects no particle"),
         (np.array([0.5]), "not a list of integer indices"),
+        (range(10**12), "range(0, 1000000000000) has 1000000000000 values"),
+        (pd.Series([1, 2]), "it holds a pandas Series; save its .to_numpy()"),
+        (pd.Index(["a", "b"], dtype=object), "list of integer indices"),
         ({"a": 1}, "not a list of integer indices"),
         ([[1], [1, 2]], "different lengths"),
     ],
@@ -127,6 +153,27 @@ def test_ctf(refused, files, tmp_path, change, says):
 def test_ind(refused, tmp_path, ind, says):
     path = write_pickle(tmp_path / "ind.pkl", ind)
     refused("--ind", path, says=["--ind", "ind.pkl", says])
+
+
+@pytest.mark.parametrize(
+    "ind",
+    [
+        pd.DataFrame({"class": [1, 2, 1, 1]}).query("`class` == 1").index,
+        pd.Index([0, 2, 3]).astype("int32"),
+        pd.RangeIndex(0, 3),
+        range(0, 6, 2),
+        (np.int64(0), 2, 3),
+        [0, 2, 3],
+    ],
+    ids=lambda ind: type(ind).__name__,
+)
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_indices_as_people_save_them(ind, protocol, tmp_path):
+    path = tmp_path / "ind.pkl"
+    path.write_bytes(pickle.dumps(ind, protocol))
+    found = read_ind(path, "--ind", 6)
+    assert found.dtype == np.int64
+    assert found.tolist() == list(map(int, ind))
 
 
 def test_files_that_are_something_else(refused, files, tmp_path):

@@ -31,7 +31,7 @@ LAYERS = [  # each may import from those below it
     {"results"},
     {"specimens", "folders"},
     {"runs"},
-    {"settings"},
+    {"settings", "origins"},
     {"inference"},
     {"model", "repair", "augment"},
     {"table", "inputs", "transforms", "latent", "sleep"},

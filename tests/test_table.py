@@ -237,8 +237,8 @@ def test_wrong_starts_are_refused(train, flags, tmp_path):
     write_z(tmp_path / "few.pkl", z, z)
     with pytest.raises(InputError, match=r"--table-init .*few.pkl: holds 4 particles"):
         train(flags, encoder="vlt", table_init=str(tmp_path / "few.pkl"))
-    write_pickle(tmp_path / "one.pkl", z)
-    with pytest.raises(InputError, match=r"--table-init .*one.pkl: not a usable pickle"):
+    write_pickle(tmp_path / "one.pkl", z[0])
+    with pytest.raises(InputError, match=r"--table-init .*one.pkl: not a z file"):
         train(flags, encoder="vlt", table_init=str(tmp_path / "one.pkl"))
     with pytest.raises(InputError, match="--table-lr 0"):
         train(flags, encoder="vlt", table_lr=0.0)
