@@ -27,7 +27,14 @@ with warnings.catch_warnings():  # the host's imports warn of their own dependen
     from cryodrgn.mrcfile import MRCHeader, parse_mrc
     from cryodrgn.mrcfile import write_mrc as _write_mrc
     from cryodrgn.pose import PoseTracker
-    from cryodrgn.source import ImageSource, parse_star
+    from cryodrgn.source import (
+        CsSource,
+        ImageSource,
+        MRCFileSource,
+        StarfileSource,
+        TxtFileSource,
+        parse_star,
+    )
 
 from cryodrgn_amort.files import naming
 from cryodrgn_amort.private import replaced
@@ -53,6 +60,7 @@ __all__ = [
     "TiltSeriesData",
     "add_train_vae_args",
     "analyze",
+    "any_suffix",
     "compute_ctf",
     "eval_volume",
     "fftn_center",
@@ -71,6 +79,10 @@ __all__ = [
     "volume_of",
     "write_mrc",
 ]
+
+
+_NEIGHBOURS = 15  # of UMAP
+_MORE_STACKS = (".map", ".st")
 
 
 def add_train_vae_args(parser: argparse.ArgumentParser) -> None:
@@ -165,14 +177,60 @@ def volume_of(hartley: torch.Tensor, norm: tuple[float, float]) -> torch.Tensor:
     return volume
 
 
-def analyze(run_folder: str, epoch: int) -> None:
-    """Run ``cryodrgn analyze RUN EPOCH`` with its defaults."""
+def analyze(run_folder: str, epoch: int, z: np.ndarray) -> str | None:
+    """Run ``cryodrgn analyze RUN EPOCH`` with its defaults, as far as there are particles for it.
+
+    Parameters
+    ----------
+    z
+        The latents of that epoch, `(N, zdim)`.
+
+    Returns
+    -------
+    str
+        What is left out, and why; None: nothing.
+    """
+    n, zdim = z.shape
+    if zdim > 1 and n < max(zdim, 2):
+        return f"its principal components need {max(zdim, 2)} particles, there are {n}"
     with _same_backend():
         from cryodrgn.commands import analyze as host_analyze
 
         parser = argparse.ArgumentParser()
         host_analyze.add_args(parser)
-        host_analyze.main(parser.parse_args([run_folder, str(epoch)]))
+        argv, left_out = [run_folder, str(epoch)], []
+        if n < parser.get_default("ksample"):
+            argv += ["--ksample", str(n)]
+            left_out.append(f"k-means has {n} clusters, one for each particle")
+        if n <= _NEIGHBOURS and zdim > 2:
+            argv += ["--skip-umap"]
+            left_out.append(f"UMAP needs more than {_NEIGHBOURS} particles")
+        host_analyze.main(parser.parse_args(argv))
+    return "; ".join(left_out) or None
+
+
+@contextlib.contextmanager
+def any_suffix() -> Iterator[None]:
+    """Let the host read stacks and tables by names of theirs that it does not know.
+
+    It goes by the last letters alone, in small ones.
+    """
+    known = ImageSource.from_file
+
+    def from_file(filepath: str, **given: Any) -> ImageSource:
+        suffix = os.path.splitext(filepath)[1]
+        kind = suffix.lower()
+        if suffix == kind and kind not in _MORE_STACKS:
+            return known(filepath, **given)
+        if kind in (".mrc", ".mrcs", *_MORE_STACKS):
+            return MRCFileSource(filepath, lazy=given["lazy"], indices=given.get("indices"))
+        source = {".star": StarfileSource, ".cs": CsSource, ".txt": TxtFileSource}[kind]
+        if kind == ".txt":
+            given.pop("datadir", None)
+        return source(filepath, **given)
+
+    with replaced(ImageSource, "from_file", staticmethod(from_file)):
+        yield
 
 
 class quiet:

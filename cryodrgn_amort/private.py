@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
 
-__all__ = ["PythonUnpickler", "actions_of", "replaced"]
+__all__ = ["PythonUnpickler", "abbreviate", "actions_of", "replaced"]
 
 
 class PythonUnpickler(pickle._Unpickler):
@@ -27,10 +27,24 @@ def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return parser._actions
 
 
+def abbreviate(parser: argparse.ArgumentParser, actions: list[argparse.Action]) -> None:
+    """Let beginnings of long flags mean what they meant when only ``actions`` were there.
+
+    argparse takes any beginning that is unique among all flags; further ones take some away.
+    """
+    flags = {s: action for action in actions for s in action.option_strings if s[:2] == "--"}
+    for flag, action in flags.items():
+        for end in range(3, len(flag)):
+            short = flag[:end]
+            meant = {id(a) for s, a in flags.items() if s.startswith(short)}
+            if len(meant) == 1:
+                parser._option_string_actions.setdefault(short, action)
+
+
 @contextlib.contextmanager
-def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """Let a name of somebody else's module stand for something else for a while."""
-    before = getattr(module, name)
+def replaced(module: ModuleType | type, name: str, value: Any) -> Iterator[None]:
+    """Let a name of somebody else's module or class stand for something else for a while."""
+    before = vars(module)[name]
     setattr(module, name, value)
     try:
         yield

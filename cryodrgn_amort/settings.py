@@ -13,7 +13,7 @@ from cryodrgn_amort.encoders import EncoderSpec
 from cryodrgn_amort.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from cryodrgn_amort.inputs import InputSpec
     from cryodrgn_amort.plugins import Plugins
@@ -48,6 +48,10 @@ _OF_TILTS = (
 )  # fmt: skip
 
 
+_OF_NETWORK = frozenset(
+    {"qlayers", "qdim", "enc_mask", "encode_mode", "t_emb_dim", "tlayers", "tdim"}
+)
+"""Flags of the host that concern its network alone."""
 _OF_POSES = ("pretrain", "emb_type", "pose_lr")
 
 
@@ -88,6 +92,8 @@ class TrainSettings:
         What to do when the loss of a batch is not a number, one of ``ON_NAN``.
     memory
         GB that preprocessed particles may take; None: half of what is free.
+    ignored
+        What to say of flags that were given and have no effect here.
     extra
         Flags that plugins added (hook ``train_args``; the lookup table's flags are such), by
         argument name; only those that were given.
@@ -155,25 +161,27 @@ class TrainSettings:
     pe_dim: int | None = None
     domain: str = "fourier"
     activation: str = "relu"
+    ignored: tuple[str, ...] = field(default=(), compare=False)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least_one = (
-            "zdim", "num_epochs", "batch_size", "checkpoint", "log_interval", "qdim", "players",
+            "zdim", "num_epochs", "batch_size", "log_interval", "qdim", "players",
             "pdim", "pe_dim", "ntilts", "t_emb_dim", "tdim",
         )  # fmt: skip
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{flag_name(name)} {value}: must be at least 1")
-        for name in ("lr", "pose_lr", "feat_sigma", "window_r"):
+        for name in ("lr", "pose_lr", "feat_sigma"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{flag_name(name)} {getattr(self, name)}: must be positive")
         if self.lr_end is not None and not 0 < self.lr_end < math.inf:
             raise InputError(f"--lr-end {self.lr_end}: must be positive")
         for name in (
             "qlayers", "wd", "seed", "shuffle_seed", "num_workers", "augment", "consistency",
-            "shuffler_size", "dose_per_tilt", "angle_per_tilt", "tlayers", "pretrain",
+            "shuffler_size", "dose_per_tilt", "angle_per_tilt", "tlayers", "pretrain", "checkpoint",
+            "window_r",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63:
@@ -187,22 +195,12 @@ class TrainSettings:
         ):
             given = f"{self.norm[0]} {self.norm[1]}"
             raise InputError(f"--norm {given}: an offset and a positive scale are needed")
-        if self.emb_type != "s2s2":
-            raise InputError(
-                f"--emb-type {self.emb_type}: train_vae does not heed it: rotations are refined as "
-                "s2s2"
-            )
         if self.load and self.overwrite:
             raise InputError("--load and --overwrite exclude each other: continue or start anew")
         _check_mode(self.encode_mode)
         if self.pe_type == "none" and self.domain == "fourier":
             raise InputError("--pe-type none: the host's Fourier decoder cannot take it; give "
                              "--domain hartley or another encoding")  # fmt: skip
-        if self.num_workers and not self.lazy:
-            raise InputError(
-                f"--num-workers {self.num_workers}: only with --lazy; otherwise particles are "
-                "preprocessed once"
-            )
         if self.shuffler_size and not self.lazy:
             raise InputError(f"--shuffler-size {self.shuffler_size}: only with --lazy; otherwise "
                              "particles are preprocessed once")  # fmt: skip
@@ -220,6 +218,10 @@ class TrainSettings:
         if self.memory is not None and self.lazy:
             raise InputError("--memory and --lazy exclude each other: --lazy keeps nothing")
         self.beta_value()
+
+    def is_checkpoint(self, epoch: int) -> bool:
+        """Tell whether ``--checkpoint`` asks for one after an epoch; 0: after none."""
+        return self.checkpoint > 0 and epoch % self.checkpoint == 0
 
     @property
     def tilted(self) -> bool:
@@ -273,6 +275,7 @@ class TrainSettings:
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python types, for config.yaml."""
         values = asdict(self)
+        del values["ignored"]
         values["extra"] = dict(self.extra)
         if self.norm is not None:
             values["norm"] = [float(v) for v in self.norm]
@@ -340,7 +343,8 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Plugins) -> TrainSett
         values["holdout"] = os.path.abspath(values["holdout"])
     own = {f.name for f in fields(TrainSettings)} - {"extra"}
     extra = {dest: values.pop(dest) for dest in list(values) if dest not in own}
-    settings = TrainSettings(**values, extra=extra)
+    ignored = [*_without_effect(values, named)]
+    settings = TrainSettings(**values, ignored=tuple(ignored), extra=extra)
     encoder, shown = settings.resolve(plugins)
     if settings.augment is not None:
         if settings.from_run:
@@ -353,6 +357,23 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Plugins) -> TrainSett
     _check_poses(given, settings, shown)
     _refuse_foreign(given, settings.encoder, encoder, shown, plugins)
     return settings
+
+
+def _without_effect(values: dict[str, Any], named: EncoderSpec | InputSpec) -> Iterator[str]:
+    """Take out of the flags what has no effect here, and say so of each."""
+    if values.get("num_workers") and not values.get("lazy"):
+        yield (f"--num-workers {values.pop('num_workers')}: without effect but with --lazy; "
+               "particles are preprocessed once")  # fmt: skip
+    if values.get("do_pose_sgd") and values.get("emb_type", "s2s2") != "s2s2":
+        yield (f"--emb-type {values.pop('emb_type')}: without effect, as in train_vae, which "
+               "refines rotations as s2s2")  # fmt: skip
+    if not isinstance(named, EncoderSpec) or named.host_mode is not None:
+        return
+    for dest in sorted(_OF_NETWORK - named.flags & values.keys()):
+        if dest == "encode_mode" and values[dest] == "tilt":  # says what the particles are, too
+            continue
+        yield (f"{flag_name(dest)} {values.pop(dest)}: does not apply to --encoder {named.name}, "
+               "ignored")  # fmt: skip
 
 
 def _check_poses(
@@ -388,7 +409,7 @@ def _refuse_foreign(
     owned = set().union(*(entry.item.flags for entry in known.values()))
     mine = encoder.flags | (shown.flags if shown is not None else frozenset())
     for dest in given:
-        if dest == "encode_mode" and given[dest] == "tilt":  # says what the particles are, too
+        if encoder.host_mode is None and dest in _OF_NETWORK:  # said by _without_effect
             continue
         if dest in owned - mine:
             raise InputError(f"{flag_name(dest)}: does not apply to --encoder {name}")

@@ -206,13 +206,13 @@ def _load_model(options: SimulateOptions) -> tuple[BlobModel | VolumeModel, floa
         classes = options.classes or len(BlobModel.COMPOSITIONS)
         hinge = 45.0 if options.hinge_deg is None else options.hinge_deg
         return BlobModel(D, classes, hinge), options.apix or 192 / D
-    read = [read_volume(path) for path in options.volumes]
-    (first, apix), D = read[0], options.D or len(read[0][0])
+    read = [read_volume(path, box=options.D) for path in options.volumes]
+    (first, apix), largest = read[0], max(len(volume) for volume, _ in read)
     for path, (volume, own) in zip(options.volumes, read, strict=True):
-        if len(volume) != D:
-            wanted = f"-D {D}" if options.D else f"--volumes {options.volumes[0]} ({len(first)})"
+        if len(volume) != len(first):
             raise InputError(
-                f"--volumes {path}: its box of {len(volume)} px is not that of {wanted}"
+                f"--volumes {path}: its box of {len(volume)} px is not that of --volumes "
+                f"{options.volumes[0]} ({len(first)}); -D {largest} pads smaller ones"
             )
         if not options.apix and not options.ctf and (not own > 0 or abs(own / apix - 1) > 1e-3):
             raise InputError(

@@ -28,8 +28,8 @@ _SCANNED = 1000  # images at a time
 _HEADER_BYTES = 1024
 _EXACT = 1e-3  # off 1 in R R'
 _DECIMALS = (2, 3)  # that an export may have rounded rotations to
-_STACKS = (".mrcs", ".mrc")
-_EXTENSIONS = (".mrcs", ".mrc", ".star", ".cs", ".txt")
+_STACKS = (".mrcs", ".mrc", ".map", ".st")
+_EXTENSIONS = (*_STACKS, ".star", ".cs", ".txt")
 
 
 @dataclass(frozen=True)
@@ -262,14 +262,14 @@ def load_particles(
         Names the flag and file that do not fit.
     """
     what = f"PARTICLES {source.particles}"
-    if not source.particles.endswith(_EXTENSIONS):
+    if not source.particles.lower().endswith(_EXTENSIONS):
         raise InputError(f"{what}: not one of {', '.join(_EXTENSIONS)}")
     if not os.path.isfile(source.particles):
         raise InputError(f"{what}: no such file (a folder does not count)")
     try:
-        if source.particles.endswith(_STACKS):
+        if source.particles.lower().endswith(_STACKS):
             _check_header(source.particles)
-        with host.quiet():
+        with host.quiet(), host.any_suffix():
             stack = host.ImageSource.from_file(
                 source.particles, lazy=True, datadir=source.datadir or ""
             )
@@ -307,7 +307,7 @@ def load_particles(
         kept = _places(had, rows)
         rots, trans, ctf = (None if t is None else t[kept] for t in (rots, trans, ctf))
     try:
-        with host.quiet():
+        with host.quiet(), host.any_suffix():
             images = _open(source, rows)
     except Exception as err:
         raise InputError(f"{what}: images cannot be read ({type(err).__name__}: {err})") from err
@@ -367,7 +367,7 @@ def _open(source: ParticleSource, rows: np.ndarray | None) -> host.ImageDataset:
 def _members(source: ParticleSource) -> list[np.ndarray]:
     """Return the images of each particle of a tilt series, as positions in the stack."""
     what = f"PARTICLES {source.particles}"
-    if not source.particles.endswith(".star"):
+    if not source.particles.lower().endswith(".star"):
         raise InputError(f"{what}: a tilt series needs a .star file, which groups its images")
     try:
         with host.quiet():

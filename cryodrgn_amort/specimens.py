@@ -6,8 +6,9 @@ of the object is seen at the first two coordinates of `rot @ p`.
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from scipy.spatial.transform import Rotation
 from cryodrgn_amort import host
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import check_intact
+from cryodrgn_amort.machine import available_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["BlobModel", "VolumeModel", "clean_images", "read_volume"]
+
+logger = logging.getLogger("cryodrgn_amort")
 
 
 class BlobModel:
@@ -229,8 +233,18 @@ def clean_images(
     return images
 
 
-def read_volume(path: str, flag: str = "--volumes") -> tuple[np.ndarray, float]:
+def read_volume(
+    path: str, flag: str = "--volumes", box: int | None = None
+) -> tuple[np.ndarray, float]:
     """Read and check a volume of the user's; ``flag`` names its role in errors.
+
+    Any byte order and kind of real numbers that the format knows, also in .gz and .bz2. A volume
+    whose density seems to be negative is warned of.
+
+    Parameters
+    ----------
+    box
+        Smaller volumes, of whatever shape, are padded to such a cube; None: none is.
 
     Returns
     -------
@@ -242,29 +256,73 @@ def read_volume(path: str, flag: str = "--volumes") -> tuple[np.ndarray, float]:
     Raises
     ------
     InputError
-        If it is no finite, cubic, even-sized, positive density, or stored in an unusual way.
+        If it is not finite, no even-sized cube, or stored in an unusual way.
     """
     what = f"{flag} {path}"
     check_intact(path, flag)
-    try:
-        volume, header = host.parse_mrc(path)
-    except OSError as err:
-        raise InputError(f"{what}: {err.strerror or err}") from None
-    except Exception as err:  # whatever the host's reader raises for damaged or foreign files
-        raise InputError(f"{what}: not a readable .mrc file ({err})") from None
-    if len(set(volume.shape)) != 1 or volume.ndim != 3:
-        raise InputError(f"{what}: {'x'.join(map(str, volume.shape[::-1]))} is not a cube")
-    if volume.shape[0] % 2 or volume.shape[0] < 16:
-        raise InputError(f"{what}: an even box is needed, at least 16 pixels, not {len(volume)}")
-    swapped = ">" if sys.byteorder == "little" else "<"
-    if swapped == header.ENDIANNESS or volume.dtype.kind not in "fiu":
-        raise InputError(f"{what}: save it as real numbers in this machine's byte order")
-    axes = tuple(header.fields[name] for name in ("mapc", "mapr", "maps"))
-    if axes not in ((1, 2, 3), (0, 0, 0)):
-        raise InputError(f"{what}: its axes are stored in the order {axes}; 1, 2, 3 is needed")
-    volume = volume.astype(np.float32)
+    volume, apix = _read_map(path, what)
+    shape = "x".join(map(str, volume.shape[::-1]))
+    if box is not None and volume.shape != (box,) * 3:
+        if max(volume.shape) > box:
+            raise InputError(f"{what}: {shape} does not fit into -D {box}; `cryodrgn downsample` "
+                             "makes volumes smaller")  # fmt: skip
+        volume = _padded(volume, box)
+    even = max(16, *(size + size % 2 for size in volume.shape))
+    if len(set(volume.shape)) != 1:
+        raise InputError(f"{what}: {shape} is not a cube; -D {even} or more pads it")
+    if even != len(volume):
+        raise InputError(f"{what}: an even box is needed, at least 16 pixels, not {len(volume)}; "
+                         f"-D {even} or more pads it")  # fmt: skip
     if not np.isfinite(volume).all() or volume.min() == volume.max():
         raise InputError(f"{what}: the volume is constant or not finite")
     if -volume.min() > volume.max():
-        raise InputError(f"{what}: density must be positive; this volume looks inverted")
-    return volume, float(header.apix)
+        logger.warning(f"{what}: its strongest density is negative; is it inverted? It is used as "
+                       "it is")  # fmt: skip
+    return volume, apix
+
+
+def _read_map(path: str, what: str) -> tuple[np.ndarray, float]:
+    """Return what an .mrc file holds, `(z, y, x)` float32, and its pixel size in angstroms."""
+    import mrcfile  # when it is needed
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is odd in headers, but can be read
+            with mrcfile.open(path, permissive=True, header_only=True) as file:
+                header = file.header.copy()
+                sizes = [int(header[name]) for name in ("nx", "ny", "nz")]
+            voxels = sizes[0] * sizes[1] * sizes[2]
+            if min(sizes) < 1 or 8 * voxels > available_memory():
+                raise ValueError(
+                    f"a volume of {sizes[0]}x{sizes[1]}x{sizes[2]} does not fit memory"
+                )
+            with mrcfile.open(path, permissive=True) as file:
+                data = file.data
+                if data is None or data.size != voxels:
+                    raise ValueError("it ends before its data do")
+                volume = np.array(data, np.float32) if data.dtype.kind in "fiu" else None
+    except OSError as err:
+        raise InputError(f"{what}: {err.strerror or err}") from None
+    except Exception as err:  # whatever is raised for damaged or foreign files
+        reason = " ".join(str(err).split()) or type(err).__name__
+        raise InputError(f"{what}: not a readable .mrc file ({reason})") from None
+    if volume is None or volume.ndim != 3:
+        raise InputError(f"{what}: not a volume of real numbers")
+    axes = tuple(int(header[name]) for name in ("mapc", "mapr", "maps"))
+    if axes not in ((1, 2, 3), (0, 0, 0)):
+        raise InputError(f"{what}: its axes are stored in the order {axes}; 1, 2, 3 is needed")
+    return volume, float(header["cella"]["x"]) / sizes[0]
+
+
+def _padded(volume: np.ndarray, box: int) -> np.ndarray:
+    """Put a volume into the middle of a cube, amid what its own faces have.
+
+    The middle of an axis of n voxels is at n // 2.
+    """
+    faces = [face for axis in range(3) for face in np.moveaxis(volume, axis, 0)[[0, -1]]]
+    amid = np.median(np.concatenate([face.ravel() for face in faces]))
+    found = np.full((box,) * 3, amid, np.float32)
+    starts = [box // 2 - size // 2 for size in volume.shape]
+    at = tuple(slice(s, s + size) for s, size in zip(starts, volume.shape, strict=True))
+    found[at] = volume
+    return found

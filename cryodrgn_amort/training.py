@@ -23,6 +23,7 @@ from cryodrgn_amort.checkpoints import (
     OWN_KEY,
     epochs,
     read_weights,
+    read_z,
     write_weights,
     write_z,
 )
@@ -185,7 +186,17 @@ class Trainer:
                 if self.team.leads:
                     self.files.put_back()
         if self.settings.do_analysis and self.team.leads:
-            host.analyze(str(self.folder), self.epoch)
+            self._analyze()
+
+    def _analyze(self) -> None:
+        """Let the host analyze the run, which is complete whatever comes of it."""
+        z, _ = read_z(self.folder / "z.pkl", "-o")
+        try:
+            left_out = host.analyze(str(self.folder), self.epoch, z)
+        except Exception as err:  # whatever its own libraries raise
+            left_out = f"{type(err).__name__}: {err}".splitlines()[0]
+        if left_out is not None:
+            logger.warning(f"cryodrgn analyze, not all of it: {left_out}")
 
     def _second_stage(self) -> tuple[Tensor, Tensor]:
         """Take over the decoder of ``--from``; returns the latents of its run."""
@@ -295,7 +306,7 @@ class Trainer:
                 if self.team.leads:
                     self.files.write_metrics(row)
                 self._tell("epoch_end", metrics=row)
-                if self.epoch % settings.checkpoint == 0 or self.epoch == settings.num_epochs:
+                if settings.is_checkpoint(self.epoch) or self.epoch == settings.num_epochs:
                     self._write_checkpoint()
         if self.team.leads:
             self.files.finish(self.epoch)
@@ -540,7 +551,7 @@ class Trainer:
     def _write_checkpoint(self) -> None:
         """Write z.EPOCH.pkl, weights.EPOCH.pkl last: a checkpoint is complete once both exist."""
         # an extra checkpoint at the very end must not change how the run would go on
-        extra = self.epoch % self.settings.checkpoint != 0
+        extra = not self.settings.is_checkpoint(self.epoch)
         before = self.draws.state()
         z = self.encode()
         random = before if extra else self.draws.state()
@@ -657,6 +668,8 @@ class Trainer:
         for name, part in sizes.items():
             count = sum(p.numel() for p in part.parameters() if p.requires_grad)
             logger.info(f"{count} parameters in {name}")
+        for line in self.settings.ignored:
+            logger.warning(line)
         for reason in self.files.skipped:
             logger.warning(f"Skipped {reason}")
         if self._part is not None:

@@ -1,9 +1,14 @@
 """Runs as stock cryodrgn sees them. The host's commands know nothing of this package."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from helpers import read_pickles, run_host
+from helpers import read_pickles, run_host, write_pickle, write_stack
+
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.sources import ParticleSource, load_particles
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +106,59 @@ def test_training_ends_with_the_hosts_analysis(stack, tmp_path, cli):
     )  # fmt: skip
     assert code == 0, err
     assert (tmp_path / "run/analyze.3").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("n", "zdim", "says"),
+    [
+        (1, 2, "its principal components need 2 particles, there are 1"),
+        (3, 3, "k-means has 3 clusters, one for each particle; UMAP needs more than 15 particles"),
+    ],
+)
+def test_few_particles_are_analyzed_as_far_as_it_goes(n, zdim, says, tmp_path, cli, caplog):
+    few = write_stack(tmp_path / "few", n)
+    code, _, err = cli(
+        "train_amort", few.particles, "--poses", few.poses, "--zdim", zdim, "-n", "1",
+        "--encoder", "vlt", "--dec-dim", "8", "--dec-layers", "1", "-o", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, err
+    assert f"cryodrgn analyze, not all of it: {says}" in caplog.text
+    assert (tmp_path / "run/analyze.1/kmeans3/labels.pkl").exists() == (n == 3)
+
+
+def test_an_analysis_that_fails_takes_nothing_with_it(train, flags, monkeypatch, caplog):
+    from cryodrgn.commands import analyze
+
+    def fail(_):
+        raise ValueError("n_samples=70 should be\nmore")
+
+    monkeypatch.setattr(analyze, "main", fail)
+    trainer = train(flags, do_analysis=True)
+    assert "not all of it: ValueError: n_samples=70 should be" in caplog.text
+    assert (trainer.folder / "z.pkl").exists()
+
+
+@pytest.mark.parametrize("name", ["A.MRCS", "a.map", "a.st", "A.ST"])
+def test_stacks_are_read_by_other_names(name, stack, tmp_path):
+    """What the header confirms is read; other suffixes and other contents are refused."""
+    path = tmp_path / name
+    shutil.copy(stack.particles, path)
+    own = load_particles(ParticleSource(str(path), stack.poses, stack.ctf, ind=None))
+    theirs = load_particles(ParticleSource(stack.particles, stack.poses, stack.ctf))
+    index = torch.arange(9)
+    np.testing.assert_array_equal(own.raw(index), theirs.raw(index))
+    chosen = write_pickle(tmp_path / "ind.pkl", np.array([5, 3, 60]))
+    some = load_particles(ParticleSource(str(path), stack.poses, stack.ctf, ind=chosen))
+    np.testing.assert_array_equal(some.raw(torch.arange(3)), theirs.raw(torch.tensor([5, 3, 60])))
+    path.write_bytes(b"no stack" * 500)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_particles(ParticleSource(str(path), stack.poses))
+
+
+def test_tables_of_stacks_are_read_by_other_names(stack, tmp_path):
+    (tmp_path / "A.TXT").write_text(f"{stack.particles}\n")
+    own = load_particles(ParticleSource(str(tmp_path / "A.TXT"), stack.poses))
+    np.testing.assert_array_equal(own.raw(torch.arange(2)), stack.images[:2])
 
 
 def test_a_stock_run_is_measured_like_ours(stack, tmp_path, train, flags, plugins):

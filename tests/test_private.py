@@ -12,7 +12,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from cryodrgn_amort import host
-from cryodrgn_amort.private import PythonUnpickler, actions_of, replaced
+from cryodrgn_amort.private import PythonUnpickler, abbreviate, actions_of, replaced
 from cryodrgn_amort.sources import ParticleSource, load_particles
 
 
@@ -53,6 +53,7 @@ def test_a_name_that_is_replaced_comes_back():
 
 def test_the_host_chooses_no_backend_in_a_notebook(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "svg")
+    plt.close("all")  # of other tests
     before, mine = matplotlib.use, plt.figure().number
     try:
         with host._same_backend():
@@ -76,3 +77,19 @@ def test_images_are_prepared_as_the_host_prepares_them(stack):
         theirs = torch.stack([torch.as_tensor(images[i]["y"]) for i in range(count)])
         torch.testing.assert_close(found, theirs.reshape(found.shape), rtol=1e-5, atol=1e-5)
     assert torch.equal(raw, torch.from_numpy(stack.images[:3]))
+
+
+def test_beginnings_of_flags_mean_what_they_meant():
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--encode-mode")
+    parser.add_argument("--enc-dim")
+    before = list(actions_of(parser))
+    parser.add_argument("--encoder")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--encode", "tilt"])
+    abbreviate(parser, before)
+    assert parser.parse_args(["--encode", "tilt"]).encode_mode == "tilt"
+    assert parser.parse_args(["--encoder", "vlt", "--enc-d", "3"]).encoder == "vlt"
+    assert "--encode " not in parser.format_help()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--enc", "3"])  # as before

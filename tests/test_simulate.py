@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import logging
 import pickle
 from pathlib import Path
@@ -18,7 +20,7 @@ from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import CHECKSUMS, locked
 from cryodrgn_amort.simulate import SimulateOptions, simulate
 from cryodrgn_amort.sources import ParticleSource, load_particles
-from cryodrgn_amort.specimens import BlobModel, VolumeModel
+from cryodrgn_amort.specimens import BlobModel, VolumeModel, read_volume
 
 D = 32
 TABLES = ("particles.mrcs", "poses.pkl", "ctf.pkl", "labels.pkl", "coordinate.pkl", "ind_train.pkl")
@@ -269,6 +271,57 @@ def test_user_volumes(tmp_path, mrc):
         np.testing.assert_allclose(centre_of_mass(-sim.raw[i])[::-1], -sim.trans_px[i], atol=0.02)
 
 
+def write_map(path, volume, kind=np.float32, order="<", apix=6.0):
+    """Write a volume as the format has it: 1,024 bytes of header, then the voxels."""
+    mode = {np.int8: 0, np.int16: 1, np.float32: 2, np.uint16: 6, np.float16: 12}[kind]
+    words = np.zeros(256, np.int32)
+    words[[0, 1, 2]] = words[[7, 8, 9]] = volume.shape[::-1]
+    words[3] = mode
+    words[10:13] = (np.array(volume.shape[::-1]) * apix).astype(np.float32).view(np.int32)
+    words[16:19] = 1, 2, 3
+    head = bytearray(words.astype(f"{order}i4").tobytes())
+    head[208:212], head[212:214] = b"MAP ", b"\x44\x44" if order == "<" else b"\x11\x11"
+    data = bytes(head) + volume.astype(np.dtype(kind).newbyteorder(order)).tobytes()
+    opened = {".gz": gzip.open, ".bz2": bz2.open}.get(Path(path).suffix, open)
+    with opened(path, "wb") as handle:
+        handle.write(data)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "order"),
+    [("a.mrc", np.float32, ">"), ("a.map.gz", np.float32, "<"), ("a.mrc.bz2", np.float32, ">"),
+     ("A.MRC", np.int16, "<"), ("a.map", np.float16, "<"), ("a.ccp4", np.int8, "<"),
+     ("a.mrc", np.uint16, ">")],
+)  # fmt: skip
+def test_maps_as_people_have_them(name, kind, order, tmp_path):
+    volume = (100 * gaussian((2, 0, 0), 16)).round()
+    found, apix = read_volume(write_map(tmp_path / name, volume, kind, order))
+    np.testing.assert_array_equal(found, volume)
+    assert found.dtype == np.float32
+    assert apix == 6.0
+
+
+def test_maps_with_negative_density_are_used_as_they_are(tmp_path, mrc, caplog):
+    decoded = gaussian((3, 0, 0)) - 0.4  # a mean below 0, as decoded volumes have it
+    np.testing.assert_array_equal(read_volume(mrc("decoded.mrc", decoded))[0], decoded)
+    assert not caplog.text
+    sim = make(tmp_path / "sim", n=4, volumes=(mrc("inverted.mrc", -gaussian((0, 0, 0))),))
+    assert "inverted.mrc: its strongest density is negative" in caplog.text
+    assert sim.labels.tolist() == [0] * 4
+
+
+def test_smaller_maps_are_padded_about_their_middle(tmp_path, mrc):
+    whole = gaussian((3, -2, 1), 32)
+    part = whole[4:29, 2:30, 6:27]  # 25 x 28 x 21, whose middles are those of the whole
+    starts = [16 - size // 2 for size in part.shape]
+    cut = whole[tuple(slice(s, s + size) for s, size in zip(starts, part.shape, strict=True))]
+    found, _ = read_volume(mrc("cut.mrc", np.ascontiguousarray(cut)), box=32)
+    np.testing.assert_allclose(found, whole, atol=0.02)
+    sim = make(tmp_path / "sim", n=4, D=32, volumes=(mrc("small.mrc", gaussian((0, 0, 0), 16)),))
+    assert sim.raw.shape == (4, 32, 32)
+
+
 # --- noise
 
 
@@ -514,17 +567,17 @@ def test_bad_tables(tmp_path, stack):
 
 def test_bad_volumes(tmp_path, mrc):
     good, other = mrc("good.mrc", gaussian((0, 0, 0))), mrc("other.mrc", gaussian((0, 0, 0), 16))
-    refused(tmp_path, "--volumes .*good.mrc: its box of 32 px is not that of -D 64", D=64,
+    refused(tmp_path, "--volumes .*good.mrc: 32x32x32 does not fit into -D 16", D=16,
             volumes=(good,))  # fmt: skip
-    refused(tmp_path, "--volumes .*other.mrc: its box of 16 px .*good.mrc", volumes=(good, other))
+    refused(tmp_path, "--volumes .*other.mrc: its box of 16 px .*good.mrc.*-D 32 pads smaller",
+            volumes=(good, other))  # fmt: skip
     finer = mrc("finer.mrc", gaussian((0, 0, 0)), 2.0)
     refused(tmp_path, "finer.mrc: its pixel size of 2.0 does not fit", volumes=(good, finer))
     for name, volume, why in (
         ("flat", np.ones((32, 32, 32), np.float32), "constant"),
         ("nan", np.full((32, 32, 32), np.nan, np.float32), "not finite"),
-        ("inverted", -gaussian((0, 0, 0)), "inverted"),
-        ("stack", np.ones((3, 32, 32), np.float32), "32x32x3 is not a cube"),
-        ("odd", gaussian((0, 0, 0), 33), "an even box"),
+        ("stack", np.ones((3, 32, 32), np.float32), "32x32x3 is not a cube; -D 32 or more pads"),
+        ("odd", gaussian((0, 0, 0), 33), "an even box .*; -D 34 or more pads"),
     ):
         refused(tmp_path, f"--volumes .*{name}.mrc: .*{why}", volumes=(mrc(f"{name}.mrc", volume),))
     text = tmp_path / "text.mrc"

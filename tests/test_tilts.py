@@ -238,7 +238,6 @@ def test_evaluation_and_fits(sim, tmp_path, cli):
         (["--ntilts", "6"], "--ntilts 6: particle 0 of"),
         (["--augment"], "--augment: does not apply to tilt series"),
         (["--encoder", "resid"], "--encode-mode tilt: contradicts --encoder resid"),
-        (["--encoder", "vlt", "--tdim", "8"], "--tdim: does not apply to --encoder vlt"),
         (["--poses", "SHORT"], "SHORT: 7 rows for 220"),
         (["--dose-per-tilt", "3", "--ctf", "OTHER"], "known for 200 and 300 kV"),
     ],

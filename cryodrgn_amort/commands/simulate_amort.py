@@ -81,8 +81,9 @@ def add_args(parser: argparse.ArgumentParser) -> None:
         "--volumes",
         nargs="+",
         metavar="MRC",
-        help="Use these volumes instead, one class each: cubes of one even box size, positive\n"
-        "density within the sphere that the box encloses",
+        help="Use these volumes instead (.mrc, .map, also .gz, .bz2), one class each: positive\n"
+        "density within the sphere that the box encloses; cubes of one even size, or -D D pads\n"
+        "them to it",
     )
 
     group = parser.add_argument_group("Imaging")

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.plugins import load_plugins
-from cryodrgn_amort.private import actions_of
+from cryodrgn_amort.private import abbreviate, actions_of
 
 if TYPE_CHECKING:
     from cryodrgn_amort.training import Trainer
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _HELP = {  # where the host's is not what it does, or not all that we do
     "do_pose_sgd": "Refine poses with gradient descent, in either --domain; RUN/pose.pkl has them",
     "pretrain": "First epoch in which poses are moved (default: 1)",
-    "emb_type": "Without effect in train_vae, which refines s2s2; quat is refused",
+    "emb_type": "Without effect, as in train_vae, which refines s2s2",
 }
 
 
@@ -54,7 +54,8 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     from cryodrgn_amort.settings import REFUSED
 
     host.add_train_vae_args(parser)
-    for action in actions_of(parser):
+    of_host = list(actions_of(parser))
+    for action in of_host:
         if action.dest == "help":
             continue
         if action.help:  # the defaults are about to go
@@ -157,6 +158,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     load_plugins().add_train_args(parser)
     for action in actions_of(parser):
         action.default = argparse.SUPPRESS  # also what plugins added
+    abbreviate(parser, of_host)
 
 
 def _torchrun() -> str:
