@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cryodrgn_amort import __version__
 from cryodrgn_amort.errors import InputError, Stopped
 from cryodrgn_amort.plugins import CommandSpec, load_plugins, warn
+from cryodrgn_amort.streams import forgive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ def _guarded(command: str, run: Callable[[argparse.Namespace], Any]) -> Callable
 
     @functools.wraps(run)
     def guarded(args: argparse.Namespace) -> Any:
+        forgive()
         try:
             return run(args)
         except InputError as err:

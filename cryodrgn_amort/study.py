@@ -38,6 +38,7 @@ from cryodrgn_amort.results import EvalOptions
 from cryodrgn_amort.runs import default_device, source_of
 from cryodrgn_amort.settings import settings_from_flags
 from cryodrgn_amort.sources import load_particles
+from cryodrgn_amort.streams import forgive
 from cryodrgn_amort.truth import load_known
 
 if TYPE_CHECKING:
@@ -357,6 +358,7 @@ def _say(text: str) -> None:
 
 def _start_worker(folder: str, threads: int) -> None:
     """Prepare a worker: it ends with its parent, and is known to be there until it has ended."""
+    forgive()
     lock = os.open(Path(folder) / ".workers", os.O_WRONLY)  # held until the process ends
     fcntl.flock(lock, fcntl.LOCK_SH)
     torch.set_num_threads(threads)

@@ -40,7 +40,7 @@ LAYERS = [  # each may import from those below it
     {"particles", "tilts", "shuffler", "metrics", "objective", "parallel", "decoding", "products"},
     {"checkpoints", "host"},
     {"files"},
-    {"errors", "machine", "recipes", "interrupts", "progress", "draws", "private"},
+    {"errors", "machine", "recipes", "interrupts", "progress", "draws", "private", "streams"},
 ]
 
 
