@@ -41,6 +41,7 @@ __all__ = [
     "recorded",
     "replacing",
     "write_json",
+    "write_text",
 ]
 
 CHECKSUMS = "checksums.sha256"
@@ -134,8 +135,7 @@ def forget(folder: Path, *names: str) -> None:
 
 def _write_checksums(folder: Path, sums: dict[str, str]) -> None:
     kept = (f"{value}  {name}\n" for name, value in sums.items() if (folder / name).is_file())
-    with replacing(folder / CHECKSUMS) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+    write_text(folder / CHECKSUMS, "".join(kept))
 
 
 def is_recorded(folder: Path, *names: str) -> bool:
@@ -271,7 +271,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         If another process does: ``what`` names it.
     """
     path = folder / _LOCK
-    with open(path, "w") as handle:
+    with open(path, "wb") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = os.path.samestat(os.fstat(handle.fileno()), path.stat())
@@ -287,12 +287,17 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text in UTF-8, and what no UTF-8 is, as a file's name may be, as Python writes it."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def write_json(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
     """Write strict JSON, and its checksum: arrays become lists, what is not finite becomes null."""
     plain = {name: value for name, value in _plain(facts).items() if name != _OWN_SUM}
     text = json.dumps({**plain, _OWN_SUM: _sum_of(plain)}, indent=2, allow_nan=False)
-    with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def _sum_of(facts: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from cryodrgn_amort.definitions import (
     verdict,
 )
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.files import locked, naming, read_json, recorded, write_json
+from cryodrgn_amort.files import locked, naming, read_json, recorded, write_json, write_text
 from cryodrgn_amort.metrics import MOST_QUERIES
 from cryodrgn_amort.pages import Picture, environment, picture
 from cryodrgn_amort.pictures import pictures_of
@@ -134,7 +134,7 @@ def write_evaluation(evaluation: Evaluation, outdir: str | os.PathLike[str]) -> 
             (staging / f"{drawn.name}.pdf").write_bytes(drawn.pdf)
         _write_arrays(evaluation, staging)
         page = _page(evaluation, pictures)
-        (staging / "report.html").write_text(page, encoding="utf-8")
+        write_text(staging / "report.html", page)
         files = sorted([*os.listdir(staging), "amortization.json"])
         write_json(staging / "amortization.json", {**_facts(evaluation), "files": files})
         _move(staging, out, files)

@@ -32,7 +32,7 @@ import torch
 from cryodrgn_amort import checkpoints, files
 from cryodrgn_amort.checkpoints import epochs
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.files import replacing
+from cryodrgn_amort.files import write_text
 from cryodrgn_amort.plan import parse
 from cryodrgn_amort.results import EvalOptions
 from cryodrgn_amort.runs import default_device, source_of
@@ -70,7 +70,7 @@ def locked(folder: Path) -> Iterator[None]:
         If another process runs it.
     """
     other = "another study_amort is running it"
-    with files.locked(folder, other), open(folder / ".workers", "w") as workers:
+    with files.locked(folder, other), open(folder / ".workers", "wb") as workers:
         fcntl.flock(workers, fcntl.LOCK_EX)  # what is left of a killed one ends within a moment
         fcntl.flock(workers, fcntl.LOCK_UN)
         yield
@@ -127,8 +127,7 @@ class _Stamp:
             "step": self.name, "fingerprint": self.fingerprint, "command": self.command,
             "versions": self.versions,
         }  # fmt: skip
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(text, indent=2) + "\n")
 
     def finish(self) -> None:
         os.replace(self._planned, self._done)
@@ -347,7 +346,7 @@ class _Runner:
 
 def _count_lines(path: Path) -> int:
     try:
-        return len(path.read_text().splitlines())
+        return len(path.read_text(encoding="utf-8").splitlines())
     except OSError:
         return 0
 
@@ -378,7 +377,7 @@ def _output_to(path: str) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     before = os.dup(1), os.dup(2)
-    with open(path, "a") as log:
+    with open(path, "ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:

@@ -11,7 +11,7 @@ import torch
 
 from cryodrgn_amort import cli, host
 from cryodrgn_amort.checkpoints import write_weights, write_z
-from cryodrgn_amort.files import replacing, write_json
+from cryodrgn_amort.files import replacing, write_json, write_text
 
 FREE = r"; \d+\.\d{3} GB are free in "
 
@@ -48,6 +48,11 @@ def test_volumes_on_a_full_disk(tmp_path):
     with pytest.raises(OSError, match=FREE) as caught:
         host.write_mrc(str(path), np.zeros((32, 32, 32), np.float32))
     assert caught.value.filename == str(path)
+
+
+def test_a_text_with_a_name_that_is_none(tmp_path):
+    write_text(tmp_path / "a", "\u00b5 p\udcff")
+    assert (tmp_path / "a").read_bytes() == b"\xc2\xb5 p\\udcff"
 
 
 def test_a_folder_that_is_not_there_is_named_as_it_was_given(tmp_path):

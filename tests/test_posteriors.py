@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -397,3 +399,13 @@ def test_the_evaluation_tells_what_the_encoder_loses(runs, stack, cli, tmp_path)
         if os.path.exists(tmp_path / f"out/ind_{name}.pkl")
     ]
     assert sorted(i for ids in chosen for i in ids) == trained.tolist()
+
+
+def test_a_folder_whose_name_is_no_text(runs, tmp_path):
+    """Its name is in the log, which is written when all is fitted."""
+    out = tmp_path / "p\udcff\n"
+    run = replace(runs["network"], folder=Path(shutil.copytree(runs["network"].folder, out / "in")))
+    infer_run(run, InferOptions(steps=0, starts=("encoder",)), out / "fitted")
+    log = (out / "fitted" / "run.log").read_text(encoding="utf-8")
+    assert "decoder of " + str(tmp_path / r"p\udcff") in log
+    assert load_run(out / "fitted", run.plugins).z_mu.shape == (56, 3)
