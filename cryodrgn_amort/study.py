@@ -33,6 +33,7 @@ from cryodrgn_amort import checkpoints, files
 from cryodrgn_amort.checkpoints import epochs
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import write_text
+from cryodrgn_amort.parallel import alone
 from cryodrgn_amort.plan import parse
 from cryodrgn_amort.results import EvalOptions
 from cryodrgn_amort.runs import default_device, source_of
@@ -358,6 +359,7 @@ def _say(text: str) -> None:
 def _start_worker(folder: str, threads: int) -> None:
     """Prepare a worker: it ends with its parent, and is known to be there until it has ended."""
     forgive()
+    alone()
     lock = os.open(Path(folder) / ".workers", os.O_WRONLY)  # held until the process ends
     fcntl.flock(lock, fcntl.LOCK_SH)
     torch.set_num_threads(threads)
