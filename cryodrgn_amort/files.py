@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CHECKSUMS",
     "check_intact",
+    "check_place",
     "check_plain",
     "forget",
     "is_recorded",
@@ -51,6 +52,28 @@ _LOCK = ".lock"
 _OWN_SUM = "sha256"  # key in JSON
 _MOST_TEXT = 1 << 26  # bytes
 _UNFOLDED, _MORE = 64, 1_000_000  # parts of plain data, or bytes of arrays, for each byte of a file
+
+
+def check_place(path: str | os.PathLike[str], *, folder: bool) -> Path:
+    """Check that ``-o`` can be written, before the work is done.
+
+    Raises
+    ------
+    InputError
+        If what it lies in is no folder or is not to be written to; or if it is a folder and is to
+        be a file, or the other way round.
+    """
+    out = Path(path)
+    above = (out, *out.absolute().parents) if folder else out.absolute().parents
+    there = next(p for p in above if p.exists())
+    if not there.is_dir() or (not folder and out.is_dir()):
+        what = f"{there} is not a folder" if not there.is_dir() else "is a folder, not a file"
+        raise InputError(f"-o {path}: {what}")
+    if not os.access(there, os.W_OK):
+        raise InputError(
+            f"-o {path}: no permission to write to {there}; choose another place with -o"
+        )
+    return out
 
 
 def named(err: OSError, path: str | os.PathLike[str]) -> OSError:
