@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import importlib
 import os
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cryodrgn_amort import __version__
 from cryodrgn_amort.errors import InputError, Stopped
 from cryodrgn_amort.plugins import CommandSpec, load_plugins, warn
+from cryodrgn_amort.streams import forgive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,6 +36,7 @@ def _guarded(command: str, run: Callable[[argparse.Namespace], Any]) -> Callable
 
     @functools.wraps(run)
     def guarded(args: argparse.Namespace) -> Any:
+        forgive()
         try:
             return run(args)
         except InputError as err:
@@ -44,7 +47,7 @@ def _guarded(command: str, run: Callable[[argparse.Namespace], Any]) -> Callable
 
                 err = named(err, f"{args.outdir}/")
             where = f"{err.filename}: " if err.filename else ""
-            _fail(command, f"{where}{err.strerror or err}")
+            _fail(command, f"{where}{err.strerror or err}{_elsewhere(err, args)}")
         except Stopped as stop:
             if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
                 sys.stderr.write(f"cryodrgn {command}: {stop}\n")
@@ -54,6 +57,17 @@ def _guarded(command: str, run: Callable[[argparse.Namespace], Any]) -> Callable
             raise SystemExit(INTERRUPTED) from None
 
     return guarded
+
+
+def _elsewhere(err: OSError, args: argparse.Namespace) -> str:
+    """Suggest ``-o`` where nothing may be written."""
+    out = getattr(args, "outdir", None) or getattr(args, "output", None)
+    if out is None or err.filename is None:
+        return ""
+    out, path = os.path.abspath(out), os.path.abspath(err.filename)
+    of_out = os.path.commonpath([out, path]) in (out, path)
+    denied = err.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return "; choose another place with -o" if of_out and denied else ""
 
 
 def _load(spec: CommandSpec) -> types.ModuleType:

@@ -57,6 +57,8 @@ STYLE = {
     "legend.framealpha": 0.9,
     "legend.edgecolor": "none",
     "legend.fontsize": 9,
+    "text.parse_math": False,  # names may have dollar signs
+    "text.usetex": False,
 }
 
 MOST_VOLUMES = 10
@@ -245,8 +247,9 @@ def _class_handles(labels: np.ndarray, names: Sequence[str]) -> list[Line2D]:
     handles = []
     for label in found[:most]:
         name = str(names[label]) if label < len(names) else str(label)
-        # a dollar sign would start mathematics
-        handles.append(_dot(*_class_look(label), name[:24].replace("$", r"\$")))
+        # what no font has, half of a letter above all, would end all drawing
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name[:24])
+        handles.append(_dot(*_class_look(label), shown))
     if len(found) > most:
         handles.append(Line2D([], [], linestyle="none", label=f"and {len(found) - most} more"))
     return handles

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CHECKSUMS",
     "check_intact",
+    "check_place",
     "check_plain",
     "digest",
     "forget",
@@ -42,6 +43,7 @@ __all__ = [
     "recorded",
     "replacing",
     "write_json",
+    "write_text",
 ]
 
 CHECKSUMS = "checksums.sha256"
@@ -51,6 +53,28 @@ _LOCK = ".lock"
 _OWN_SUM = "sha256"  # key in JSON
 _MOST_TEXT = 1 << 26  # bytes
 _UNFOLDED, _MORE = 64, 1_000_000  # parts of plain data, or bytes of arrays, for each byte of a file
+
+
+def check_place(path: str | os.PathLike[str], *, folder: bool) -> Path:
+    """Check that ``-o`` can be written, before the work is done.
+
+    Raises
+    ------
+    InputError
+        If what it lies in is no folder or is not to be written to; or if it is a folder and is to
+        be a file, or the other way round.
+    """
+    out = Path(path)
+    above = (out, *out.absolute().parents) if folder else out.absolute().parents
+    there = next(p for p in above if p.exists())
+    if not there.is_dir() or (not folder and out.is_dir()):
+        what = f"{there} is not a folder" if not there.is_dir() else "is a folder, not a file"
+        raise InputError(f"-o {path}: {what}")
+    if not os.access(there, os.W_OK):
+        raise InputError(
+            f"-o {path}: no permission to write to {there}; choose another place with -o"
+        )
+    return out
 
 
 def named(err: OSError, path: str | os.PathLike[str]) -> OSError:
@@ -135,8 +159,7 @@ def forget(folder: Path, *names: str) -> None:
 
 def _write_checksums(folder: Path, sums: dict[str, str]) -> None:
     kept = (f"{value}  {name}\n" for name, value in sums.items() if (folder / name).is_file())
-    with replacing(folder / CHECKSUMS) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+    write_text(folder / CHECKSUMS, "".join(kept))
 
 
 def is_recorded(folder: Path, *names: str) -> bool:
@@ -273,7 +296,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         If another process does: ``what`` names it.
     """
     path = folder / _LOCK
-    with open(path, "w") as handle:
+    with open(path, "wb") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = os.path.samestat(os.fstat(handle.fileno()), path.stat())
@@ -289,12 +312,17 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text in UTF-8, and what no UTF-8 is, as a file's name may be, as Python writes it."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def write_json(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
     """Write strict JSON, and its checksum: arrays become lists, what is not finite becomes null."""
     plain = {name: value for name, value in _plain(facts).items() if name != _OWN_SUM}
     text = json.dumps({**plain, _OWN_SUM: _sum_of(plain)}, indent=2, allow_nan=False)
-    with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def _sum_of(facts: dict[str, Any]) -> str:

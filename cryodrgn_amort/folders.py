@@ -154,7 +154,10 @@ class RunFolder:
         self._rows.append(row)
         forget(self.path, METRICS)
         path = self.path / METRICS
-        with replacing(path) as temporary, open(temporary, "w", newline="") as handle:
+        with (
+            replacing(path) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as handle,
+        ):
             writer = csv.DictWriter(handle, list(row), extrasaction="ignore", restval="")
             writer.writeheader()
             writer.writerows(self._rows)

@@ -55,5 +55,5 @@ def _left_to_groups() -> Iterator[int]:
                 for folder in (around, *around.parents):
                     with contextlib.suppress(OSError, ValueError):  # no limit, or not there
                         files = (_GROUPS_AT / root / folder / name for name in names)
-                        limit, used = (int(file.read_text()) for file in files)
+                        limit, used = (int(file.read_text("ascii")) for file in files)
                         yield limit - used

@@ -19,14 +19,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cryodrgn_amort.errors import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from collections.abc import Set as AbstractSet
 
     from torch.nn import Module
 
-__all__ = ["Team", "join"]
+__all__ = ["Team", "alone", "join"]
 
+_NEEDED = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(hours=2)  # within common work, one may preprocess while the others wait
 _ENDLESS = timedelta(days=3650)  # what one does alone takes as long as it takes
 _waiting: list[dist.ProcessGroup] = []  # the group that has such patience, once there is one
@@ -46,8 +49,8 @@ class Team:
 
     @property
     def local_size(self) -> int:
-        """How many of the processes are on this machine."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
+        """How many of the processes are on this machine; all, if nobody says."""
+        return _number("LOCAL_WORLD_SIZE", self.size) if self.size > 1 else 1
 
     def rows(self, index: Tensor) -> Tensor:
         """Return where a particle stands among the particles of its process."""
@@ -144,15 +147,54 @@ class Team:
 
 
 def join() -> Team:
-    """Become one of the processes that ``torchrun`` started, or the only one."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    """Become one of the processes that ``torchrun`` started, or the only one.
+
+    Raises
+    ------
+    InputError
+        If what the environment says of several processes is incomplete, or makes no sense.
+    """
+    size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    if size == 1 and rank == 0:
         return Team()
+    if missing := [name for name in _NEEDED if not os.environ.get(name)]:
+        given = ", ".join(f"{n} {os.environ[n]}" for n in _NEEDED[:2] if os.environ.get(n))
+        raise InputError(
+            f"{given}: is set, {' and '.join(missing)} not: start several processes by torchrun, "
+            f"which sets all; for a single one, unset {' and '.join(_NEEDED[:2])}"
+        )
+    if rank >= size:
+        raise InputError(f"RANK {rank}: must be below WORLD_SIZE, {size}")
+    _number("MASTER_PORT", 0)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local = _number("LOCAL_RANK", 0)
+    if gpus > 1 and not os.environ.get("LOCAL_RANK"):
+        raise InputError(f"LOCAL_RANK: is not set, and this machine has {gpus} GPUs")
+    if gpus and local >= gpus:
+        raise InputError(f"LOCAL_RANK {local}: this machine has {gpus} GPUs, one for each process")
     if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        if gpus:
+            torch.cuda.set_device(local)
+        try:
+            dist.init_process_group("nccl" if gpus else "gloo", timeout=_PATIENCE)
+        except dist.DistError as err:
+            where = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT"
+            reason = str(err).splitlines()[0]
+            raise InputError(f"{where} {os.environ['MASTER_PORT']}: {reason}") from None
     if not _waiting:  # of gloo with any backend: a GPU would be kept busy by waiting
         _waiting.append(dist.new_group(backend="gloo", timeout=_ENDLESS))
     return Team(dist.get_rank(), size)
+
+
+def alone() -> None:
+    """Forget that this process is one of several: what it starts is not."""
+    for name in _NEEDED[:2]:
+        os.environ.pop(name, None)
+
+
+def _number(name: str, default: int) -> int:
+    """Read a variable of the environment; empty, it is not set."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal() or (name.endswith("SIZE") and int(text) == 0):
+        raise InputError(f"{name} {text}: a whole number is needed")
+    return int(text)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.files import check_plain, read_text, replacing
+from cryodrgn_amort.files import check_plain, read_text, write_text
 from cryodrgn_amort.plan import INPUTS, KNOWN, PLAN, Plan
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def changed_plan(
 def _preset_text(name: str) -> str:
     """Return a preset's plan; ``name`` may also be a plan file of the user's."""
     if name in PRESETS:
-        return (resources.files("cryodrgn_amort") / "plans" / f"{name}.yaml").read_text()
+        return (resources.files("cryodrgn_amort") / "plans" / f"{name}.yaml").read_text("utf-8")
     path = Path(name)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise InputError(f"--preset {name}: neither {' nor '.join(PRESETS)} nor a plan (.yaml)")
@@ -115,8 +115,7 @@ def _section(name: str) -> re.Pattern[str]:
 
 def write_plan(folder: Path, text: str) -> None:
     """Write the plan of a study."""
-    with replacing(folder / PLAN) as temporary:
-        temporary.write_text(text)
+    write_text(folder / PLAN, text)
 
 
 def load_plan(

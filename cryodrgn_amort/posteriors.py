@@ -23,7 +23,7 @@ from cryodrgn_amort import __version__
 from cryodrgn_amort.checkpoints import write_pickle, write_weights, write_z
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.feed import Feed
-from cryodrgn_amort.files import CHECKSUMS, digest, locked, recorded, replacing, write_json
+from cryodrgn_amort.files import CHECKSUMS, digest, locked, recorded, replacing, write_json, write_text
 from cryodrgn_amort.inference import (
     FitOptions,
     Fitted,
@@ -606,7 +606,7 @@ def _write_log(out: Path, work: _Inference, found: Inferred) -> None:
         f"# =====> Epoch: {work.run.epoch} Average gen loss = {gen_loss:.6}, KLD = {kld:.6f}, "
         f"total loss = {total:.6f}; Finished",
     ]
-    (out / "run.log").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_text(out / "run.log", "".join(f"{line}\n" for line in lines))
 
 
 def facts(found: Inferred) -> dict[str, Any]:

@@ -46,7 +46,11 @@ class logging_to:
     """
 
     def __init__(self, path: Path | None, verbose: bool) -> None:
-        self._handler = logging.NullHandler() if path is None else _LogFile(path)
+        self._handler = (
+            logging.NullHandler()
+            if path is None
+            else _LogFile(path, encoding="utf-8", errors="backslashreplace")
+        )
         self._handler.setFormatter(
             logging.Formatter("(%(levelname)s) (%(asctime)s) %(message)s", "%d-%b-%Y %H:%M:%S")
         )

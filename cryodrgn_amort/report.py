@@ -9,7 +9,6 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,15 @@ from cryodrgn_amort.definitions import (
     verdict,
 )
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.files import locked, naming, read_json, recorded, write_json
+from cryodrgn_amort.files import (
+    check_place,
+    locked,
+    naming,
+    read_json,
+    recorded,
+    write_json,
+    write_text,
+)
 from cryodrgn_amort.metrics import MOST_QUERIES
 from cryodrgn_amort.pages import Picture, environment, picture
 from cryodrgn_amort.pictures import pictures_of
@@ -35,6 +42,7 @@ from cryodrgn_amort.truth import fve_radius
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from matplotlib.figure import Figure
 
@@ -101,12 +109,7 @@ def check_outdir(outdir: str | os.PathLike[str]) -> Path:
     InputError
         If it is a file, lies below one, or cannot be written to.
     """
-    out = Path(outdir)
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise InputError(f"-o {outdir}: {there} is not a folder")
-    if not os.access(there, os.W_OK):
-        raise InputError(f"-o {outdir}: no permission to write to {there}")
+    out = check_place(outdir, folder=True)
     if (out / "report.html").is_file() and "report.html" not in _earlier_files(out):
         raise InputError(f"-o {outdir}: holds a report.html that is not of eval_amort")
     return out
@@ -134,7 +137,7 @@ def write_evaluation(evaluation: Evaluation, outdir: str | os.PathLike[str]) -> 
             (staging / f"{drawn.name}.pdf").write_bytes(drawn.pdf)
         _write_arrays(evaluation, staging)
         page = _page(evaluation, pictures)
-        (staging / "report.html").write_text(page, encoding="utf-8")
+        write_text(staging / "report.html", page)
         files = sorted([*os.listdir(staging), "amortization.json"])
         write_json(staging / "amortization.json", {**_facts(evaluation), "files": files})
         _move(staging, out, files)

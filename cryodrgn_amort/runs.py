@@ -186,11 +186,11 @@ def write_config(
         try:
             with host.quiet():
                 host.save_config(values, particles.images, particles.lattice, str(staged))
-            config = yaml.safe_load(staged.read_text())
+            config = yaml.safe_load(staged.read_text(encoding="utf-8"))
         finally:
             staged.unlink(missing_ok=True)
         config[OWN_KEY] = {"encoder": settings.encoder, "settings": settings.to_dict()}
-        temporary.write_text(yaml.safe_dump(config))
+        temporary.write_text(yaml.safe_dump(config), encoding="utf-8")
     if particles.held_out is not None:  # after the config: without one they are someone else's
         write_pickle(folder / HOLDOUT, particles.held_out)
         write_pickle(folder / TRAINED, particles.ind)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from cryodrgn_amort import __version__, host
 from cryodrgn_amort.checkpoints import read_pickle, write_pickle
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.files import forget, locked, record, recorded, replacing
+from cryodrgn_amort.files import forget, locked, record, recorded, replacing, write_text
 from cryodrgn_amort.progress import on_terminal
 from cryodrgn_amort.sources import load_ctf, load_poses
 from cryodrgn_amort.specimens import BlobModel, VolumeModel, clean_images, read_volume
@@ -452,8 +452,7 @@ def _write_star(path: Path, scale: np.ndarray, tilts: int) -> None:
         for row, value in enumerate(scale)
     ]
     columns = ("_rlnImageName #1", "_rlnGroupName #2", "_rlnCtfScalefactor #3")
-    with replacing(path) as temporary:
-        temporary.write_text("\n".join(["data_", "", "loop_", *columns, *lines, "", ""]))
+    write_text(path, "\n".join(["data_", "", "loop_", *columns, *lines, "", ""]))
 
 
 def simulate(options: SimulateOptions) -> Simulation:
@@ -514,7 +513,7 @@ def simulate(options: SimulateOptions) -> Simulation:
         "settings": settings, "classes": classes, "signal_variance": variance,
         "noise_sigma": sigma, "versions": versions,
     }  # fmt: skip
-    with recorded(folder, "simulation.yaml"), replacing(folder / "simulation.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(summary, sort_keys=False))
+    with recorded(folder, "simulation.yaml"):
+        write_text(folder / "simulation.yaml", yaml.safe_dump(summary, sort_keys=False))
     logger.info(f"Wrote {len(train)} particles for training, {len(held)} held out, to {folder}")
     return Simulation(folder, len(train), len(held), D, variance, sigma)

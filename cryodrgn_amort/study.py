@@ -32,12 +32,14 @@ import torch
 from cryodrgn_amort import checkpoints, files
 from cryodrgn_amort.checkpoints import epochs
 from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.files import replacing
+from cryodrgn_amort.files import write_text
+from cryodrgn_amort.parallel import alone
 from cryodrgn_amort.plan import parse
 from cryodrgn_amort.results import EvalOptions
 from cryodrgn_amort.runs import default_device, source_of
 from cryodrgn_amort.settings import settings_from_flags
 from cryodrgn_amort.sources import load_particles
+from cryodrgn_amort.streams import forgive
 from cryodrgn_amort.truth import load_known
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def locked(folder: Path) -> Iterator[None]:
         If another process runs it.
     """
     other = "another study_amort is running it"
-    with files.locked(folder, other), open(folder / ".workers", "w") as workers:
+    with files.locked(folder, other), open(folder / ".workers", "wb") as workers:
         fcntl.flock(workers, fcntl.LOCK_EX)  # what is left of a killed one ends within a moment
         fcntl.flock(workers, fcntl.LOCK_UN)
         yield
@@ -126,8 +128,7 @@ class _Stamp:
             "step": self.name, "fingerprint": self.fingerprint, "command": self.command,
             "versions": self.versions,
         }  # fmt: skip
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(text, indent=2) + "\n")
 
     def finish(self) -> None:
         os.replace(self._planned, self._done)
@@ -346,7 +347,7 @@ class _Runner:
 
 def _count_lines(path: Path) -> int:
     try:
-        return len(path.read_text().splitlines())
+        return len(path.read_text(encoding="utf-8").splitlines())
     except OSError:
         return 0
 
@@ -357,6 +358,8 @@ def _say(text: str) -> None:
 
 def _start_worker(folder: str, threads: int) -> None:
     """Prepare a worker: it ends with its parent, and is known to be there until it has ended."""
+    forgive()
+    alone()
     lock = os.open(Path(folder) / ".workers", os.O_WRONLY)  # held until the process ends
     fcntl.flock(lock, fcntl.LOCK_SH)
     torch.set_num_threads(threads)
@@ -376,7 +379,7 @@ def _output_to(path: str) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     before = os.dup(1), os.dup(2)
-    with open(path, "a") as log:
+    with open(path, "ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:

@@ -44,7 +44,6 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _LINES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (2, 1.5)))
 _MARKERS = "osD^vP<X>pd"
 _INK, _PALE, _FAINT = "#1c2126", "#8a9099", "#e8ebee"
-_RC = {**STYLE, "text.parse_math": False}  # a plugin's recipe may have a dollar in its name
 _RULE: dict[str, Any] = {"color": _INK, "linewidth": 0.9, "zorder": 1}
 _NULL, _IDEAL = ":", (0, (4, 4))
 _SEEDS: dict[str, Any] = {"color": _COLOURS[1], "marker": "D", "markersize": 4.5}
@@ -188,7 +187,7 @@ def invariance(curves: Mapping[str, Sequence[Curve]]) -> Figure:
     every = [curve for found in curves.values() for curve in found]
     names = _known(_INVARIANCE, (curve.values for curve in every))
     looks = _curve_looks([curve.label for curve in every])
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(STYLE):
         size = (1.2 + 4.4 * len(curves), 0.9 + 2.2 * max(len(names), 1))
         figure = Figure(figsize=size, layout="constrained")
         if not names:
@@ -251,7 +250,7 @@ def recovery(points: Sequence[Point]) -> Figure:
     """
     names = list(dict.fromkeys(name for point in points for name in point.recovery))
     recipes = list(dict.fromkeys(point.recipe for point in points))
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 0.6 + 2.6 * max(len(names), 1)), layout="constrained")
         if not names:
             return _nothing(figure)
@@ -369,7 +368,7 @@ def losses(curves: Mapping[str, Sequence[Mapping[str, np.ndarray]]]) -> Figure:
         ``loss`` of metrics.csv, `(epochs,)` each.
     """
     names = _known(list(_LOSSES), (table for tables in curves.values() for table in tables))
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 0.6 + 3.0 * max(len(names), 1)), layout="constrained")
         if not names:
             return _nothing(figure)
@@ -442,7 +441,7 @@ def agreement(rows: Sequence[Agreement]) -> Figure:
     names = _known(_AGREEMENT, (row.measures for row in rows))
     kinds = list(dict.fromkeys((not row.only_seed, row.label) for row in rows))
     kinds.sort(key=lambda kind: kind[0])  # those of seeds first
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, 1.4 + 0.27 * len(kinds)), layout="constrained")
         if not names:
             return _nothing(figure)
@@ -498,7 +497,7 @@ def times(rows: Mapping[str, np.ndarray]) -> Figure:
         Recipe -> seconds per epoch in each round, `(rounds,)`.
     """
     middles = {name: _median(seconds) for name, seconds in rows.items()}
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(STYLE):
         size = (0.75 * _WIDTH, 1.4 + 0.32 * len(rows))
         figure = Figure(figsize=size, layout="constrained")
         if not rows:
@@ -529,7 +528,7 @@ def _median(seconds: np.ndarray) -> float:
 
 def volumes(pictures: Sequence[np.ndarray], names: Sequence[str], colours: Sequence[str]) -> Figure:
     """Draw pictures of volumes `(pixels, pixels, 4)` in a row, framed and named."""
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.4 * len(pictures), 2.4), layout="constrained")
         axes = figure.subplots()
         axes.set_axis_off()

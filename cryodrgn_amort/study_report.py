@@ -15,7 +15,7 @@ import yaml
 from cryodrgn_amort import __version__, figures, host, study_figures, surfaces
 from cryodrgn_amort.claims import Found, agreement_rows, claims, row, truth_rows
 from cryodrgn_amort.definitions import DEFINITIONS, TIMED, number, plain_number, text_table
-from cryodrgn_amort.files import replacing, write_json
+from cryodrgn_amort.files import replacing, write_json, write_text
 from cryodrgn_amort.pages import Picture, capital, environment, picture, turnable
 from cryodrgn_amort.plan import PLAN
 from cryodrgn_amort.report import CITATION, measure_facts
@@ -79,7 +79,7 @@ def write_report(study: Study) -> Path:
             _write(folder / "figures" / f"{drawing.name}.{kind}", content)
     write_json(folder / "study.json", _facts(study, found))
     page = folder / "report.html"
-    _write(page, _page(study, found, drawn).encode())
+    write_text(page, _page(study, found, drawn))
     return page
 
 
@@ -125,7 +125,7 @@ def _facts(study: Study, found: Sequence[Found]) -> dict[str, Any]:
         "cryodrgn_amort": __version__,
         "cryodrgn": host.VERSION,
         "citation": CITATION,
-        "plan": yaml.safe_load((study.plan.folder / PLAN).read_text()),
+        "plan": yaml.safe_load((study.plan.folder / PLAN).read_text(encoding="utf-8")),
         "missing": study.missing,
         "claims": {f.claim.name: _claim_facts(f) for f in found if not f.claim.timed},
         "recipes": recipes,
@@ -379,7 +379,7 @@ def _page(study: Study, found: Sequence[Found], drawn: Mapping[str, Picture]) ->
             volumes_alone=[f"figure{k}" for k, (_, w) in _FIGURES.items() if isinstance(w, int)],
             missing=study.missing,
             methods=_methods(study),
-            plan=(study.plan.folder / PLAN).read_text(),
+            plan=(study.plan.folder / PLAN).read_text(encoding="utf-8"),
             names=_measures_shown(study, found),
             citation=CITATION,
         )

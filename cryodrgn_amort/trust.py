@@ -60,7 +60,10 @@ def write_trust(evaluation: Evaluation, folder: Path) -> None:
     ``cryodrgn_utils filter_star`` and ``filter_cs``; neither is written if it would be empty.
     """
     table, stack = trust_table(evaluation), evaluation.index
-    with replacing(folder / "trust.csv") as temporary, open(temporary, "w", newline="") as handle:
+    with (
+        replacing(folder / "trust.csv") as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as handle,
+    ):
         writer = csv.writer(handle)
         writer.writerow(["particle", *table])
         columns = (column.tolist() for column in table.values())

@@ -1,6 +1,7 @@
 """Files that cannot be written: which one, and what is free."""
 
 import errno
+import os
 import re
 import resource
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ import torch
 
 from cryodrgn_amort import cli, host
 from cryodrgn_amort.checkpoints import write_weights, write_z
-from cryodrgn_amort.files import replacing, write_json
+from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.files import check_place, replacing, write_json, write_text
 
 FREE = r"; \d+\.\d{3} GB are free in "
 
@@ -50,6 +52,11 @@ def test_volumes_on_a_full_disk(tmp_path):
     assert caught.value.filename == str(path)
 
 
+def test_a_text_with_a_name_that_is_none(tmp_path):
+    write_text(tmp_path / "a", "\u00b5 p\udcff")
+    assert (tmp_path / "a").read_bytes() == b"\xc2\xb5 p\\udcff"
+
+
 def test_a_folder_that_is_not_there_is_named_as_it_was_given(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         write_csv(tmp_path / "none" / "file.x")
@@ -67,6 +74,53 @@ def test_particles_that_fit_no_disk_are_refused_by_name(train, flags, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.filename == f"{tmp_path}/"
     assert caught.value.errno == errno.EFBIG
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "suggested"),
+    [
+        (errno.EACCES, "out/.lock", True),
+        (errno.EROFS, "", True),
+        (errno.EPERM, "particles.mrcs", False),
+        (errno.ENOENT, "out/a", False),
+    ],
+)
+def test_another_place_is_suggested_where_nothing_may_be_written(
+    number, name, suggested, tmp_path, capsys
+):
+    def denied(args):
+        raise OSError(number, "no", str(tmp_path / name))
+
+    for flag in ("outdir", "output"):
+        with pytest.raises(SystemExit):
+            cli._guarded("c", denied)(SimpleNamespace(**{flag: str(tmp_path / "out")}))
+        said = capsys.readouterr().err
+        assert said.startswith(f"cryodrgn c: error: {tmp_path / name}: no")
+        assert said.endswith("; choose another place with -o\n") == suggested
+
+
+def test_where_output_cannot_go_is_said_before_the_work(tmp_path, monkeypatch, cli):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for place, folder, says in (
+        (file / "a.json", False, "file is not a folder"),
+        (tmp_path, False, "is a folder, not a file"),
+        (file / "a", True, "file is not a folder"),
+        (file, True, "file is not a folder"),
+    ):
+        with pytest.raises(InputError, match=says):
+            check_place(place, folder=folder)
+    check_place(tmp_path / "new" / "out", folder=True)
+    check_place(file, folder=False)  # is replaced
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    for folder in (True, False):
+        with pytest.raises(InputError, match=r"no permission .*; choose another place with -o"):
+            check_place(tmp_path / "a.json", folder=folder)
+    monkeypatch.undo()
+    for command in ("compare_amort", "time_amort"):
+        code, _, said = cli(command, "none", "none", "-o", tmp_path)
+        assert (code, said.count("\n")) == (2, 1)
+        assert f"-o {tmp_path}: is a folder, not a file" in said
 
 
 def test_an_error_without_a_file_names_the_output_folder(tmp_path, capsys):

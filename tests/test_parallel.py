@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,67 @@ def test_two_processes_train_what_one_does(name, both):
         assert abs(a - b).max() <= max(1e-6, tolerance)
     logs = [(folder / name / "run.log").read_text() for folder in both]
     assert [log.count("# =====> Epoch") for log in logs] == [logs[0].count("# =====> Epoch")] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "1"}, None),
+        ({"WORLD_SIZE": "", "RANK": ""}, None),
+        ({"RANK": "0", "MASTER_ADDR": "node7"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "MASTER_PORT": "29500"}, None),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE 4: is set, RANK and MASTER_ADDR and MASTER_PORT not"),
+        ({"WORLD_SIZE": "4", "MASTER_ADDR": "n", "MASTER_PORT": "1"}, "4: is set, RANK not"),
+        ({"WORLD_SIZE": "4", "RANK": "1", "MASTER_PORT": "1"}, "RANK 1: is set, MASTER_ADDR not"),
+        ({"RANK": "2"}, "RANK 2: is set, WORLD_SIZE and"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE two: a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE 0: a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK -1: a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "n", "MASTER_PORT": "1"}, "RANK 2: must"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "n", "MASTER_PORT": "x"}, "MASTER_PORT x"),
+    ],
+)
+def test_what_the_environment_says_of_several_processes(given, says, monkeypatch):
+    from cryodrgn_amort.errors import InputError
+    from cryodrgn_amort.parallel import Team, alone, join
+
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    if says is None:
+        assert join() == Team()
+    else:
+        with pytest.raises(InputError, match=says):
+            join()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1" if name == "RANK" else "2")
+    for local, why in (("", "LOCAL_RANK: is not set"), ("2", "LOCAL_RANK 2: this machine has 2")):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        with pytest.raises(InputError, match=why):
+            join()
+    alone()
+    assert join() == Team()
+
+
+def test_a_taken_port_is_named(monkeypatch):
+    from cryodrgn_amort.errors import InputError
+    from cryodrgn_amort.parallel import join
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        given = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(
+            InputError, match=rf"MASTER_ADDR 127.0.0.1, MASTER_PORT {port}: .*in use"
+        ):
+            join()
 
 
 def test_the_api_never_ends_the_callers_process(both):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -493,6 +494,7 @@ def test_the_evaluation_tells_what_the_encoder_loses(runs, stack, cli, tmp_path)
     assert sorted(i for ids in chosen for i in ids) == trained.tolist()
 
 
+<<<<<<< HEAD
 def test_a_particle_without_a_loss_costs_no_measure(runs, stack, cli, tmp_path, caplog):
     from cryodrgn.mrcfile import write_mrc
 
@@ -516,3 +518,13 @@ def test_a_particle_without_a_loss_costs_no_measure(runs, stack, cli, tmp_path, 
     assert (counts["class_knn_fitted"], counts["converged"]) == (HELD, HELD)
     assert f"The loss of 1 of {HELD} held-out particles is not a number" in caplog.text
     assert f"1 of {HELD} held-out particles" in (tmp_path / "out/report.html").read_text()
+=======
+def test_a_folder_whose_name_is_no_text(runs, tmp_path):
+    """Its name is in the log, which is written when all is fitted."""
+    out = tmp_path / "p\udcff\n"
+    run = replace(runs["network"], folder=Path(shutil.copytree(runs["network"].folder, out / "in")))
+    infer_run(run, InferOptions(steps=0, starts=("encoder",)), out / "fitted")
+    log = (out / "fitted" / "run.log").read_text(encoding="utf-8")
+    assert "decoder of " + str(tmp_path / r"p\udcff") in log
+    assert load_run(out / "fitted", run.plugins).z_mu.shape == (56, 3)
+>>>>>>> w-b

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import json
 import pickle
 import re
@@ -15,6 +16,7 @@ import pytest
 from helpers import read_pickles, write_pickle
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 from cryodrgn_amort import calibration, figures, hookimpl, report, surfaces
 from cryodrgn_amort.definitions import DEFINITIONS, number, verdict
@@ -577,3 +579,17 @@ def test_somebody_elses_report_is_not_replaced(train, flags, cli, tmp_path):
     assert code == 2
     assert "holds a report.html that is not of eval_amort" in err
     assert (tmp_path / "out/report.html").read_text() == "mine"
+
+
+def test_names_that_are_no_text_do_not_lose_the_evaluation(evaluation, tmp_path):
+    """They are written last: a byte that is not UTF-8, a line break, mathematics that is none."""
+    name = "p\udcff\n$x^$"
+    run = replace(evaluation.run, folder=tmp_path / name)
+    odd = with_(
+        evaluation, run=run, results=evaluation.results[:1], label_names=("$\\frac$", "\udcff\n\0")
+    )
+    page = write_evaluation(odd, tmp_path / name / "out").read_text(encoding="utf-8")
+    assert "p\\udcff\n$x^$" in html.unescape(page)
+    figure = figures.embeddings(odd.embeddings, odd.labels, None, odd.label_names)
+    texts = [t.get_text() for legend in figure.findobj(Legend) for t in legend.get_texts()]
+    assert set(texts) >= {"$\\frac$", r"\udcff\n\x00"}

@@ -40,7 +40,7 @@ LAYERS = [  # each may import from those below it
     {"particles", "tilts", "shuffler", "metrics", "objective", "parallel", "decoding", "products"},
     {"checkpoints", "host"},
     {"files"},
-    {"errors", "machine", "recipes", "interrupts", "progress", "draws", "private"},
+    {"errors", "machine", "recipes", "interrupts", "progress", "draws", "private", "streams"},
 ]
 
 
@@ -111,6 +111,28 @@ def test_private_parts_of_others_are_used_in_one_place_each():
                 if private and not of_self and name not in own and id(node) not in typed:
                     found.add((path.name, name))
     assert found - {(path, "_exit") for path, _ in found} == PRIVATE
+
+
+def test_texts_are_read_and_written_in_an_encoding_of_ours():
+    """Not in that of the machine, which may lack letters."""
+    found = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            given = [getattr(arg, "value", None) for arg in node.args]
+            binary = any(isinstance(mode, str) and "b" in mode for mode in given[1:])
+            opens = name in ("open", "fdopen") and len(given) > 1 and isinstance(given[1], str)
+            texts = name in ("read_text", "write_text") and isinstance(node.func, ast.Attribute)
+            said = {word.arg for word in node.keywords} & {"encoding", "errors"}
+            if (
+                (texts or (opens and not binary))
+                and not said
+                and not {"utf-8", "ascii"} & set(given)
+            ):
+                found.append(f"{path.name}:{node.lineno}")
+    assert not found
 
 
 def test_imports_point_one_way():

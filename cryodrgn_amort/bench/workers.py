@@ -282,7 +282,7 @@ def _say(answers: IO[str], found: Mapping[str, Any]) -> None:
 def main(name: str, arguments: str) -> None:
     """Do a job, or serve a task until standard input ends."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    with os.fdopen(os.dup(1), "w") as answers:
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)  # whatever else is printed is no answer
         try:
             if name in JOBS:

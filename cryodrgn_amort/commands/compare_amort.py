@@ -51,9 +51,12 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Compare."""
     from cryodrgn_amort.compare import CompareOptions, compare, summary, write
+    from cryodrgn_amort.files import check_place
     from cryodrgn_amort.plugins import load_plugins
     from cryodrgn_amort.runs import load_run
 
+    if args.output:
+        check_place(args.output, folder=False)
     options = CompareOptions(args.volumes, args.clusters, args.bootstrap, args.seed)
     runs = [load_run(folder, load_plugins(), args.epoch) for folder in args.runs]
     found = compare(runs, options)

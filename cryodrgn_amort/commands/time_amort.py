@@ -37,11 +37,14 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Time."""
+    from cryodrgn_amort.files import check_place
     from cryodrgn_amort.plugins import load_plugins
     from cryodrgn_amort.runs import load_run
     from cryodrgn_amort.timing import TimingOptions, summary, time_epochs, write
 
     options = TimingOptions(args.rounds, args.batches)
+    if args.output:
+        check_place(args.output, folder=False)
     seconds = time_epochs([load_run(run, load_plugins()) for run in args.runs], options)
     print(summary(seconds))
     if args.output:

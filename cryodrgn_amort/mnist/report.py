@@ -12,7 +12,7 @@ import torch
 
 from cryodrgn_amort import __version__, host
 from cryodrgn_amort.definitions import DEFINITIONS, Definition, text_row, text_table
-from cryodrgn_amort.files import replacing, write_json
+from cryodrgn_amort.files import replacing, write_json, write_text
 from cryodrgn_amort.mnist import figures
 from cryodrgn_amort.mnist.evaluation import SHIFTS
 from cryodrgn_amort.mnist.training import METHODS
@@ -87,8 +87,7 @@ def write_report(
         citation=CITATION,
         batch=_PAPER_BATCH,
     )
-    with replacing(folder / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(folder / "report.html", page)
     return folder / "report.html"
 
 

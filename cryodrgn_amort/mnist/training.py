@@ -337,7 +337,10 @@ def encode(
 
 
 def _write(found: Trained, settings: MnistSettings, folder: Path) -> None:
-    with replacing(folder / "metrics.csv") as temporary, open(temporary, "w", newline="") as handle:
+    with (
+        replacing(folder / "metrics.csv") as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as handle,
+    ):
         writer = csv.DictWriter(handle, list(found.history[0]))
         writer.writeheader()
         writer.writerows(found.history)
