@@ -591,6 +591,8 @@ def _write_files(
 def _write_log(out: Path, work: _Inference, found: Inferred) -> None:
     """Write run.log, from which ``cryodrgn analyze`` reads the losses of epochs."""
     sound = np.isfinite(found.elbo)
+    if not sound.any():
+        sound[:] = True  # the line says "nan"
     pixels = len(work.particles.mask) * work.particles.ntilts
     total = float(-2 * found.yardstick.variance * found.elbo[sound].mean() / pixels)
     kld = float(kl_by_dimension(found.mean[sound], found.logvar[sound]).sum(1).mean())

@@ -1,5 +1,6 @@
 """Evaluating a run: one reading and one transform where one will do, samples of large sets."""
 
+import shutil
 from unittest.mock import Mock
 
 import numpy as np
@@ -7,9 +8,12 @@ import pytest
 from helpers import BOX, Volume
 
 from cryodrgn_amort import evaluation, metrics, model
+from cryodrgn_amort.checkpoints import read_weights, write_weights, write_z
 from cryodrgn_amort.decoding import FastDecoder
 from cryodrgn_amort.evaluation import EvalOptions, _Evaluator, evaluate
+from cryodrgn_amort.files import recorded
 from cryodrgn_amort.model import AmortVAE
+from cryodrgn_amort.report import write_evaluation
 from cryodrgn_amort.runs import load_run
 from cryodrgn_amort.transforms import Roll, Rotation, Transform
 from cryodrgn_amort.truth import Known
@@ -147,6 +151,28 @@ def test_volumes_are_decoded_a_few_at_a_time(run, monkeypatch):
     np.testing.assert_allclose(run.volumes(z), whole, rtol=1e-5, atol=1e-5 * whole.max())
     assert set(sizes) == {3, 1}
     assert run.volumes(z[:0]).shape == (0, BOX, BOX, BOX)
+
+
+def test_a_collapsed_run_is_measured_without_a_division_by_zero(run, plugins, tmp_path):
+    """Whatever the encoder is shown, it answers the same: warnings are errors here."""
+    shutil.copytree(run.folder, tmp_path / "run")
+    weights, latents = tmp_path / "run/weights.1.pkl", tmp_path / "run/z.1.pkl"
+    kept = read_weights(weights, "")
+    state = kept["model_state_dict"]
+    last = max(name.rpartition(".")[0] for name in state if name.startswith("encoder."))
+    for name in (f"{last}.weight", f"{last}.bias"):
+        state[name].zero_()
+    with recorded(tmp_path / "run", weights.name, latents.name):
+        write_weights(weights, 1, state, **kept["amort"])
+        write_z(latents, np.zeros((N, 3)), np.zeros((N, 3)))
+    options = EvalOptions(umap=False, volumes=3, labelled=2, sample=20, bootstrap=5, fit=4)
+    found = evaluate(load_run(tmp_path / "run", plugins), options)
+    assert (found.z == 0).all()
+    for result in found.results:
+        assert result.measures["retrieval_rank"].value == 0.5
+        assert np.isnan(result.measures["volume_change"].value)
+    write_evaluation(found, tmp_path / "out")
+    assert "No latent dimension is active" in (tmp_path / "out/report.html").read_text()
 
 
 def test_the_log_says_how_long_the_stages_took(run, caplog):
