@@ -61,7 +61,7 @@ STARTS = {
     "mean": "the mean of all latents",
     "prior": "zero",
 }
-_ANCHORS = 32
+_START_ANCHORS = 32  # decoded once, before hundreds of steps: more than ``anchored`` has
 _VARIANCE_SAMPLE = 512
 _PARTS = ".posteriors"
 _RESULTS = ("mean", "logvar", "elbo", "converged", "start", "encoder_elbo")
@@ -248,7 +248,7 @@ class Fitter:
     @cached_property
     def anchors(self) -> Tensor:
         """Centres of clusters of the run's latents, `(K, zdim)`."""
-        centres = cluster_centres(self.saved[0], _ANCHORS, self.seed)
+        centres = cluster_centres(self.saved[0], _START_ANCHORS, self.seed)
         return torch.from_numpy(centres).to(self.particles.device)
 
     @cached_property
