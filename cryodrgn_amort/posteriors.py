@@ -710,8 +710,8 @@ def summary(found: Inferred) -> str:
 
 def _lacking(share: float) -> str:
     return (
-        f"More than {_MANY} particles are fitted quickly; about {100 * share:.0f} % of them would "
-        f"gain {_GAIN} nats or more by --steps {FitOptions.steps}"
+        f"More than {_MANY} particles are fitted quickly; of a few that were tried, "
+        f"{100 * share:.0f} % would gain {_GAIN} nats or more by --steps {FitOptions.steps}"
     )
 
 

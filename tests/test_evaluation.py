@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import BOX, Volume
 
-from cryodrgn_amort import evaluation, hookimpl, metrics, model
+from cryodrgn_amort import calibration, evaluation, hookimpl, metrics, model
 from cryodrgn_amort.checkpoints import read_weights, write_weights, write_z
 from cryodrgn_amort.decoding import FastDecoder
 from cryodrgn_amort.definitions import verdict
@@ -158,7 +158,9 @@ def test_volumes_are_decoded_a_few_at_a_time(run, monkeypatch):
     assert run.volumes(z[:0]).shape == (0, BOX, BOX, BOX)
 
 
-def test_a_collapsed_run_is_measured_without_a_division_by_zero(run, plugins, tmp_path):
+def test_a_collapsed_run_is_measured_without_a_division_by_zero(
+    run, plugins, tmp_path, monkeypatch
+):
     """Whatever the encoder is shown, it answers the same: warnings are errors here."""
     shutil.copytree(run.folder, tmp_path / "run")
     weights, latents = tmp_path / "run/weights.1.pkl", tmp_path / "run/z.1.pkl"
@@ -170,7 +172,9 @@ def test_a_collapsed_run_is_measured_without_a_division_by_zero(run, plugins, tm
     with recorded(tmp_path / "run", weights.name, latents.name):
         write_weights(weights, 1, state, **kept["amort"])
         write_z(latents, np.zeros((N, 3)), np.zeros((N, 3)))
-    options = EvalOptions(umap=False, volumes=3, labelled=2, sample=20, bootstrap=5, fit=4)
+    monkeypatch.setattr(calibration, "IMAGES", 64)
+    options = EvalOptions(transforms=("roll:1",), maps=0, umap=False, volumes=3, labelled=2,
+                          sample=20, bootstrap=5, fit=2)  # fmt: skip
     found = evaluate(load_run(tmp_path / "run", plugins), options)
     assert (found.z == 0).all()
     for result in found.results:
