@@ -190,7 +190,7 @@ def infer(
     *,
     starts: str | Sequence[str] | None = None,
     beta: str | float = InferOptions.beta,
-    steps: int = InferOptions.steps,
+    steps: int | None = InferOptions.steps,
     **options: Any,
 ) -> Run:
     """Fit latents particle by particle with a run's decoder, as ``cryodrgn infer_amort`` does.
@@ -207,7 +207,8 @@ def infer(
     beta
         Weight of the KL divergence: "train", "implied" by the noise in the images, or a number.
     steps
-        At most so many per particle and start; 0: the starts as they are.
+        At most so many per particle and start; 0: the starts as they are. None: 400; but of more
+        than 500 particles, unless ``starts`` are given, 30 from "anchors" alone.
     **options
         Others of ``cryodrgn_amort.posteriors.InferOptions``: ``held_out=True``, ``overwrite=True``
         and more.

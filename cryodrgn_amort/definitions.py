@@ -20,7 +20,6 @@ __all__ = [
     "VERDICT_RULE",
     "Definition",
     "Verdict",
-    "is_control",
     "number",
     "plain_number",
     "text_row",
@@ -362,7 +361,7 @@ def verdict(evaluation: Evaluation) -> Verdict:
     if not evaluation.results:
         headline = "Amortization: not measured (no transforms were asked for)"
         return Verdict(headline, "none", (), _cautions(evaluation))
-    tests = [r for r in evaluation.results if not is_control(r)] or evaluation.results
+    tests = [r for r in evaluation.results if not r.is_control] or evaluation.results
     known = [r for r in tests if math.isfinite(r.measures["retrieval_rank"].value)]
     lines = tuple(_sentence(r) for r in evaluation.results)
     if not known:
@@ -374,11 +373,6 @@ def verdict(evaluation: Evaluation) -> Verdict:
     return Verdict(headline, tone, lines, _cautions(evaluation))
 
 
-def is_control(result: TransformResult) -> bool:
-    """Tell whether centring undoes the transform, so that this is a control and not a test."""
-    return result.name.partition(":")[0] == "roll" and result.mode == "follow"
-
-
 def _words(rank: float) -> tuple[str, str]:
     return next((words, tone) for most, words, tone in _WORDS if rank <= most)
 
@@ -386,7 +380,7 @@ def _words(rank: float) -> tuple[str, str]:
 def _sentence(result: TransformResult) -> str:
     m = result.measures["retrieval_rank"]
     interval = f", 95 % interval {number(m.low)} to {number(m.high)}" if _finite(m.low) else ""
-    tail = ". A control: centring undoes the roll" if is_control(result) else ""
+    tail = ". A control: centring undoes it" if result.is_control else ""
     return f"{result.title}, {result.mode}: {number(m.value)}{interval}{tail}"
 
 

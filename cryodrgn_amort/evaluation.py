@@ -546,6 +546,7 @@ class _Evaluator:
                         measures,
                         arrays,
                         first,
+                        transform.undone_by_centring and mode == "follow",
                     )
                 )
         return found

@@ -279,7 +279,8 @@ def ranks(results: Sequence[TransformResult]) -> Figure:
             column[1].set(xlabel="displacement (median distance of two particles = 1)")
             column[1].set_xlim(left=-0.02)
             for axes in column:
-                axes.legend(loc="lower right")
+                if axes.get_legend_handles_labels()[0]:  # of a collapsed run, there is no curve
+                    axes.legend(loc="lower right")
         for axes in grid[:, 0]:
             axes.set_ylabel("fraction of particles at or below")
     return figure

@@ -58,7 +58,10 @@ def recipes() -> Iterable[Recipe]:  # type: ignore[empty-body]
 
 @hookspec
 def transforms() -> Iterable[TransformSpec]:  # type: ignore[empty-body]
-    """Bring transforms: names for ``eval_amort --transform``."""
+    """Bring transforms: names for ``eval_amort --transform``.
+
+    One that centring undoes, as a roll, says so: ``Transform.undone_by_centring``.
+    """
 
 
 @hookspec

@@ -50,6 +50,7 @@ __all__ = [
     "neighbourhood",
     "nuisances",
     "procrustes_disparity",
+    "ratio",
     "ratio_of_means",
     "retrieval_rank",
     "volume_change",
@@ -138,9 +139,15 @@ def measure_ratio(
             _resampled_mean(_counts(len(sample), rounds, seed + k), sample)
             for k, sample in enumerate((values, reference))
         )
-        low, high = map(float, np.percentile(np.divide(*drawn), [2.5, 97.5]))
-    ratio = float(values.mean() / reference.mean())
-    return Measure(name, ratio, low, high, null, ideal, len(values))
+        ratios = [ratio(float(a), float(b)) for a, b in zip(*drawn, strict=True)]
+        low, high = map(float, np.percentile(ratios, [2.5, 97.5]))
+    value = ratio_of_means(values, reference)
+    return Measure(name, value, low, high, null, ideal, len(values))
+
+
+def ratio(value: float, reference: float) -> float:
+    """Return one number over another; NaN over 0, as where a run has collapsed."""
+    return float(value / reference) if reference else math.nan
 
 
 def _draws(n: int, rounds: int, seed: int) -> Iterator[np.ndarray]:
@@ -386,8 +393,9 @@ def class_knn(neighbours: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> n
 
 
 def coordinate_r2(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """R^2 of a predicted coordinate, `(M,)` or `(M, d)`. Null 0, ideal 1."""
-    return float(1 - ((truth - predicted) ** 2).sum() / ((truth - truth.mean(0)) ** 2).sum())
+    """R^2 of a predicted coordinate, `(M,)` or `(M, d)`. Null 0, ideal 1; NaN of a constant."""
+    left, all_of_it = ((truth - other) ** 2 for other in (predicted, truth.mean(0)))
+    return 1 - ratio(left.sum(), all_of_it.sum())
 
 
 def knn_coordinate(neighbours: np.ndarray, coordinate: np.ndarray) -> np.ndarray:
@@ -407,16 +415,16 @@ def loss_fraction(moved: np.ndarray, original: np.ndarray, constant: np.ndarray)
     (rec(Tx; T pose, z') - rec(x; z)) / (rec(x; mean z) - rec(x; z)), of sums over particles.
     Null 1 or more, ideal 0; NaN if a constant explains as much.
     """
-    return float((moved - original).mean() / ((constant - original).mean() or np.nan))
+    return ratio((moved - original).mean(), (constant - original).mean())
 
 
 def gained_share(gained: np.ndarray, possible: np.ndarray) -> float:
     """Share of what could be gained that is; both in nats per particle, `(M,)`.
 
     Null 0, ideal 1. With the gains of the encoder's latents and of fitted ones over one latent for
-    all, on particles never seen, this is the held-out score (GEN).
+    all, on particles never seen, this is the held-out score (GEN). NaN if nothing can be gained.
     """
-    return float(gained.sum() / possible.sum())
+    return ratio(gained.sum(), possible.sum())
 
 
 def difference_of_means(values: np.ndarray, reference: np.ndarray) -> float:
@@ -452,19 +460,20 @@ def memorisation(homogeneous: np.ndarray, run: np.ndarray, real: np.ndarray) -> 
     (rec(hom) - rec(run)) / (rec(hom) - rec(real)) of sums over particles: ``homogeneous`` has one
     volume for all, the encoder of ``run`` is not shown the particle, that of ``real`` is. Null 0.
     """
-    gained = (homogeneous - real).mean()
-    return float((homogeneous - run).mean() / gained) if gained else math.nan
+    return ratio((homogeneous - run).mean(), (homogeneous - real).mean())
 
 
 def ratio_of_means(values: np.ndarray, reference: np.ndarray) -> float:
     """Mean of some values over that of others."""
-    mean = reference.mean()
-    return float(values.mean() / mean) if mean else math.nan
+    return ratio(values.mean(), reference.mean())
 
 
 def volume_change(moved: np.ndarray, pairs: np.ndarray) -> float:
-    """Median distance |v(z_i) - v(z'_i)| over median |v(z_i) - v(z_j)|. Null 1, ideal 0."""
-    return float(np.median(moved) / np.median(pairs))
+    """Median distance |v(z_i) - v(z'_i)| over median |v(z_i) - v(z_j)|. Null 1, ideal 0.
+
+    NaN if all volumes are the same.
+    """
+    return ratio(np.median(moved), np.median(pairs))
 
 
 def with_before(items: Iterable[_T]) -> Iterator[tuple[_T, _T]]:
@@ -583,9 +592,11 @@ def knn_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Share of a particle's 15 nearest neighbours in `a` that are so in `b`.
 
     `a` and `b` are latents of the same particles, of any dimensions. Of each of ``looked_up(N)``:
-    `(M,)`. Null k / N, ideal 1.
+    `(M,)`. Null k / N, ideal 1; the null if a set has collapsed, so that all are as near.
     """
-    rows = looked_up(len(a))
+    rows, n = looked_up(len(a)), len(a)
+    if _collapsed(a) or _collapsed(b):
+        return np.full(len(rows), min(K, n - 1) / max(n - 1, 1))
     first, second = (Neighbours(z, rows).own for z in (a, b))
     shared = (first[:, :, None] == second[:, None, :]).any(2)
     overlap: np.ndarray = shared.mean(1)
@@ -640,9 +651,23 @@ def procrustes_disparity(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def kmeans_ari(a: np.ndarray, b: np.ndarray, k: int, seed: int = 0) -> float:
-    """Adjusted Rand index of k-means clusters of two sets of latents. Null 0, ideal 1."""
-    clusters = (KMeans(k, n_init=4, random_state=seed).fit_predict(z) for z in (a, b))
+    """Adjusted Rand index of k-means clusters of two sets of latents. Null 0, ideal 1.
+
+    The null if a set has collapsed, and fewer clusters if it has fewer latents that differ.
+    """
+    if _collapsed(a) or _collapsed(b):
+        return 0.0
+    counts = (min(k, len(np.unique(z, axis=0))) for z in (a, b))
+    clusters = (
+        KMeans(count, n_init=4, random_state=seed).fit_predict(z)
+        for count, z in zip(counts, (a, b), strict=True)
+    )
     return float(adjusted_rand_score(*clusters))
+
+
+def _collapsed(z: np.ndarray) -> bool:
+    """Tell whether all latents are the same."""
+    return not bool((z != z[0]).any())
 
 
 _RESAMPLED: dict[Callable[..., float], Callable[..., np.ndarray]] = {

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,22 @@ from cryodrgn_amort import __version__
 from cryodrgn_amort.checkpoints import write_pickle, write_weights, write_z
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.feed import Feed
-from cryodrgn_amort.files import CHECKSUMS, digest, locked, recorded, replacing, write_json, write_text
+from cryodrgn_amort.files import (
+    CHECKSUMS,
+    digest,
+    locked,
+    recorded,
+    replacing,
+    write_json,
+    write_text,
+)
 from cryodrgn_amort.inference import (
     FitOptions,
     Fitted,
     Posterior,
     Yardstick,
     anchored,
+    elbo,
     errors_at,
     infer,
 )
@@ -61,7 +71,11 @@ STARTS = {
     "mean": "the mean of all latents",
     "prior": "zero",
 }
-_ANCHORS = 32
+_MANY = 500  # particles; more are fitted quickly unless told otherwise
+_QUICK = FitOptions(steps=30, draws=8)
+_PROBED, _FEWEST = 32, 4  # particles that tell beforehand what all take
+_GAIN = 0.5  # nats that are worth more steps
+_START_ANCHORS = 32  # decoded once, before hundreds of steps: more than ``anchored`` has
 _VARIANCE_SAMPLE = 512
 _PARTS = ".posteriors"
 _RESULTS = ("mean", "logvar", "elbo", "converged", "start", "encoder_elbo")
@@ -82,6 +96,9 @@ class InferOptions:
         Whether the particles that were held out from the training are wanted.
     starts
         Names in ``STARTS``; None: the encoder's answer, where it has one, and "anchors".
+    steps
+        At most so many per particle and start; None: 400. But of more than 500 particles, with
+        ``starts`` None as well, 30 from "anchors" alone.
     beta
         Weight of the KL divergence: "train", "implied" by the noise in the images, or a number.
     """
@@ -96,13 +113,13 @@ class InferOptions:
     held_out: bool = False
     starts: tuple[str, ...] | None = None
     beta: str = "train"
-    steps: int = FitOptions.steps
+    steps: int | None = None
     seed: int = 0
     batch_size: int = 256
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
+        if self.steps is not None and self.steps < 0:
             raise InputError(f"--steps {self.steps}: must not be negative")
         if self.batch_size < 1:
             raise InputError(f"--batch-size {self.batch_size}: must be at least 1")
@@ -140,6 +157,8 @@ class Inferred:
         Positions in ``starts``, `(N,)`; -1: the encoder's answer as it was.
     fitted
         Whether any step was taken.
+    would_gain
+        If all were fitted quickly: share of a few that gain half a nat from a thorough fit.
     """
 
     mean: np.ndarray
@@ -151,6 +170,7 @@ class Inferred:
     starts: tuple[str, ...]
     yardstick: Yardstick
     fitted: bool = True
+    would_gain: float | None = None
 
     @property
     def gap(self) -> np.ndarray:
@@ -253,7 +273,7 @@ class Fitter:
     @cached_property
     def anchors(self) -> Tensor:
         """Centres of clusters of the run's latents, `(K, zdim)`."""
-        centres = cluster_centres(self._means, _ANCHORS, self.seed)
+        centres = cluster_centres(self._means, _START_ANCHORS, self.seed)
         return torch.from_numpy(centres).to(self.particles.device)
 
     @cached_property
@@ -322,14 +342,19 @@ class _Inference:
         self.particles = _particles(run, options)
         own = options.particles is None and not options.held_out
         self.fitter = Fitter(run, self.particles, own=own, seed=options.seed)
-        self.names = self._starts()
-        self.fit_options = FitOptions(steps=options.steps)
+        self.quick = options.starts is None and options.steps is None and self.particles.n > _MANY
+        self.thorough = FitOptions(
+            steps=FitOptions.steps if options.steps is None else options.steps
+        )
+        self.fit_options = _QUICK if self.quick else self.thorough
+        self.names = ("anchors",) if self.quick else self._starts()
+        self.would_gain: float | None = None
         self.parts = out / _PARTS
         self.plan = json.dumps({
             "run": str(run.folder.resolve()), "epoch": run.epoch, "seed": options.seed,
             "particles": self.particles.n, "starts": self.names, "version": __version__,
             **{k: v for k, v in asdict(options).items() if k not in ("starts", "overwrite")},
-            "contents": self._contents(),
+            "steps": self.fit_options.steps, "contents": self._contents(),
         })  # fmt: skip
 
     def _contents(self) -> dict[str, str]:
@@ -384,8 +409,8 @@ class _Inference:
             self.parts.mkdir(parents=True)
             plan.write_text(self.plan, encoding="utf-8")
 
-    def fit(self, yardstick: Yardstick) -> None:
-        """Fit what is not done yet, as far as it falls to this process."""
+    def todo(self) -> list[tuple[int, Tensor]]:
+        """Return the parts that are not done yet, as far as they fall to this process."""
         chunks = torch.arange(self.particles.n).split(self.options.batch_size)
         todo = [
             (number, index)
@@ -395,6 +420,40 @@ class _Inference:
         done = len(range(self.team.rank, len(chunks), self.team.size)) - len(todo)
         if done and self.team.leads:
             logger.info(f"Going on after {done} of {done + len(todo)} parts")
+        return todo
+
+    def foresee(self, yardstick: Yardstick, left: int) -> None:
+        """Fit a few particles, to say how long ``left`` take, and what quick fits will lack."""
+        fitter, n = self.fitter, self.particles.n
+        most = _PROBED if fitter.feed.particles.device.type == "cpu" else self.options.batch_size
+        count = min(most, n // 10)  # a GPU takes as long for a few
+        if count < _FEWEST or not (left or self.quick):
+            return
+        mixed = np.random.default_rng(self.options.seed + 1).permutation(n)
+        index = torch.from_numpy(np.sort(mixed[:count]))
+        if "anchors" in self.names:
+            _ = fitter.anchors, fitter.variance  # which all particles share
+
+        def timed(names: Sequence[str], options: FitOptions) -> tuple[Batch, Posterior, str]:
+            began = time.perf_counter()
+            batch, fit, _, _ = fitter.fit(index, names, yardstick, options)
+            seconds = (time.perf_counter() - began) * left / count
+            return batch, (fit.mean, fit.logvar), str(timedelta(seconds=round(seconds)))
+
+        batch, found, took = timed(self.names, self.fit_options)
+        many = f"{left} particles" if self.team.size == 1 else f"{left} particles in each process"
+        logger.info(f"Fitting {many} takes about {took} (h:mm:ss), as {count} of them tell")
+        if not self.quick:
+            return
+        _, better, took = timed(self._starts(), self.thorough)
+        generator = torch.Generator().manual_seed(self.options.seed)
+        draws = torch.randn(8, *found[0].shape, generator=generator).to(found[0])
+        old, new = (elbo(fitter.model, batch, q, yardstick, draws) for q in (found, better))
+        self.would_gain = float((new - old > _GAIN).float().mean())
+        logger.info(f"{_lacking(self.would_gain)}: that takes about {took}")
+
+    def fit(self, yardstick: Yardstick, todo: list[tuple[int, Tensor]]) -> None:
+        """Fit these parts."""
         for number, index in _progress(todo, silent=not self.team.leads):
             batch, fit, own, _ = self.fitter.fit(index, self.names, yardstick, self.fit_options)
             values = [fit.mean, fit.logvar, fit.elbo, fit.converged, fit.start,
@@ -433,7 +492,10 @@ class _Inference:
                 arrays.append(part[name])
         whole = {name: np.concatenate(arrays) for name, arrays in found.items()}
         stepped = self.fit_options.steps > 0
-        return Inferred(**whole, starts=self.names, yardstick=yardstick, fitted=stepped)
+        return Inferred(
+            **whole, starts=self.names, yardstick=yardstick, fitted=stepped,
+            would_gain=self.would_gain,
+        )  # fmt: skip
 
 
 def infer_run(
@@ -468,7 +530,10 @@ def infer_run(
             work.check_folder()  # another may just have ended
             work.prepare_folder()
         team.wait()
-        work.fit(yardstick)
+        todo = work.todo()
+        if team.leads:
+            work.foresee(yardstick, sum(len(index) for _, index in todo))
+        work.fit(yardstick, todo)
         team.wait()
         if not team.leads:
             return None
@@ -595,6 +660,8 @@ def _write_files(
 def _write_log(out: Path, work: _Inference, found: Inferred) -> None:
     """Write run.log, from which ``cryodrgn analyze`` reads the losses of epochs."""
     sound = np.isfinite(found.elbo)
+    if not sound.any():
+        sound[:] = True  # the line says "nan"
     pixels = len(work.particles.mask) * work.particles.ntilts
     total = float(-2 * found.yardstick.variance * found.elbo[sound].mean() / pixels)
     kld = float(kl_by_dimension(found.mean[sound], found.logvar[sound]).sum(1).mean())
@@ -624,6 +691,7 @@ def facts(found: Inferred) -> dict[str, Any]:
         "variance": found.yardstick.variance,
         "elbo": float(found.elbo[sound].mean()) if sound.any() else None,
         "amortization_gap": float(gap.mean()) if len(gap) else None,
+        "would_gain": found.would_gain,
         "best_start": dict(zip(("kept", *found.starts), best.tolist(), strict=True)),
     }
 
@@ -641,6 +709,8 @@ def summary(found: Inferred) -> str:
     ]
     if f["amortization_gap"] is not None:
         lines.append(f"Amortization gap: {_nats(f['amortization_gap'])} on average")
+    if found.would_gain is not None:
+        lines.append(_lacking(found.would_gain))
     if len(found.failed):
         named = ", ".join(map(str, found.failed[:10])) + (", ..." if len(found.failed) > 10 else "")
         lines.append(
@@ -648,6 +718,13 @@ def summary(found: Inferred) -> str:
             f"started: {named}"
         )
     return "\n".join(lines)
+
+
+def _lacking(share: float) -> str:
+    return (
+        f"More than {_MANY} particles are fitted quickly; of a few that were tried, "
+        f"{100 * share:.0f} % would gain {_GAIN} nats or more by --steps {FitOptions.steps}"
+    )
 
 
 def _nats(value: float | None) -> str:

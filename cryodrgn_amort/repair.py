@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ANCHORED", "SEMI", "SLEEP", "add_repair_args", "cluster_centres"]
 
-_ANCHORS = 16
+_ANCHORS = 16  # each costs a decoded image per particle whenever it encodes: fewer than a fit's
 _SAMPLE = 20_000
 _VALUES = 1 << 24  # of templates at a time
 _DEFOCUS_SCALE = 5000.0  # angstroms

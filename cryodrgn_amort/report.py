@@ -321,7 +321,7 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
         "volume_fve_radius_voxels": fve_radius(evaluation.volumes.shape[-1]),
         "transforms": {
             r.key: {
-                "name": r.name, "title": r.title, "mode": r.mode,
+                "name": r.name, "title": r.title, "mode": r.mode, "is_control": r.is_control,
                 "measures": measure_facts(r.measures),
             }
             for r in evaluation.results

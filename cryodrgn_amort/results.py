@@ -133,6 +133,8 @@ class TransformResult:
     volumes
         Decoded at the labelled particles' transformed latents, `(L, box, box, box)`; none, `L` = 0,
         of transforms that are not shown particle by particle (``Evaluation.mapped``).
+    is_control
+        Whether centring undoes the transform, so that this is a control and not a test.
     """
 
     name: str
@@ -143,6 +145,7 @@ class TransformResult:
     measures: dict[str, Measure]
     arrays: dict[str, np.ndarray]
     volumes: np.ndarray
+    is_control: bool = False
 
     @property
     def key(self) -> str:

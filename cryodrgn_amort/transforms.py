@@ -34,9 +34,13 @@ class Transform(ABC):
     ----------
     title
         What it does, for humans: "rolled 1 px right".
+    undone_by_centring
+        Whether an image that is changed, and centred by a translation that is changed with it, is
+        the image as it was: a roll. Then mode *follow* is a control, and no test of the encoder.
     """
 
     title: str
+    undone_by_centring: bool = False
 
     def __init_subclass__(cls) -> None:
         # whoever changes images in a way of their own must not inherit another's short cut
@@ -66,6 +70,8 @@ class Transform(ABC):
 
 class Roll(Transform):
     """Roll ``shift_px`` pixels to the right, wrapping around (paper, figure 10)."""
+
+    undone_by_centring = True
 
     def __init__(self, shift_px: int) -> None:
         self.shift_px = shift_px

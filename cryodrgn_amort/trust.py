@@ -10,7 +10,6 @@ import numpy as np
 
 from cryodrgn_amort import metrics
 from cryodrgn_amort.checkpoints import write_pickle
-from cryodrgn_amort.definitions import is_control
 from cryodrgn_amort.files import replacing
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def trust_table(evaluation: Evaluation) -> dict[str, np.ndarray]:
             rank = metrics.retrieval_rank(z, result.z, others=others)
         table[f"rank.{result.key}"] = rank
         table[f"displacement.{result.key}"] = result.arrays["displacement"]
-        if not is_control(result):
+        if not result.is_control:
             worst = np.fmax(worst, rank)
     table["reconstruction"] = evaluation.arrays["reconstruction"]
     fitted = [f for f in evaluation.fits if f.key == "training.train"]

@@ -14,6 +14,7 @@ from scipy.interpolate import CubicSpline
 from cryodrgn_amort.checkpoints import read_pickle, to_array
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import read_yaml
+from cryodrgn_amort.metrics import ratio
 from cryodrgn_amort.specimens import BlobModel, VolumeModel, clean_images, read_volume
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ def volume_fve(errors: np.ndarray, spreads: np.ndarray) -> float:
     errors, spreads
         Of ``VolumeErrors``, `(M,)`.
     """
-    return float(1 - errors.sum() / spreads.sum())
+    return 1 - ratio(errors.sum(), spreads.sum())
 
 
 def fsc_area(a: np.ndarray, b: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from scipy.stats import ortho_group
 from cryodrgn_amort import metrics
 from cryodrgn_amort.compare import CompareOptions, compare
 from cryodrgn_amort.model import AmortVAE
-from cryodrgn_amort.runs import load_run, with_run
+from cryodrgn_amort.runs import load_run
 from cryodrgn_amort.settings import settings_from_flags
 from cryodrgn_amort.training import Trainer
 
@@ -115,33 +115,30 @@ def test_volumes_are_compared_one_after_the_other(folders, plugins, monkeypatch)
     assert Volume.alive == 0
 
 
-def test_neither_memory_nor_the_parents_seed_is_configuration(folders, stack, plugins, tmp_path):
-    def second(name, **more):
-        given = {"outdir": str(tmp_path / name), "num_epochs": 1, "do_analysis": False,
-                 "encoder": "sleep", "qdim": 8, **more}  # fmt: skip
-        Trainer(settings_from_flags(with_run(given, plugins), plugins), plugins).fit()
-        return load_run(tmp_path / name, plugins)
+def test_neither_memory_nor_the_parents_seed_is_configuration(folders, plugins):
+    a, b, dec = (str(folders / name) for name in ("a", "b", "dec"))
+    run = load_run(folders / "vlt", plugins)
 
-    def table(name, **more):
-        given = {"outdir": str(tmp_path / name), "num_epochs": 1, "do_analysis": False, "zdim": 3,
-                 "particles": stack.particles, "poses": stack.poses, "ctf": stack.ctf, "pdim": 8,
-                 "encoder": "vlt", **more}  # fmt: skip
-        Trainer(settings_from_flags(given, plugins), plugins).fit()
-        return load_run(tmp_path / name, plugins)
-
-    def only_seed(*runs):
+    def only_seed(first, second):
+        runs = [
+            replace(run, settings=replace(run.settings, seed=seed, **given))
+            for seed, given in enumerate((first, second))
+        ]
         [pair] = compare(runs, CompareOptions(volumes=0, clusters=2, bootstrap=0))
         return pair.only_seed
 
-    a, b, vlt = (str(folders / name) for name in ("a", "b", "vlt"))
-    seconds = [second("c", from_run=a, seed=0), second("d", from_run=b, seed=1, memory=0.5),
-               second("e", from_run=vlt, seed=1)]  # fmt: skip
-    assert only_seed(*seconds[:2])
-    assert not only_seed(seconds[0], seconds[2])
-    tables = [table("f", table_init=a, seed=0), table("g", table_init=f"{b}/z.1.pkl", seed=1),
-              table("h", table_init=b, seed=1)]  # fmt: skip
-    assert not only_seed(*tables[:2])
-    assert only_seed(tables[0], tables[2])
+    def table(path):
+        return {"extra": {"table_init": path}}
+
+    assert only_seed({"memory": 0.5}, {})
+    assert only_seed({"from_run": a}, {"from_run": b})
+    assert not only_seed({"from_run": a}, {"from_run": dec})
+    assert not only_seed({"from_run": a}, {})
+    assert not only_seed({"from_run": a}, {"from_run": "gone"})
+    assert only_seed(table(a), table(b))
+    assert only_seed(table(f"{a}/z.1.pkl"), table(f"{b}/z.1.pkl"))
+    assert not only_seed(table(a), table(f"{b}/z.1.pkl"))
+    assert not only_seed(table(a), table(dec))
 
 
 def test_a_run_agrees_with_itself(folders, cli):

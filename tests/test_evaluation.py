@@ -1,17 +1,26 @@
 """Evaluating a run: one reading and one transform where one will do, samples of large sets."""
 
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from helpers import BOX, Volume
 
-from cryodrgn_amort import evaluation, metrics, model
+from cryodrgn_amort import calibration, evaluation, hookimpl, metrics, model
+from cryodrgn_amort.checkpoints import read_weights, write_weights, write_z
 from cryodrgn_amort.decoding import FastDecoder
+from cryodrgn_amort.definitions import verdict
 from cryodrgn_amort.evaluation import EvalOptions, _Evaluator, evaluate
+from cryodrgn_amort.files import recorded
 from cryodrgn_amort.model import AmortVAE
+from cryodrgn_amort.plugins import Plugins
+from cryodrgn_amort.report import write_evaluation
 from cryodrgn_amort.runs import load_run
-from cryodrgn_amort.transforms import Roll, Rotation, Transform
+from cryodrgn_amort.transforms import Roll, Rotation, Transform, TransformSpec
+from cryodrgn_amort.trust import trust_table
 from cryodrgn_amort.truth import Known
 
 N = 70
@@ -147,6 +156,53 @@ def test_volumes_are_decoded_a_few_at_a_time(run, monkeypatch):
     np.testing.assert_allclose(run.volumes(z), whole, rtol=1e-5, atol=1e-5 * whole.max())
     assert set(sizes) == {3, 1}
     assert run.volumes(z[:0]).shape == (0, BOX, BOX, BOX)
+
+
+def test_a_collapsed_run_is_measured_without_a_division_by_zero(
+    run, plugins, tmp_path, monkeypatch
+):
+    """Whatever the encoder is shown, it answers the same: warnings are errors here."""
+    shutil.copytree(run.folder, tmp_path / "run")
+    weights, latents = tmp_path / "run/weights.1.pkl", tmp_path / "run/z.1.pkl"
+    kept = read_weights(weights, "")
+    state = kept["model_state_dict"]
+    last = max(name.rpartition(".")[0] for name in state if name.startswith("encoder."))
+    for name in (f"{last}.weight", f"{last}.bias"):
+        state[name].zero_()
+    with recorded(tmp_path / "run", weights.name, latents.name):
+        write_weights(weights, 1, state, **kept["amort"])
+        write_z(latents, np.zeros((N, 3)), np.zeros((N, 3)))
+    monkeypatch.setattr(calibration, "IMAGES", 64)
+    options = EvalOptions(transforms=("roll:1",), maps=0, umap=False, volumes=3, labelled=2,
+                          sample=20, bootstrap=5, fit=2)  # fmt: skip
+    found = evaluate(load_run(tmp_path / "run", plugins), options)
+    assert (found.z == 0).all()
+    for result in found.results:
+        assert result.measures["retrieval_rank"].value == 0.5
+        assert np.isnan(result.measures["volume_change"].value)
+    write_evaluation(found, tmp_path / "out")
+    assert "No latent dimension is active" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_transform_of_a_plugin_says_that_it_is_a_control(run):
+    class Slid(Transform):
+        title, undone_by_centring = "slid", True
+        image, pose = Roll(1).image, Roll(1).pose
+
+    spec = TransformSpec("slide", "", lambda *_: Slid())
+    plugin = SimpleNamespace(transforms=hookimpl(lambda: [spec]))
+    run = replace(run, plugins=Plugins(found={"mine": plugin}))
+    options = EvalOptions(
+        transforms=("slide", "rotate:90"), umap=False, volumes=2, labelled=2, sample=20,
+        bootstrap=0, fit=0,
+    )  # fmt: skip
+    found = evaluate(run, options)
+    controls = {r.key: r.is_control for r in found.results}
+    assert [key for key, control in controls.items() if control] == ["slide.follow"]
+    said = verdict(found)
+    assert ["A control" in line for line in said.lines] == list(controls.values())
+    tests = [r.arrays["retrieval_rank"] for r in found.results if not r.is_control]
+    np.testing.assert_array_equal(trust_table(found)["trust"], 1 - np.max(tests, 0))
 
 
 def test_the_log_says_how_long_the_stages_took(run, caplog):

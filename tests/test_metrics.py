@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cryodrgn_amort import metrics
+from cryodrgn_amort import metrics, truth
 from cryodrgn_amort.objective import kl_divergence
 
 
@@ -288,3 +288,36 @@ def test_of_collapsed_latents_displacement_and_loss_are_unknown():
     z = np.zeros((5, 2))
     assert np.isnan(metrics.displacement(z, z, metrics.pair_scale(z, 0))).all()
     assert np.isnan(metrics.loss_fraction(np.ones(5), np.ones(5), np.ones(5)))
+
+
+def test_collapsed_runs_divide_by_nothing():
+    """Warnings are errors here: a division by zero would be one."""
+    rng = np.random.default_rng(0)
+    same, z, values = np.full((40, 3), 0.5), rng.standard_normal((40, 3)), rng.random(40)
+    none, opts = np.zeros(40), {"rounds": 5, "null": 0.0, "ideal": 1.0}
+    for statistic, arrays in (
+        (metrics.coordinate_r2, (values, none + 2)),
+        (metrics.gained_share, (values, none)),
+        (metrics.volume_change, (values, none)),
+        (metrics.ratio_of_means, (values, none)),
+        (metrics.loss_fraction, (values, none, none)),
+        (metrics.memorisation, (none, values, none)),
+        (truth.volume_fve, (values, none)),
+    ):
+        found = metrics.measure("", statistic, *arrays, **opts)
+        assert all(np.isnan(v) for v in (found.value, found.low, found.high)), statistic
+    assert np.isnan(metrics.measure_ratio("", values, none, **opts).value)
+    assert np.isnan(metrics.displacement(same, same, metrics.pair_scale(same))).all()
+    # agreement with latents that are all the same is that of chance
+    for other in (z, same):
+        assert metrics.knn_overlap(same, other) == pytest.approx(15 / 39)
+        assert metrics.kmeans_ari(other, same, 4) == 0
+    few = np.repeat(np.eye(3), [20, 15, 5], axis=0)  # fewer latents that differ than clusters
+    assert metrics.kmeans_ari(few, few, 10) == 1
+
+
+def test_a_bootstrap_that_draws_one_value_alone_divides_by_nothing():
+    found = metrics.measure(
+        "", metrics.coordinate_r2, np.array([0.1, 0.9]), np.array([0.0, 1.0]), null=0.0, ideal=1.0
+    )
+    assert found.value == pytest.approx(0.96)

@@ -17,7 +17,7 @@ from helpers import read_pickles, run_host, write_pickle, write_stack
 from cryodrgn_amort.checkpoints import read_weights, read_z, write_weights
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import locked, recorded
-from cryodrgn_amort.posteriors import InferOptions, infer_run
+from cryodrgn_amort.posteriors import InferOptions, infer_run, summary
 from cryodrgn_amort.runs import load_run
 from cryodrgn_amort.settings import settings_from_flags
 from cryodrgn_amort.training import Trainer
@@ -245,7 +245,8 @@ def test_what_is_done_is_not_done_again(runs, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         infer_run(runs["table"], options, tmp_path / "out")
     again = infer_run(runs["table"], options, tmp_path / "out")
-    assert len(calls) == 4 + 4  # the fourth of seven a second time
+    # some beforehand, to tell what it takes; then the third of seven parts a second time
+    assert len(calls) == (1 + 3) + (1 + 5)
     np.testing.assert_array_equal(again.mean, whole.mean)
     np.testing.assert_array_equal(again.elbo, whole.elbo)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
@@ -343,6 +344,35 @@ def test_an_input_is_not_replaced_by_what_is_made_of_it(runs, stack, cli, tmp_pa
     code, _, err = cli(*argv)
     assert (code, f"--poses {out / 'pose.pkl'}: would be replaced" in err) == (2, True)
     assert contents(out) == before
+
+
+def test_many_particles_are_fitted_quickly_and_what_that_lacks_is_said(
+    runs, tmp_path, monkeypatch, caplog
+):
+    from cryodrgn_amort import posteriors
+
+    monkeypatch.setattr(posteriors, "_MANY", 69)
+    with caplog.at_level("INFO", "cryodrgn_amort"):
+        quick = infer_run(runs["network"], InferOptions(held_out=True), tmp_path / "few")
+        assert quick.starts == ("encoder", "anchors")  # 14 are not many
+        assert quick.would_gain is None
+        assert caplog.text == ""
+        quick = infer_run(runs["twin"], InferOptions(), tmp_path / "out")
+    assert quick.starts == ("anchors",)
+    assert (quick.gap >= 0).all()
+    facts = json.loads((tmp_path / "out/inference.json").read_text())
+    assert (facts["plan"]["steps"], facts["plan"]["starts"]) == (30, ["anchors"])
+    assert re.search(r"Fitting 70 particles takes about \d:\d\d:\d\d", caplog.text)
+    said = f"of a few that were tried, {100 * quick.would_gain:.0f} % would gain 0.5 nats or more"
+    assert f"{said} by --steps 400: that takes about 0:" in caplog.text
+    assert said in summary(quick)
+    assert facts["would_gain"] == quick.would_gain
+    thorough = infer_run(runs["twin"], InferOptions(steps=400), tmp_path / "thorough")
+    assert (thorough.starts, thorough.would_gain) == (("encoder", "anchors"), None)
+    assert thorough.elbo.mean() > quick.elbo.mean()
+    probed = np.sort(np.random.default_rng(1).permutation(70)[:7])
+    gains = (thorough.elbo - quick.elbo)[probed]
+    assert quick.would_gain == pytest.approx((gains > 0.5).mean(), abs=2 / 7)
 
 
 def test_a_particle_without_a_loss_is_marked_and_the_rest_spared(runs, stack, tmp_path):
@@ -494,7 +524,6 @@ def test_the_evaluation_tells_what_the_encoder_loses(runs, stack, cli, tmp_path)
     assert sorted(i for ids in chosen for i in ids) == trained.tolist()
 
 
-<<<<<<< HEAD
 def test_a_particle_without_a_loss_costs_no_measure(runs, stack, cli, tmp_path, caplog):
     from cryodrgn.mrcfile import write_mrc
 
@@ -518,7 +547,8 @@ def test_a_particle_without_a_loss_costs_no_measure(runs, stack, cli, tmp_path, 
     assert (counts["class_knn_fitted"], counts["converged"]) == (HELD, HELD)
     assert f"The loss of 1 of {HELD} held-out particles is not a number" in caplog.text
     assert f"1 of {HELD} held-out particles" in (tmp_path / "out/report.html").read_text()
-=======
+
+
 def test_a_folder_whose_name_is_no_text(runs, tmp_path):
     """Its name is in the log, which is written when all is fitted."""
     out = tmp_path / "p\udcff\n"
@@ -527,4 +557,3 @@ def test_a_folder_whose_name_is_no_text(runs, tmp_path):
     log = (out / "fitted" / "run.log").read_text(encoding="utf-8")
     assert "decoder of " + str(tmp_path / r"p\udcff") in log
     assert load_run(out / "fitted", run.plugins).z_mu.shape == (56, 3)
->>>>>>> w-b

@@ -1,9 +1,10 @@
 """Fit latents particle by particle with the decoder of a run: for its own particles, or new ones.
 
 An encoder answers in one go, and a table has no answer for a particle that it does not hold. Here
-mean and log variance of each particle are optimised until its own ELBO stops improving. The result
-is a run like any other (a table, with the decoder of RUN): analyze, eval_vol, the dashboard and
-our own commands open it. By how much the ELBO is better than the encoder's is the amortization gap.
+mean and log variance of each particle are optimised until its own ELBO stops improving; of more
+than 500 particles, for a few steps unless --steps says more. The result is a run like any other (a
+table, with the decoder of RUN): analyze, eval_vol, the dashboard and our own commands open it. By
+how much the ELBO is better than the encoder's is the amortization gap.
 
 Example usage
 -------------
@@ -73,8 +74,11 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     add(group, "--beta", metavar="train|implied|BETA",
         help="Weight of the KL divergence: that of the training, the one that the noise in the\n"
         "images implies, or a number (default: train)")  # fmt: skip
+    add(group, "--steps", type=int, metavar="N",
+        help="At most so many steps per particle and start; 0: the starts as they are (default:\n"
+        "400; but of more than 500 particles, unless --start is given, 30 from the anchors\n"
+        "alone: what these lack, and how long either takes, is said at the start)")  # fmt: skip
     for flag, default, text in (
-        ("--steps", 400, "At most so many steps per particle and start; 0: the starts as they are"),
         ("--batch-size", 256, "Particles that are fitted at once"),
         ("--seed", 0, "Seed of the noise"),
     ):
