@@ -121,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Imports only the command that is asked for.
     """
+    forgive()
     try:
         _main(argv)
     except KeyboardInterrupt:

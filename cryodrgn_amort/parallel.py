@@ -177,7 +177,7 @@ def join() -> Team:
             torch.cuda.set_device(local)
         try:
             dist.init_process_group("nccl" if gpus else "gloo", timeout=_PATIENCE)
-        except dist.DistError as err:
+        except RuntimeError as err:  # among them all that torch.distributed has
             where = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT"
             reason = str(err).splitlines()[0]
             raise InputError(f"{where} {os.environ['MASTER_PORT']}: {reason}") from None

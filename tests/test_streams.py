@@ -43,6 +43,15 @@ def test_a_closed_pipe_is_no_error_of_the_work(tmp_path):
     run(tmp_path, True, stdout=pipe, stderr=subprocess.STDOUT)
 
 
+def test_help_into_a_closed_pipe():
+    argv = [sys.executable, "-m", "cryodrgn_amort", "--help"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_what_an_encoding_lacks_is_written_all_the_same(tmp_path):
     out, _ = run(tmp_path, stdout=subprocess.PIPE)
     assert out.endswith(b"line 1999\n\\xb5, \\udcff, \\u4e2d\n")

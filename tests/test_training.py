@@ -276,8 +276,9 @@ def test_flags_of_speed_that_make_no_sense(flags, train, tmp_path, more, says):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_whose_name_is_no_text_is_in_the_log(train, flags, tmp_path):
+def test_a_command_line_that_is_no_text_is_in_the_log(train, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_amort", "p\udcff", "\u00b5"])
     folder = train(flags, qdim=16, num_epochs=1, outdir=str(tmp_path / "p\udcff")).folder
-    log = (folder / "run.log").read_text(encoding="utf-8")
-    assert r"p\udcff" in log
-    assert "Training complete" in log
+    first, *_, last = (folder / "run.log").read_text(encoding="utf-8").splitlines()
+    assert first.endswith("train_amort p\\udcff \u00b5")
+    assert "Finished" in last
