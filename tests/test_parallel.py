@@ -203,7 +203,7 @@ team.wait()
 print("together")
 if team.leads:
     time.sleep(2.5)
-team.leave()
+team.end_process()
 """
 
 
