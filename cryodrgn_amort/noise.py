@@ -34,13 +34,16 @@ class Shells:
         frequency = particles.lattice.freqs2d[particles.mask].norm(dim=1)
         self.of_pixel = (frequency * particles.box).round().long() - 1
         self.count = int(self.of_pixel.max()) + 1
-        self._sizes = torch.bincount(self.of_pixel, minlength=self.count)
+        members = torch.nn.functional.one_hot(self.of_pixel, self.count).double()
+        self._shares = members / members.sum(0)
 
     def power(self, images: Tensor) -> Tensor:
-        """Return the mean square of each image in each shell: `(B, P)` -> `(B, count)`."""
-        sums = images.new_zeros(len(images), self.count)
-        sums.index_add_(1, self.of_pixel, images.square())
-        return sums / self._sizes
+        """Return the mean square of each image in each shell: `(B, P)` -> `(B, count)`.
+
+        As a product: adding to an index takes the pixels in any order on a GPU, and a training
+        that goes on would not see the noise that it saw before.
+        """
+        return (images.double().square() @ self._shares).to(images.dtype)
 
 
 def optics_groups(ctf_params: Tensor | None, n: int) -> Tensor:
