@@ -101,6 +101,7 @@ def evaluate(run: Run, options: EvalOptions, team: Team | None = None) -> Evalua
         apix=1.0 if particles.ctf_params is None else float(particles.ctf_params[0, 0]),
         index=np.arange(particles.n) if particles.ind is None else particles.ind,
         total=particles.total,
+        left_out=run.odd,
         measures=measures,
         labelled=labelled,
         volumes=shown_volumes,

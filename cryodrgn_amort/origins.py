@@ -44,7 +44,7 @@ class Origin:
 
     def model_args(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the ``model_args`` that ``train_vae`` would have written."""
-        args = {"activation": "relu", "pe_dim": None, **config["model_args"]}
+        args = {"activation": "relu", **config["model_args"]}  # older ones do not say
         if self.command == "abinit":
             training = config["training"]
             sizes = {"players": training["hypervolume_layers"], "pdim": training["hypervolume_dim"]}

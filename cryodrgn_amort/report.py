@@ -204,7 +204,7 @@ def _earlier_files(out: Path) -> list[str]:
 
 def _write_arrays(evaluation: Evaluation, folder: Path) -> None:
     apix = {"Apix": evaluation.apix}
-    every = evaluation.run.with_odd  # the host's dashboard shows values of all particles
+    every = evaluation.of_all  # the host's dashboard shows values of all particles
     names = figures.numbers(len(evaluation.labelled))
     for name, volume in zip(names, evaluation.volumes, strict=True):
         host.write_mrc(str(folder / f"vol.{name}.mrc"), volume, **apix)
@@ -298,7 +298,7 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
             "encoder_kind": run.encoder.name,
             "encoder_input": None if shown is None else shown.name,
             "n": len(evaluation.z),
-            "left_out": run.odd.tolist(),
+            "left_out": evaluation.left_out.tolist(),
             "stack": evaluation.total,
             "zdim": evaluation.z.shape[1],
             "box_px": evaluation.volumes.shape[-1],
@@ -356,7 +356,7 @@ def _table_of_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Run", f"{run['name']}, epoch {run['epoch']}"),
         ("Encoder", f"{run['encoder']} ({evaluation.run.encoder.summary}); it is shown: {shown}"),
         ("Particles", f"{run['n']} from {particles}, box {run['box_px']} px, {apix}"),
-        *([("Left out", odd_text(evaluation.run.odd))] if run["left_out"] else []),
+        *([("Left out", odd_text(evaluation.left_out))] if run["left_out"] else []),
         ("Latent dimensions", str(run["zdim"])),
         ("Sample sizes", f"reconstruction losses {options.sample}, volumes {options.volumes}, at "
                          f"most; the neighbours of {min(run['n'], MOST_QUERIES)} particles are "

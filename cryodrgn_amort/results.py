@@ -200,6 +200,9 @@ class Evaluation:
         Whether the encoder is shown images, so that amortization can be measured.
     index, total
         Positions of the particles in their stack, `(N,)`, and how many that has.
+    left_out
+        Which of the run's particles are none of these, since their latents are not finite: their
+        rows among the latents that were saved, `(M,)`.
     z, logvar
         Posterior of the particles, `(N, zdim)`.
     measures
@@ -245,6 +248,15 @@ class Evaluation:
     labels: np.ndarray | None = None
     coordinate: np.ndarray | None = None
     label_names: tuple[str, ...] = ()
+    left_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def of_all(self, values: np.ndarray) -> np.ndarray:
+        """Return values of the particles `(N, ...)` with NaN in the places of those left out."""
+        if not len(self.left_out):
+            return values
+        whole = np.full((len(values) + len(self.left_out), *values.shape[1:]), np.nan, np.float32)
+        whole[np.setdiff1d(np.arange(len(whole)), self.left_out)] = values
+        return whole
 
     def rows(self) -> list[tuple[str, str, Measure]]:
         """Return all measures in the order of reading, and what each is of.

@@ -391,14 +391,6 @@ class Run:
             logger.warning(f"RUN {self.folder}: left out are {odd_text(found)}")
         return found
 
-    def with_odd(self, values: np.ndarray) -> np.ndarray:
-        """Return values of its particles `(N, ...)` with NaN in the places of those left out."""
-        if not len(self.odd):
-            return values
-        whole = np.full((len(values) + len(self.odd), *values.shape[1:]), np.nan, np.float32)
-        whole[np.setdiff1d(np.arange(len(whole)), self.odd)] = values
-        return whole
-
     @property
     def refined_poses(self) -> Path | None:
         """The file of the poses that its particles have got by this epoch; None: those given."""

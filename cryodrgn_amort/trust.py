@@ -70,10 +70,10 @@ def write_trust(evaluation: Evaluation, folder: Path) -> None:
             known = ("" if math.isnan(value) else f"{value:.6g}" for value in values)
             writer.writerow([particle, *known])
     if evaluation.fits:
-        write_pickle(folder / "gap.pkl", evaluation.run.with_odd(table["gap"]))
+        write_pickle(folder / "gap.pkl", evaluation.of_all(table["gap"]))
     if "trust" not in table:
         return
-    write_pickle(folder / "trust.pkl", evaluation.run.with_odd(table["trust"]))
+    write_pickle(folder / "trust.pkl", evaluation.of_all(table["trust"]))
     stable = table["trust"] >= 1 - STABLE
     for name, chosen in (("stable", stable), ("unstable", ~stable)):
         if chosen.any():

@@ -295,8 +295,7 @@ def test_weights_of_a_data_parallel_model_are_read(sent, plugins):
 def test_a_config_of_cryodrgn_before_2_is_read(sent, plugins):
     config = yaml.safe_load((sent / "config.yaml").read_text())
     (sent / "config.yaml").unlink()
-    for name in ("activation", "pe_dim"):
-        del config["model_args"][name]
+    del config["model_args"]["activation"]
     config["dataset_args"]["norm"] = [np.float32(v) for v in config["dataset_args"]["norm"]]
     write_pickle(sent / "config.pkl", {**config, "time": datetime(2020, 1, 1)})
     run = load_run(sent, plugins)
