@@ -340,7 +340,7 @@ def load_particles(
     found = Particles(
         images, rots, trans, ctf, ind=ind, total=total, tilts=tilts, whole=whole, device=device
     )
-    found.held_out = held
+    found.held_out, found.left_out = held, source.without
     return found
 
 
