@@ -77,6 +77,8 @@ def _pandas_index(_: str, parts: dict[str, Any]) -> Any:
     """Stand in for what makes a pandas Index: the array that it holds, or the range."""
     if "data" in parts:
         return np.asarray(parts["data"])
+    if "start" not in parts:
+        raise pickle.UnpicklingError("it holds a pandas index of several levels; save one of them")
     return range(int(parts["start"]), int(parts["stop"]), int(parts["step"]))
 
 

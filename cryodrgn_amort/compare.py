@@ -16,7 +16,7 @@ from cryodrgn_amort.definitions import DEFINITIONS, text_row, text_table
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import write_json
 from cryodrgn_amort.metrics import Measure, measure
-from cryodrgn_amort.runs import load_run
+from cryodrgn_amort.runs import TRAINED, load_run
 
 if TYPE_CHECKING:
     import os
@@ -116,8 +116,13 @@ def _common(runs: Sequence[Run]) -> list[np.ndarray]:
     index = [found for found in known if found is not None]
     if len(index) < len(runs):
         if len({run.n for run in runs}) > 1:
-            raise InputError(f"RUN {runs[known.index(None)].folder}: what its --ind named is gone")
-        logger.warning("What --ind named is gone: taken to be the same particles in all runs")
+            raise InputError(
+                f"RUN {runs[known.index(None)].folder}: which particles it has is not known: what "
+                f"its --ind named, or its {TRAINED}, is gone"
+            )
+        logger.warning(
+            f"What --ind named, or {TRAINED}, is gone: taken to be the same particles in all runs"
+        )
         return [np.arange(run.n) for run in runs]
     shared = reduce(np.intersect1d, index)
     if len(shared) < _FEWEST:

@@ -31,7 +31,6 @@ with warnings.catch_warnings():  # the host's imports warn of their own dependen
         CsSource,
         ImageSource,
         MRCFileSource,
-        StarfileSource,
         TxtFileSource,
         parse_star,
     )
@@ -213,7 +212,7 @@ def analyze(run_folder: str, epoch: int, z: np.ndarray) -> str | None:
 def any_suffix() -> Iterator[None]:
     """Let the host read stacks and tables by names of theirs that it does not know.
 
-    It goes by the last letters alone, in small ones.
+    It goes by the last letters alone, in small ones; of .star files it insists on these.
     """
     known = ImageSource.from_file
 
@@ -224,7 +223,7 @@ def any_suffix() -> Iterator[None]:
             return known(filepath, **given)
         if kind in (".mrc", ".mrcs", *_MORE_STACKS):
             return MRCFileSource(filepath, lazy=given["lazy"], indices=given.get("indices"))
-        source = {".star": StarfileSource, ".cs": CsSource, ".txt": TxtFileSource}[kind]
+        source = {".cs": CsSource, ".txt": TxtFileSource}[kind]
         if kind == ".txt":
             given.pop("datadir", None)
         return source(filepath, **given)

@@ -145,6 +145,8 @@ class Particles:
         self.ind = ind
         self.held_out: np.ndarray | None = None
         """Positions in the stack of what training leaves out; None: nothing is left out."""
+        self.left_out: tuple[int, ...] = ()
+        """Where among these others would be that are left out: see ``ParticleSource.without``."""
         self.tilts = tilts
         self.n, self.D, self.box = images.N if tilts is None else tilts.n, images.D, images.D - 1
         self.total = self.n if total is None else total

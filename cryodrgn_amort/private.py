@@ -32,13 +32,14 @@ def abbreviate(parser: argparse.ArgumentParser, actions: list[argparse.Action]) 
 
     argparse takes any beginning that is unique among all flags; further ones take some away.
     """
-    flags = {s: action for action in actions for s in action.option_strings if s[:2] == "--"}
-    for flag, action in flags.items():
-        for end in range(3, len(flag)):
-            short = flag[:end]
-            meant = {id(a) for s, a in flags.items() if s.startswith(short)}
-            if len(meant) == 1:
-                parser._option_string_actions.setdefault(short, action)
+    known, every = {id(action) for action in actions}, parser._get_option_tuples
+
+    def meant(option_string: str) -> list[Any]:
+        found: list[Any] = every(option_string)  # the action first, whatever else
+        before = [each for each in found if id(each[0]) in known]
+        return before if len(before) == 1 else found
+
+    parser._get_option_tuples = meant  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -224,7 +224,7 @@ def _settings_of(
         if origin.finds_poses:
             values.update(poses=str(poses), do_pose_sgd=True)
     values.update(outdir=str(folder), load=None, overwrite=False)
-    if values.get("holdout"):
+    if values.get("holdout") and (folder / HOLDOUT).is_file():  # else as it was given
         values["holdout"] = str(folder / HOLDOUT)
     moved = folder / CHOSEN
     if Path(values.get("ind") or "").name == CHOSEN and moved.is_file():
@@ -319,7 +319,8 @@ class Run:
     def index(self) -> np.ndarray | None:
         """Positions of its particles in the stack `(N,)`, in the order of its latents.
 
-        None: not known, since what ``--ind`` named is not there any more.
+        None: not known, since what ``--ind`` named, or what the run kept of ``--holdout``, is not
+        there any more.
         """
         whole = self.whole_index
         return None if whole is None else np.delete(whole, self.odd)
@@ -327,8 +328,8 @@ class Run:
     @cached_property
     def whole_index(self) -> np.ndarray | None:
         """The same with those whose latents are not finite."""
-        kept = self.folder / TRAINED
-        path = str(kept) if self.settings.holdout and kept.is_file() else self.settings.ind
+        kept = str(self.folder / TRAINED)
+        path = kept if self.settings.holdout is not None else self.settings.ind
         total = self.n + len(self.odd)
         if path is None:
             return np.arange(total)
@@ -435,12 +436,22 @@ class Run:
         """Load the model, and what its encoder was shown in training.
 
         A table is not loaded: its latents are those of ``z()``, and the model only decodes.
+
+        Raises
+        ------
+        InputError
+            If particles are left out to which what the others are shown belongs.
         """
         amort = self.encoder.make(self.settings, particles) if self.encoder.shown_images else None
         model, own = self._model(particles.lattice, amort)
         _, input_spec = self.settings.resolve(self.plugins)
         if input_spec is None:
             return model, None
+        if particles.left_out and not self.shows_particles:  # its permutation, the noise of row i
+            raise InputError(
+                f"RUN {self.folder}: {odd_text(self.odd)}; --encoder {self.settings.encoder} needs "
+                "every particle: infer_amort fits them anew, and what it writes can be evaluated"
+            )
         shown = input_spec.build(self.settings, particles)
         try:
             shown.load_state_dict(own.get("input_state", {}))

@@ -264,6 +264,8 @@ def load_particles(
     what = f"PARTICLES {source.particles}"
     if not source.particles.lower().endswith(_EXTENSIONS):
         raise InputError(f"{what}: not one of {', '.join(_EXTENSIONS)}")
+    if source.particles[-5:] != ".star" == source.particles[-5:].lower():
+        raise InputError(f"{what}: the host wants .star in small letters; rename the file")
     if not os.path.isfile(source.particles):
         raise InputError(f"{what}: no such file (a folder does not count)")
     try:
@@ -338,7 +340,7 @@ def load_particles(
     found = Particles(
         images, rots, trans, ctf, ind=ind, total=total, tilts=tilts, whole=whole, device=device
     )
-    found.held_out = held
+    found.held_out, found.left_out = held, source.without
     return found
 
 

@@ -65,8 +65,12 @@ def time_epochs(runs: Sequence[Run], options: TimingOptions) -> dict[str, np.nda
     Raises
     ------
     InputError
-        If their inputs are gone.
+        If their inputs are gone, or their training is none of ours.
     """
+    for run in runs:
+        if not run.origin.encoder:
+            raise InputError(f"RUN {run.folder}: a run of cryodrgn {run.origin.command}: only "
+                             "epochs of train_amort and train_vae can be timed")  # fmt: skip
     trainers: dict[str, Trainer] = {}
     opened: dict[tuple[ParticleSource, bool], Particles] = {}
     for run in runs:

@@ -131,13 +131,15 @@ def load_known(options: EvalOptions, particles: Particles) -> Known:
 def _per_particle(
     given: str | np.ndarray | None, flag: str, particles: Particles
 ) -> np.ndarray | None:
-    """Read one value per particle: of the run's particles, or of the whole stack."""
+    """Read one value per particle: of the run's particles, all of them, or of the whole stack."""
     if given is None:
         return None
     what = _named(flag, given)
     values = to_array(read_pickle(given, flag), what) if isinstance(given, str) else given
     if particles.ind is not None and values.shape == (particles.total,):
         values = values[particles.ind]
+    elif particles.left_out and values.shape == (particles.n + len(particles.left_out),):
+        values = np.delete(values, particles.left_out)
     if values.shape != (particles.n,):
         raise InputError(f"{what}: has shape {values.shape}, not one value for each of the "
                          f"{particles.n} particles")  # fmt: skip

@@ -146,6 +146,7 @@ def test_ctf(refused, files, tmp_path, change, says):
         (range(10**12), "range(0, 1000000000000) has 1000000000000 values"),
         (pd.Series([1, 2]), "it holds a pandas Series; save its .to_numpy()"),
         (pd.Index(["a", "b"], dtype=object), "list of integer indices"),
+        (pd.MultiIndex.from_tuples([(1, 2), (3, 4)]), "index of several levels"),
         ({"a": 1}, "not a list of integer indices"),
         ([[1], [1, 2]], "different lengths"),
     ],

@@ -159,6 +159,9 @@ def test_tables_of_stacks_are_read_by_other_names(stack, tmp_path):
     (tmp_path / "A.TXT").write_text(f"{stack.particles}\n")
     own = load_particles(ParticleSource(str(tmp_path / "A.TXT"), stack.poses))
     np.testing.assert_array_equal(own.raw(torch.arange(2)), stack.images[:2])
+    (tmp_path / "A.STAR").write_text("data_\n")
+    with pytest.raises(InputError, match=r"A\.STAR: the host wants \.star in small letters"):
+        load_particles(ParticleSource(str(tmp_path / "A.STAR"), stack.poses))
 
 
 def test_a_stock_run_is_measured_like_ours(stack, tmp_path, train, flags, plugins):

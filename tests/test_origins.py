@@ -10,10 +10,12 @@ import torch
 import yaml
 from helpers import read_pickles, write_pickle
 
-from cryodrgn_amort.checkpoints import read_weights
+from cryodrgn_amort.checkpoints import read_weights, write_z
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.posteriors import InferOptions, infer_run
+from cryodrgn_amort.results import EvalOptions
 from cryodrgn_amort.runs import load_run
+from cryodrgn_amort.truth import load_known
 
 ZDIM, WIDTH = 3, 16
 EVAL = ("--transform", "roll:1", "--fit", "4", "--bootstrap", "10", "--no-umap", "--sample", "20")
@@ -278,6 +280,28 @@ def test_the_final_files_alone_are_a_run(sent, trained, cli, plugins, tmp_path):
         assert code == 0, err
 
 
+@pytest.mark.parametrize("fraction", [True, False])
+def test_a_run_with_particles_held_out_is_read_without_its_lists_of_them(
+    fraction, trained, stack, cli, plugins, tmp_path
+):
+    """Which they are follows from a fraction and the seed, or from the file that was given."""
+    for name in ("config.yaml", "weights.pkl", "z.pkl"):
+        shutil.copy(trained / name, tmp_path)
+    if not fraction:
+        config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+        config["amort"]["settings"]["holdout"] = str(trained / "ind_heldout.pkl")
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    run, whole = load_run(tmp_path, plugins), load_run(trained, plugins)
+    for own, theirs in ((run.particles(), whole.particles()), (run.held_out(), whole.held_out())):
+        np.testing.assert_array_equal(own.ind, theirs.ind)
+    assert run.index is None  # not the first of the stack
+    assert whole.index is not None
+    of_abinit(stack, tmp_path / "other")
+    code, _, err = cli("compare_amort", tmp_path, tmp_path / "other")
+    assert code == 2
+    assert "which particles it has is not known" in err
+
+
 def stack_of(run):
     return run.settings.particles
 
@@ -342,6 +366,32 @@ def test_particles_without_a_finite_latent_are_left_out(spoilt, cli, plugins, tm
     code, _, err = cli("compare_amort", spoilt, spoilt, "--volumes", "2", "--clusters", "2",
                          "--bootstrap", "0")  # fmt: skip
     assert code == 0, err
+
+
+def test_what_is_known_may_be_of_all_particles_of_the_run(spoilt, plugins, tmp_path):
+    run = load_run(spoilt, plugins)
+    particles = run.particles()
+    kept = np.delete(np.arange(run.n + 2), [4, 11])
+    for n in (run.n, run.n + 2, particles.total):
+        path = write_pickle(tmp_path / "co.pkl", np.arange(n, dtype=float))
+        found = load_known(EvalOptions(coordinate=path), particles).coordinate
+        expected = {run.n: np.arange(run.n), run.n + 2: kept, particles.total: particles.ind}[n]
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("encoder", ["twin", "noise"])
+def test_what_is_shown_by_position_needs_every_particle(encoder, train, flags, plugins, tmp_path):
+    folder = train(flags, encoder=encoder, qdim=8).folder
+    mean, logvar = read_pickles(folder / "z.2.pkl", 2)
+    mean[3] = np.nan
+    (folder / "checksums.sha256").unlink()
+    write_z(folder / "z.2.pkl", mean, logvar)
+    run = load_run(folder, plugins)
+    with pytest.raises(InputError, match=r"row 3 of its z\.pkl.*infer_amort fits them anew"):
+        run.load(run.particles())
+    infer_run(run, InferOptions(steps=1), tmp_path / "new")
+    new = load_run(tmp_path / "new", plugins)
+    assert new.load(new.particles())[1] is None
 
 
 def test_latents_that_are_not_finite_are_inferred_anew(spoilt, plugins, tmp_path):

@@ -79,7 +79,7 @@ def test_images_are_prepared_as_the_host_prepares_them(stack):
     assert torch.equal(raw, torch.from_numpy(stack.images[:3]))
 
 
-def test_beginnings_of_flags_mean_what_they_meant():
+def test_beginnings_of_flags_mean_what_they_meant(capsys):
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--encode-mode")
     parser.add_argument("--enc-dim")
@@ -91,5 +91,9 @@ def test_beginnings_of_flags_mean_what_they_meant():
     assert parser.parse_args(["--encode", "tilt"]).encode_mode == "tilt"
     assert parser.parse_args(["--encoder", "vlt", "--enc-d", "3"]).encoder == "vlt"
     assert "--encode " not in parser.format_help()
+    assert parser.parse_args(["--encode=tilt"]).encode_mode == "tilt"
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         parser.parse_args(["--enc", "3"])  # as before
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.endswith("could match --encode-mode, --enc-dim, --encoder")

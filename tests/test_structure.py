@@ -78,7 +78,7 @@ def test_only_one_module_imports_the_host():
 PRIVATE = {  # what we use of others' private parts, and where; cli's _get_commands is wrapped
     ("private.py", "_Unpickler"),
     ("private.py", "_actions"),
-    ("private.py", "_option_string_actions"),
+    ("private.py", "_get_option_tuples"),
     ("host.py", "_process"),
 }
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from cryodrgn_amort.runs import load_run
 from cryodrgn_amort.timing import TimingOptions, time_epochs
@@ -24,6 +25,19 @@ def test_runs_that_are_shown_other_pixels_share_no_particles(folders, cli, tmp_p
     assert ("round" in shown, "whole" in shown) == (True, True)
     seconds = json.loads(out.read_text())["seconds_per_epoch"]
     assert all(values[0] > 0 for values in seconds.values())
+
+
+def test_runs_that_are_not_trained_as_ours_are_refused(folders, cli, plugins):
+    config = folders[0] / "config.yaml"
+    content = yaml.safe_load(config.read_text())
+    del content["amort"]
+    content["model_args"] |= {"dim": 16, "layers": 1}
+    del content["model_args"]["encode_mode"]  # as in a run of train_dec
+    config.write_text(yaml.safe_dump(content))
+    (folders[0] / "checksums.sha256").unlink()
+    code, _, err = cli("time_amort", *folders, "--rounds", 1, "--batches", 1)
+    assert code == 2
+    assert "a run of cryodrgn train_dec: only epochs of train_amort and train_vae" in err
 
 
 def test_runs_of_the_same_particles_share_them(folders, plugins, monkeypatch):
