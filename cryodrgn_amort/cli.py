@@ -48,6 +48,10 @@ def _guarded(command: str, run: Callable[[argparse.Namespace], Any]) -> Callable
                 err = named(err, f"{args.outdir}/")
             where = f"{err.filename}: " if err.filename else ""
             _fail(command, f"{where}{err.strerror or err}{_elsewhere(err, args)}")
+        except (MemoryError, RuntimeError) as err:
+            if not _of_memory(err):
+                raise
+            _fail(command, f"out of memory: {str(err).partition(chr(10))[0] or 'no more is free'}")
         except Stopped as stop:
             if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
                 sys.stderr.write(f"cryodrgn {command}: {stop}\n")
@@ -57,6 +61,12 @@ def _guarded(command: str, run: Callable[[argparse.Namespace], Any]) -> Callable
             raise SystemExit(INTERRUPTED) from None
 
     return guarded
+
+
+def _of_memory(err: Exception) -> bool:
+    """Tell whether Python's, NumPy's or PyTorch's error says that memory is full."""
+    known = isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError"
+    return known or "can't allocate memory" in str(err)
 
 
 def _elsewhere(err: OSError, args: argparse.Namespace) -> str:

@@ -127,16 +127,32 @@ def holdout_of(settings: TrainSettings) -> str | None:
     kept = (Path(settings.outdir) if load == "latest" else Path(load).parent) / HOLDOUT
     if kept.is_file():
         return str(kept)
-    if given:
+    had = _beside(kept, OWN_KEY, "settings", "holdout")
+    if given and had is None:
         raise InputError(f"--holdout {given}: the run of --load {load} had none held out")
-    return None
+    if had is not None and not given:
+        raise InputError(
+            f"--load {load}: its run was trained with --holdout {had}, and {HOLDOUT}, which says "
+            "which particles these are, is not beside it; give --holdout"
+        )
+    return given
 
 
 def _norm_beside(checkpoint: Path) -> list[float] | None:
     """Return the normalisation in the config.yaml beside a checkpoint of the host, if there."""
     try:
-        config = read_yaml(checkpoint.parent / "config.yaml", "--load")
-        offset, scale = config["dataset_args"]["norm"]
+        offset, scale = _beside(checkpoint, "dataset_args", "norm")
         return [float(offset), float(scale)]
+    except (TypeError, ValueError):
+        return None
+
+
+def _beside(file: Path, *keys: str) -> Any:
+    """Return what the config.yaml beside a file says; None: nothing of that."""
+    try:
+        found = read_yaml(file.parent / "config.yaml", "--load")
+        for key in keys:
+            found = found[key]
     except (KeyError, TypeError, ValueError):  # InputError among them
         return None
+    return found

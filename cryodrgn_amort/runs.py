@@ -153,6 +153,9 @@ def inherited(
             values.setdefault(name, known)
     spec = plugins.encoder(values.get("encoder", recipe.get("encoder", "resid")))
     if isinstance(spec, EncoderSpec) and spec.sleeps:
+        if n < 2:
+            raise InputError(f"--from {values['from_run']}: has one latent, which is too few to "
+                             f"train --encoder {spec.name}")  # fmt: skip
         values.setdefault("num_epochs", -(-_DREAMS // n))
         values.setdefault("checkpoint", -(-values["num_epochs"] // 10))
     return values

@@ -26,6 +26,7 @@ from cryodrgn_amort import __version__, host
 from cryodrgn_amort.checkpoints import read_pickle, write_pickle
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.files import forget, locked, record, recorded, replacing, write_text
+from cryodrgn_amort.machine import available_memory
 from cryodrgn_amort.progress import on_terminal
 from cryodrgn_amort.sources import load_ctf, load_poses
 from cryodrgn_amort.specimens import BlobModel, VolumeModel, clean_images, read_volume
@@ -201,6 +202,9 @@ class _Truth:
 
 def _load_model(options: SimulateOptions) -> tuple[BlobModel | VolumeModel, float]:
     """Return the object and its pixel size in angstroms."""
+    voxels = (options.D or 0) ** 3 * max(1, len(options.volumes))
+    if 32 * voxels > available_memory():
+        raise InputError(f"-D {options.D}: volumes of this box do not fit memory")
     if not options.volumes:
         D = options.D or 32
         classes = options.classes or len(BlobModel.COMPOSITIONS)

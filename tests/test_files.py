@@ -135,3 +135,24 @@ def test_an_error_without_a_file_names_the_output_folder(tmp_path, capsys):
             cli._guarded("train_amort", full)(args)
         assert stop.value.code == 2
         assert re.search(says, capsys.readouterr().err)
+
+
+def test_full_memory_is_one_line_and_other_errors_keep_their_traceback(capsys):
+    def run(err):
+        def work(args):
+            raise err
+
+        cli._guarded("c", work)(SimpleNamespace())
+
+    for err in (
+        MemoryError("Unable to allocate 3 TiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nmore"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(err)
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert said == f"cryodrgn c: error: out of memory: {str(err).splitlines()[0]}\n"
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(RuntimeError("a bug"))

@@ -14,7 +14,8 @@ from cryodrgn_amort.checkpoints import read_weights, write_z
 from cryodrgn_amort.errors import InputError
 from cryodrgn_amort.posteriors import InferOptions, infer_run
 from cryodrgn_amort.results import EvalOptions
-from cryodrgn_amort.runs import load_run
+from cryodrgn_amort.runs import inherited, load_run
+from cryodrgn_amort.settings import TrainSettings
 from cryodrgn_amort.truth import load_known
 
 ZDIM, WIDTH = 3, 16
@@ -300,6 +301,30 @@ def test_a_run_with_particles_held_out_is_read_without_its_lists_of_them(
     code, _, err = cli("compare_amort", tmp_path, tmp_path / "other")
     assert code == 2
     assert "which particles it has is not known" in err
+
+
+def test_particles_held_out_are_not_trained_on_for_want_of_their_list(
+    trained, stack, cli, tmp_path
+):
+    for name in ("config.yaml", "weights.pkl"):
+        shutil.copy(trained / name, tmp_path)
+    argv = ["train_amort", stack.particles, "--poses", stack.poses, "--ctf", stack.ctf, "--zdim",
+            ZDIM, "-n", 3, "--no-analysis", "--dec-dim", 16, "--dec-layers", 1, "--enc-dim", 16,
+            "--enc-layers", 1, "--load", tmp_path / "weights.pkl", "-o"]  # fmt: skip
+    code, _, err = cli(*argv, tmp_path / "a")
+    assert code == 2
+    assert "its run was trained with --holdout 0.1, and ind_heldout.pkl" in err
+    code, _, err = cli(*argv, tmp_path / "b", "--holdout", trained / "ind_heldout.pkl")
+    assert code == 0, err
+    found = (read_pickles(folder / "ind_heldout.pkl") for folder in (trained, tmp_path / "b"))
+    np.testing.assert_array_equal(*found)
+
+
+def test_one_latent_is_too_few_to_learn_from(stack, plugins, tmp_path):
+    had = TrainSettings(stack.particles, str(tmp_path), stack.poses, ZDIM)
+    for encoder in ("sleep", "anchored"):
+        with pytest.raises(InputError, match=f"--from run: has one latent.*--encoder {encoder}"):
+            inherited({"from_run": "run", "encoder": encoder}, had, 1, plugins)
 
 
 def stack_of(run):

@@ -507,6 +507,8 @@ def test_inputs_are_never_replaced(tmp_path):
         (["--seed", "-1"], "--seed -1"),
         (["-D", "33"], "-D 33: an even box"),
         (["-D", "8"], "-D 8: an even box"),
+        (["-D", "1000000"], "-D 1000000: volumes of this box do not fit memory"),
+        (["-n", str(10**15)], "out of memory: Unable to allocate"),
         (["--snr", "0"], "--snr 0.0: must be positive"),
         (["--snr", "nan"], "--snr nan"),
         (["--apix", "0"], "--apix 0.0"),
