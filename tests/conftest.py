@@ -14,6 +14,20 @@ import torch
 from helpers import write_stack
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Escape what is no text in what a test has printed: xdist sends it in UTF-8."""
+    report = yield
+    report.sections = [(name, _escaped(text)) for name, text in report.sections]
+    if report.longrepr is not None and _escaped(str(report.longrepr)) != str(report.longrepr):
+        report.longrepr = _escaped(str(report.longrepr))
+    return report
+
+
+def _escaped(text):
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory):
     """70 particles of 16 px: not a multiple of the batch size."""
