@@ -42,6 +42,7 @@ PLAN = "plan.yaml"
 INPUTS = ("particles", "poses", "ctf", "ind", "datadir")
 KNOWN = ("labels", "coordinate", "truth")
 # Flags that the study gives itself.
+_SOME = 1000  # particles of a run that is yet to be made
 _TAKEN = {
     "simulate_amort": ("o", "outdir", "overwrite"),
     "train_amort": (
@@ -337,7 +338,7 @@ class Plan:
         after = (f"train.{of}.seed{seed}",)
         outputs = (out / "amortization.json", out / "report.html")
         asked = flags.get("transform") or ()
-        used = [asked] if isinstance(asked, str) else asked
+        used = asked if isinstance(asked, list | tuple) else [asked]
         kinds = [("transforms", str(name).partition(":")[0]) for name in used]
         owners = self.plugins.bringing(*kinds, hook="report_sections")
         name = f"eval.{recipe.name}.seed{seed}"
@@ -393,7 +394,7 @@ class Plan:
                 if step.argv[0] == "train_amort":
                     parent = next((known[name] for name in step.after if name in known), None)
                     if args.get("from_run") and parent is not None:
-                        args = inherited(args, parent, 1, self.plugins)
+                        args = inherited(args, parent, _SOME, self.plugins)
                     known[step.name] = settings_from_flags(args, self.plugins)
                 if step.argv[0] == "eval_amort":
                     names = {f.name for f in fields(EvalOptions)}
