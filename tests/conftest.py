@@ -13,6 +13,13 @@ import pytest
 import torch
 from helpers import write_stack
 
+LONGEST = ("test_study", "test_faults", "test_interrupts", "test_mnist", "test_parallel")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that none is left over at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():

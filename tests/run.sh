@@ -8,4 +8,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/../examples/environment.sh"
 cd "$root"
 export OMP_NUM_THREADS=1       # more threads than cores wait for each other
 export OMP_WAIT_POLICY=passive # without spinning, where a test has several
-exec pytest -q --numprocesses 2 --dist loadfile "$@"
+exec pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
