@@ -238,9 +238,13 @@ def read_weights(path: str | os.PathLike[str], flag: str) -> dict[str, Any]:
     check_intact(path, flag)
     _check_archive(path, flag)
     try:
-        with warnings.catch_warnings(), _arrays_admitted():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd pickles, which are refused below
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:  # of abinit_het: it holds arrays
+                with _arrays_admitted():
+                    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as err:
         raise InputError(f"{flag} {path}: {err.strerror or 'cannot be read'}") from None
     except Exception:  # torch raises many kinds for damaged or foreign files

@@ -32,7 +32,7 @@ _FEWEST = 3  # particles that runs must have in common
 _NOT_CONFIGURATION = {
     "seed", "shuffle_seed", "outdir", "load", "overwrite", "do_analysis", "checkpoint",
     "log_interval", "verbose", "lazy", "memory", "num_workers", "max_threads", "recipe",
-    "particles", "poses", "ctf", "ind", "holdout", "datadir", "norm", "ignored",
+    "particles", "poses", "ctf", "ind", "holdout", "datadir", "norm",
 }  # fmt: skip
 
 

@@ -176,29 +176,28 @@ def volume_of(hartley: torch.Tensor, norm: tuple[float, float]) -> torch.Tensor:
     return volume
 
 
-def analyze(run_folder: str, epoch: int, z: np.ndarray) -> str | None:
+def analyze(run_folder: str, epoch: int, n: int, zdim: int) -> str | None:
     """Run ``cryodrgn analyze RUN EPOCH`` with its defaults, as far as there are particles for it.
 
     Parameters
     ----------
-    z
-        The latents of that epoch, `(N, zdim)`.
+    n, zdim
+        How many particles there are, and dimensions of their latents.
 
     Returns
     -------
     str
         What is left out, and why; None: nothing.
     """
-    n, zdim = z.shape
-    if zdim > 1 and n < max(zdim, 2):
-        return f"its principal components need {max(zdim, 2)} particles, there are {n}"
+    if n < zdim > 1:
+        return f"its principal components need {zdim} particles, there are {n}"
     with _same_backend():
         from cryodrgn.commands import analyze as host_analyze
 
         parser = argparse.ArgumentParser()
         host_analyze.add_args(parser)
         argv, left_out = [run_folder, str(epoch)], []
-        if n < parser.get_default("ksample"):
+        if zdim > 1 and n < parser.get_default("ksample"):
             argv += ["--ksample", str(n)]
             left_out.append(f"k-means has {n} clusters, one for each particle")
         if n <= _NEIGHBOURS and zdim > 2:

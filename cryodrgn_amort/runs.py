@@ -378,11 +378,14 @@ class Run:
             Whether those of ``particles(complete=True)`` are wanted: where they are not finite,
             the mean of the others.
         """
-        found = read_z(self.file("z"), "RUN")
-        if complete and len(self.odd):
-            return without_odd(*found)
-        mean, logvar = (np.delete(part, self.odd, 0) for part in found)
+        if complete:
+            return without_odd(*self._saved)
+        mean, logvar = (np.delete(part, self.odd, 0) for part in self._saved)
         return mean, logvar
+
+    @cached_property
+    def _saved(self) -> tuple[np.ndarray, np.ndarray]:
+        return read_z(self.file("z"), "RUN")
 
     @cached_property
     def odd(self) -> np.ndarray:
@@ -390,7 +393,7 @@ class Run:
 
         Their particles are left out, as if they were not the run's.
         """
-        found = odd_rows(*read_z(self.file("z"), "RUN"))
+        found = odd_rows(*self._saved)
         if len(found):
             logger.warning(f"RUN {self.folder}: left out are {odd_text(found)}")
         return found

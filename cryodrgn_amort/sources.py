@@ -264,7 +264,7 @@ def load_particles(
     what = f"PARTICLES {source.particles}"
     if not source.particles.lower().endswith(_EXTENSIONS):
         raise InputError(f"{what}: not one of {', '.join(_EXTENSIONS)}")
-    if source.particles[-5:] != ".star" == source.particles[-5:].lower():
+    if source.particles.lower().endswith(".star") and not source.particles.endswith(".star"):
         raise InputError(f"{what}: the host wants .star in small letters; rename the file")
     if not os.path.isfile(source.particles):
         raise InputError(f"{what}: no such file (a folder does not count)")
@@ -369,7 +369,7 @@ def _open(source: ParticleSource, rows: np.ndarray | None) -> host.ImageDataset:
 def _members(source: ParticleSource) -> list[np.ndarray]:
     """Return the images of each particle of a tilt series, as positions in the stack."""
     what = f"PARTICLES {source.particles}"
-    if not source.particles.lower().endswith(".star"):
+    if not source.particles.endswith(".star"):
         raise InputError(f"{what}: a tilt series needs a .star file, which groups its images")
     try:
         with host.quiet():

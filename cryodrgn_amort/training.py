@@ -23,7 +23,6 @@ from cryodrgn_amort.checkpoints import (
     OWN_KEY,
     epochs,
     read_weights,
-    read_z,
     write_weights,
     write_z,
 )
@@ -190,9 +189,9 @@ class Trainer:
 
     def _analyze(self) -> None:
         """Let the host analyze the run, which is complete whatever comes of it."""
-        z, _ = read_z(self.folder / "z.pkl", "-o")
+        n, zdim = self.particles.n, self.settings.zdim
         try:
-            left_out = host.analyze(str(self.folder), self.epoch, z)
+            left_out = host.analyze(str(self.folder), self.epoch, n, zdim)
         except Exception as err:  # whatever its own libraries raise
             left_out = f"{type(err).__name__}: {err}".splitlines()[0]
         if left_out is not None:
