@@ -131,8 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Imports only the command that is asked for.
     """
-    forgive()
     try:
+        forgive()
         _main(argv)
     except KeyboardInterrupt:
         sys.stderr.write("cryodrgn_amort: interrupted\n")

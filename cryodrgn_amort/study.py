@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -250,6 +252,7 @@ def run_steps(plan: Plan, commands: Mapping[str, CommandSpec], jobs: int) -> lis
     (plan.folder / "logs").mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
+    _start_server()
     of_caller = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, context, _start_worker, (str(plan.folder), threads))
     try:
@@ -260,6 +263,20 @@ def run_steps(plan: Plan, commands: Mapping[str, CommandSpec], jobs: int) -> lis
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_server() -> None:
+    """Start what forks the workers, deaf to Ctrl-C: this process hears it, and kills them.
+
+    While the server imports what is preloaded it would say so in a traceback.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where there are no signals
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # is inherited
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Runner:

@@ -377,6 +377,34 @@ def test_after_ctrl_c_no_worker_goes_on(tmp_path, plan_of_study, plugins, monkey
         mine.join()
 
 
+def test_ctrl_c_while_workers_are_prepared_is_said_in_one_line(tmp_path):
+    """It reaches all processes of a terminal, also one that imports for the workers."""
+    code = (
+        "import multiprocessing, time\n"
+        "from cryodrgn_amort import study\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('forkserver')\n"
+        "    context.set_forkserver_preload(['slow_import'])\n"
+        "    study._start_server()\n"
+        "    print('begun', flush=True)\n"
+        "    try:\n"
+        "        time.sleep(60)\n"
+        "    except KeyboardInterrupt:\n"
+        "        time.sleep(1)\n"
+    )
+    (tmp_path / "slow_import.py").write_text("import time\ntime.sleep(0.5)\n")
+    (tmp_path / "main.py").write_text(code)
+    process = subprocess.Popen(
+        [sys.executable, "main.py"], cwd=tmp_path, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == 0
+
+
 def test_digits_are_held_against_particles():
     from types import SimpleNamespace
 

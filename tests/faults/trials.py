@@ -133,7 +133,10 @@ def _child(argv: list[str], folder: Path, said: Path, file_bytes: int | None) ->
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes,) * 2)
         from cryodrgn_amort.cli import main
 
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        except KeyboardInterrupt:  # it came before the command had begun
+            os._exit(128 + signal.SIGINT)
         main(argv)
         code = 0
     except SystemExit as stop:
