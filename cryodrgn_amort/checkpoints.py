@@ -57,7 +57,7 @@ _LONGEST = 10**8  # range
 _PARALLEL = "module."
 """What PyTorch's data-parallel wrappers put before every name."""
 _ARRAY_NAMES = {
-    "numpy": {"ndarray", "dtype"},
+    "numpy": {"ndarray"},
     "numpy.core.multiarray": {"_reconstruct", "scalar"},
     "numpy._core.multiarray": {"_reconstruct", "scalar"},
     "numpy.core.numeric": {"_frombuffer"},
@@ -71,6 +71,17 @@ _ARRAY_NAMES = {
 
 def _storage_from_bytes(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def _dtype(code: Any, *more: Any) -> np.dtype:
+    """Make a type of array, but of times: one that a damaged file makes of them ends the process.
+
+    NumPy looks for their unit where the state that follows has none.
+    """
+    found: np.dtype = np.dtype(code, *more)
+    if found.kind in "mM":
+        raise pickle.UnpicklingError("it holds times or dates, which are no numbers")
+    return found
 
 
 def _pandas_index(_: str, parts: dict[str, Any]) -> Any:
@@ -96,6 +107,8 @@ class _ArrayUnpickler(PythonUnpickler):
             if name.endswith("Index"):
                 return name
             raise pickle.UnpicklingError(f"it holds a pandas {name}; save its .to_numpy()")
+        if (module, name) == ("numpy", "dtype"):
+            return _dtype
         if name in _ARRAY_NAMES.get(module, ()):
             return OrderedDict if name == "OrderedDict" else super().find_class(module, name)
         raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not plain data")

@@ -1,6 +1,8 @@
 """A user's mistake: one line that names flag and file, exit code 2, nothing touched on disk."""
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +226,19 @@ def test_checkpoints_that_are_damaged(refused, tmp_path):
 def test_odd_box(refused, tmp_path):
     odd = write_stack(tmp_path / "odd", 12, box=15)
     refused(particles=odd.particles, says=["particles.mrcs", "15 pixels is odd"])
+
+
+def test_a_damaged_type_of_array_does_not_end_the_process(tmp_path):
+    """A flipped bit makes 64-bit integers times without a unit, which NumPy does not survive."""
+    whole = pickle.dumps(np.arange(4), protocol=4)
+    assert whole.count(b"\x8c\x02i8") == 1
+    (tmp_path / "ind.pkl").write_bytes(whole.replace(b"\x8c\x02i8", b"\x8c\x02m8"))
+    code = "from cryodrgn_amort.checkpoints import read_ind; read_ind('ind.pkl', '--ind')"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 1, found.stderr
+    assert "--ind ind.pkl: not a usable pickle (it holds times or dates" in found.stderr
 
 
 def test_pickles_that_run_code_do_not(refused, tmp_path):
