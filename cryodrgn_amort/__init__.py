@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import pluggy
-
-from cryodrgn_amort.errors import InputError, Stopped
+from cryodrgn_amort.core.version import __version__
 
 if TYPE_CHECKING:
     from cryodrgn_amort.api import (
@@ -29,8 +27,9 @@ if TYPE_CHECKING:
         simulate_particles,
         train,
     )
+    from cryodrgn_amort.core import InputError, Stopped
+    from cryodrgn_amort.plugins import hookimpl
 
-__version__ = "0.1.0"
 __all__ = [
     "Figures",
     "InputError",
@@ -48,13 +47,14 @@ __all__ = [
     "train",
 ]
 
-hookimpl = pluggy.HookimplMarker("cryodrgn_amort")
-"""Marks a function of a plugin as one of the hooks of ``cryodrgn_amort.hookspecs``."""
-
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "hookimpl":
+        from cryodrgn_amort import plugins
+
+        return plugins.hookimpl
     from cryodrgn_amort import api
 
     return getattr(api, name)

@@ -8,32 +8,27 @@ strings or ``pathlib.Path``.
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from cryodrgn_amort.commands import train_amort
-from cryodrgn_amort.compare import CompareOptions, compare
-from cryodrgn_amort.errors import InputError, Stopped
-from cryodrgn_amort.evaluation import EvalOptions
-from cryodrgn_amort.evaluation import evaluate as _evaluate
-from cryodrgn_amort.notebook import Figures, Result, frame
+from cryodrgn_amort.core import InputError, Stopped, actions_of
+from cryodrgn_amort.evaluation import compare, evaluate as _evaluate
+from cryodrgn_amort.inference import infer_run
+from cryodrgn_amort.options import CompareOptions, EvalOptions, InferOptions, SimulateOptions, near
 from cryodrgn_amort.plugins import load_plugins
-from cryodrgn_amort.posteriors import InferOptions, infer_run
-from cryodrgn_amort.private import actions_of
-from cryodrgn_amort.runs import Run
-from cryodrgn_amort.runs import load_run as _load_run
-from cryodrgn_amort.simulate import SimulateOptions, Simulation, simulate
+from cryodrgn_amort.report import Figures, Result, frame
+from cryodrgn_amort.runs import Run, add_train_flags, load_run as _load_run
+from cryodrgn_amort.simulation import Simulation, simulate
+from cryodrgn_amort.training import train_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import pandas as pd
 
-    Options = TypeVar("Options")
     Location = str | os.PathLike[str]
     PerParticle = Location | np.ndarray | Sequence[Any]
 
@@ -120,8 +115,10 @@ def train(particles: Location | None = None, *, outdir: Location, **flags: Any) 
     if isinstance(start, Run):
         flags["from_run"] = start.folder
     given = {"particles": particles, "outdir": outdir, "do_analysis": False, **flags}
-    trainer = train_amort.train(_namespace(train_amort.add_args, given))
-    trainer.team.wait()  # until the leading process has written all
+    plugins = load_plugins()
+    parsed = _namespace(lambda parser: add_train_flags(parser, plugins), given)
+    trainer = train_run(vars(parsed), plugins)
+    trainer.processes.wait()  # until the leading process has written all
     return load_run(outdir)
 
 
@@ -150,7 +147,7 @@ def evaluate(
         Number of particles whose posteriors are fitted, to see what the encoder loses; and of
         particles held out.
     **options
-        Others of ``cryodrgn_amort.results.EvalOptions``: ``bootstrap=``, ``umap=False``,
+        Others of ``cryodrgn_amort.options.EvalOptions``: ``bootstrap=``, ``umap=False``,
         ``particles=``, if they have moved, and more.
 
     Raises
@@ -179,7 +176,7 @@ def evaluate(
         "fit": fit,
         **options,
     }
-    found = _evaluate(_opened(run), _options(EvalOptions, given))
+    found = _evaluate(_opened(run), EvalOptions.of_keywords(given))
     return Result(**{f.name: getattr(found, f.name) for f in fields(found)})
 
 
@@ -210,7 +207,7 @@ def infer(
         At most so many per particle and start; 0: the starts as they are. None: 400; but of more
         than 500 particles, unless ``starts`` are given, 30 from "anchors" alone.
     **options
-        Others of ``cryodrgn_amort.posteriors.InferOptions``: ``held_out=True``, ``overwrite=True``
+        Others of ``cryodrgn_amort.options.InferOptions``: ``held_out=True``, ``overwrite=True``
         and more.
 
     Returns
@@ -236,7 +233,7 @@ def infer(
         "steps": steps,
         **options,
     }
-    infer_run(_opened(run), _options(InferOptions, given), os.fspath(outdir))
+    infer_run(_opened(run), InferOptions.of_keywords(given), os.fspath(outdir))
     return load_run(outdir)
 
 
@@ -248,7 +245,7 @@ def compare_runs(*runs: Run, volumes: int = CompareOptions.volumes, **options: A
     volumes
         Number of particles whose decoded volumes are compared; 0: none.
     **options
-        Others of ``cryodrgn_amort.compare.CompareOptions``: ``clusters=``, ``bootstrap=``,
+        Others of ``cryodrgn_amort.options.CompareOptions``: ``clusters=``, ``bootstrap=``,
         ``seed=``.
 
     Returns
@@ -269,7 +266,7 @@ def compare_runs(*runs: Run, volumes: int = CompareOptions.volumes, **options: A
     >>> agreement.measure.to_list()[:2]
     ['knn_overlap', 'linear_cka']
     """
-    asked = _options(CompareOptions, {"volumes": volumes, **options})
+    asked = CompareOptions.of_keywords({"volumes": volumes, **options})
     pairs = compare(list(map(_opened, runs)), asked)
     return frame(
         ("first", "second", "only_seed"),
@@ -297,7 +294,7 @@ def simulate_particles(
     snr
         Variance of the noise-free images over that of the noise.
     **options
-        Others of ``cryodrgn_amort.simulate.SimulateOptions``: ``classes=``, ``hinge_deg=``,
+        Others of ``cryodrgn_amort.options.SimulateOptions``: ``classes=``, ``hinge_deg=``,
         ``volumes=``, ``poses=``, ``ctf=``, ``seed=``, ``overwrite=True`` and more.
 
     Returns
@@ -318,40 +315,13 @@ def simulate_particles(
     ['particles.mrcs']
     """
     given = {"n": n, "heldout": heldout, "D": D, "snr": snr, **options}
-    return simulate(_options(SimulateOptions, {"outdir": os.fspath(outdir), **given}))
+    return simulate(SimulateOptions.of_keywords({"outdir": os.fspath(outdir), **given}))
 
 
 def _opened(run: Run) -> Run:
     if not isinstance(run, Run):
         raise InputError(f"run {run!r}: not a run; open its folder by load_run")
     return run
-
-
-_NUMBERS: dict[type, tuple[type, ...]] = {  # of the default -> what may be given
-    bool: (bool, np.bool_),
-    int: (int, np.integer),
-    float: (float, int, np.number),
-}
-
-
-def _options(kind: type[Options], given: Mapping[str, Any]) -> Options:
-    """Make the options of a command, whose types are checked as far as the defaults tell."""
-    known = {f.name: f.default for f in fields(kind)}  # type: ignore[arg-type]
-    for name, value in (plain := _plain(given)).items():
-        if name not in known:
-            raise InputError(f"{name}: there is no such option{_near(name, known)}")
-        right = _NUMBERS.get(type(known[name]), (object,))
-        if value is not None and not isinstance(value, right):
-            raise InputError(f"{name} {value!r}: {right[0].__name__} is needed")
-    try:
-        return kind(**plain)
-    except (TypeError, AttributeError) as err:
-        raise InputError(f"{kind.__name__}: {err}") from None
-
-
-def _near(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; is {near[0]} meant?" if near else ""
 
 
 def _per_particle(values: PerParticle | None) -> str | np.ndarray | None:
@@ -361,17 +331,6 @@ def _per_particle(values: PerParticle | None) -> str | np.ndarray | None:
     found = np.asarray(values)
     words = found.dtype.kind == "O" and all(isinstance(value, str) for value in found.flat)
     return found.astype(str) if words else found
-
-
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with paths as text and lists as tuples."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return tuple(map(plain, value))
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-    return {name: plain(value) for name, value in options.items()}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -397,9 +356,9 @@ def _namespace(
         for name in {action.dest, *flags}:
             actions.setdefault(name, []).append(action)
     argv: list[str] = []
-    for name, value in _plain(given).items():
+    for name, value in given.items():
         if name not in actions:
-            raise InputError(f"{name}: there is no such flag{_near(name, actions)}")
+            raise InputError(f"{name}: there is no such flag{near(name, actions)}")
         if isinstance(value, np.ndarray):
             raise InputError(f"{name}: an array; a file, pickled, is needed")
         if value is not None:
@@ -412,7 +371,7 @@ def _words(name: str, value: Any, actions: Sequence[argparse.Action]) -> list[st
     action = actions[0]
     flag = max(action.option_strings, key=len, default="")
     if action.nargs != 0:
-        values = list(map(str, value)) if isinstance(value, tuple) else [str(value)]
+        values = list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
         if not flag:
             return values
         return [f"{flag}={values[0]}"] if flag[:2] == "--" and len(values) == 1 else [flag, *values]

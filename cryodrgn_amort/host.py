@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import warnings
@@ -24,8 +25,7 @@ with warnings.catch_warnings():  # the host's imports warn of their own dependen
     from cryodrgn.lattice import Lattice
     from cryodrgn.lie_tools import s2s2_to_rotmat
     from cryodrgn.models import FTPositionalDecoder, HetOnlyVAE, ResidLinearMLP
-    from cryodrgn.mrcfile import MRCHeader, parse_mrc
-    from cryodrgn.mrcfile import write_mrc as _write_mrc
+    from cryodrgn.mrcfile import MRCHeader, parse_mrc, write_mrc as _write_mrc
     from cryodrgn.pose import PoseTracker
     from cryodrgn.source import (
         CsSource,
@@ -35,8 +35,7 @@ with warnings.catch_warnings():  # the host's imports warn of their own dependen
         parse_star,
     )
 
-from cryodrgn_amort.files import naming
-from cryodrgn_amort.private import replaced
+from cryodrgn_amort.core import actions_of, naming, replaced
 
 logging.getLogger("cryodrgn_amort").disabled = False  # the host disables all that there are
 
@@ -74,6 +73,7 @@ __all__ = [
     "s2s2_to_rotmat",
     "save_config",
     "symmetrize_ht",
+    "train_vae_defaults",
     "training_steps",
     "volume_of",
     "write_mrc",
@@ -87,6 +87,14 @@ _MORE_STACKS = (".map", ".st")
 def add_train_vae_args(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` every flag of the installed ``cryodrgn train_vae``."""
     _train_vae().add_args(parser)
+
+
+@functools.cache
+def train_vae_defaults() -> dict[str, Any]:
+    """Return the defaults of the flags of the installed ``cryodrgn train_vae``, by argument."""
+    parser = argparse.ArgumentParser()
+    add_train_vae_args(parser)
+    return {action.dest: action.default for action in actions_of(parser)}
 
 
 def _train_vae() -> Any:

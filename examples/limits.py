@@ -23,8 +23,8 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 from scipy.stats import vonmises_fisher
 
-from cryodrgn_amort.definitions import GAIN_BOUNDS
-from cryodrgn_amort.metrics import Neighbours, knn_labels
+from cryodrgn_amort.measures import Neighbours, knn_labels
+from cryodrgn_amort.report.verdict import GAIN_BOUNDS
 
 HELD_OUT = 400
 IMAGES = 200_000  # made up, for each encoder

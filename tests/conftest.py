@@ -87,7 +87,7 @@ def flags(stack, tmp_path):
 @pytest.fixture
 def train(plugins):
     """Train from flags; returns the trainer."""
-    from cryodrgn_amort.settings import settings_from_flags
+    from cryodrgn_amort.runs import settings_from_flags
     from cryodrgn_amort.training import Trainer
 
     def run(flags, **more):

@@ -41,3 +41,10 @@ def test_the_job_script_is_one():
     subprocess.run(["bash", "-n", script], check=True)
     lines = script.read_text().replace("\\\n", "").splitlines()
     assert any(re.search(r"torchrun .*-m cryodrgn_amort train_amort", line) for line in lines)
+
+
+def test_the_measures_are_those_of_the_catalogue():
+    """README has what ``catalogue_table`` returns."""
+    from cryodrgn_amort.measures.catalogue import catalogue_table
+
+    assert catalogue_table() in (ROOT / "README.md").read_text()

@@ -7,13 +7,13 @@ import pytest
 import torch
 from helpers import read_pickles, run_host, write_pickle, write_stack
 
-from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.sources import ParticleSource, load_particles
+from cryodrgn_amort.core import InputError
+from cryodrgn_amort.data import ParticleSource, load_particles
 
 
 @pytest.fixture(scope="module")
 def runs(stack, tmp_path_factory, plugins):
-    from cryodrgn_amort.settings import settings_from_flags
+    from cryodrgn_amort.runs import settings_from_flags
     from cryodrgn_amort.training import Trainer
 
     folders = {}
@@ -166,7 +166,8 @@ def test_tables_of_stacks_are_read_by_other_names(stack, tmp_path):
 
 def test_a_stock_run_is_measured_like_ours(stack, tmp_path, train, flags, plugins):
     """The same training by the host and by us: the same measures."""
-    from cryodrgn_amort.evaluation import EvalOptions, evaluate
+    from cryodrgn_amort.evaluation import evaluate
+    from cryodrgn_amort.options import EvalOptions
     from cryodrgn_amort.runs import load_run
 
     run_host(

@@ -1,77 +1,81 @@
-"""The structure of the package: one importer of the host, imports point one way, all is typed."""
+"""The structure of the package: rooms with faces, one direction, one importer of the host."""
 
 import ast
+import importlib
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "cryodrgn_amort"
-LAYERS = [  # each may import from those below it
-    {"__main__"},
-    {"cli"},
-    {"bench", "api"},
-    {"notebook"},
-    {"commands"},
-    {"plugins"},
-    {"builtin"},
-    {"hookspecs"},
-    {"study_report"},
-    {"study_results", "claims"},
-    {"study"},
-    {"planfile"},
-    {"plan", "timing", "mnist"},
-    {"training", "report", "compare", "study_figures", "scores"},
-    {"pictures", "trust", "resume"},
-    {"pages"},
-    {"figures", "surfaces", "definitions"},
-    {"evaluation", "simulate"},
-    {"gaps", "calibration"},
-    {"posteriors"},
-    {"truth", "embeddings", "measures"},
-    {"results"},
-    {"specimens", "folders"},
-    {"runs"},
-    {"settings", "origins"},
-    {"inference"},
-    {"model", "repair", "augment"},
-    {"table", "inputs", "transforms", "latent", "sleep"},
-    {"encoders"},
-    {"sources", "feed", "noise", "poses", "epoch"},
-    {"particles", "tilts", "shuffler", "metrics", "objective", "parallel", "decoding", "products"},
-    {"checkpoints", "host"},
-    {"files"},
-    {"errors", "machine", "recipes", "interrupts", "progress", "draws", "private", "streams"},
-]
+PACKAGE = SOURCE.name
+# Each room, and those that it may import: the rooms of a line are below those of the next ones.
+ROOMS = {
+    "core": "",
+    "host": "core",
+    "options": "core",
+    "measures": "core",
+    "data": "core host",
+    "models": "core host options data",
+    "simulation": "core host options data",
+    "runs": "core host options data models",
+    "training": "core host options data models runs",
+    "inference": "core options data measures models runs",
+    "report": "core host options measures runs",
+    "evaluation": "core options data measures models simulation runs inference report",
+    "study": "core host options data measures models simulation runs inference report",
+    "plugins": "core options data models training report",
+    "cli": "core options simulation runs training inference report evaluation study plugins",
+    "api": "core options simulation runs training inference report evaluation plugins",
+    "bench": "core host options data models runs training inference plugins",
+    "__main__": "cli",
+    "__init__": "core plugins api",
+}
+MOST_FLOORS, MOST_ENTRIES = 8, 20
+# What is not longer than it may be: lines of a file, a class, a function.
+MOST_LINES = {"file": 400, "class": 300, "function": 60}
 
 
 def imports(path):
-    """Yield the modules that are imported when the code runs: not under TYPE_CHECKING."""
-    tree = ast.parse(path.read_text())
-    hidden = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in hidden:
-            continue
+    """Yield all modules that a file imports, wherever in it, and the names taken from each."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield f"{'.'.join(_module(path).split('.')[:-1])}.{node.module}", None
         elif isinstance(node, ast.ImportFrom):
-            yield node.module
-            if node.module == "cryodrgn_amort":
-                yield from (f"cryodrgn_amort.{alias.name}" for alias in node.names)
+            names = [alias.name for alias in node.names]
+            if node.module == PACKAGE:
+                yield from ((f"{PACKAGE}.{name}", None) for name in names)
+            else:
+                yield node.module, names
+
+
+def _module(path):
+    return ".".join((PACKAGE, *path.relative_to(SOURCE).with_suffix("").parts))
+
+
+def room(module):
+    return module.split(".")[1]
 
 
 def modules():
-    return [p for p in SOURCE.rglob("*.py") if "startup" not in p.parts and p.name != "__init__.py"]
+    return [p for p in SOURCE.rglob("*.py") if "startup" not in p.parts]
+
+
+@cache
+def arrows():
+    """Return all imports of one room by another: (file, room, its room, module, names)."""
+    return [
+        (path.relative_to(SOURCE), room(_module(path)), room(module), module, names)
+        for path in modules()
+        for module, names in imports(path)
+        if module.startswith(f"{PACKAGE}.") and room(module) in ROOMS
+    ]
 
 
 def test_only_one_module_imports_the_host():
-    importers = {
-        p.name for p in SOURCE.rglob("*.py") for m in imports(p) if m.split(".")[0] == "cryodrgn"
-    }
+    importers = {p.name for p in modules() for m, _ in imports(p) if m.split(".")[0] == "cryodrgn"}
     assert importers == {"host.py"}
 
 
@@ -135,26 +139,84 @@ def test_texts_are_read_and_written_in_an_encoding_of_ours():
     assert not found
 
 
-def test_imports_point_one_way():
-    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    for path in modules():
-        here = path.stem if path.parent == SOURCE else path.parent.name
-        assert here in level, f"{here} has no place in the layers"
-        if here == "builtin":  # names what ships, whatever it is, when asked
+def test_imports_point_down():
+    for path, here, there, module, _ in arrows():
+        assert here == there or there in ROOMS[here].split(), f"{path} imports {module}"
+
+
+def test_the_plan_of_rooms_is_that_of_the_imports():
+    """No room is missing, no arrow is left over; they have few floors, and no circle."""
+    found = {name: set() for name in ROOMS}
+    for _, here, there, _, _ in arrows():
+        if here != there:
+            found[here].add(there)
+    assert found == {name: set(below.split()) for name, below in ROOMS.items()}
+    floors = {}
+    for name in ROOMS:  # those below come first
+        floors[name] = 1 + max((floors[below] for below in found[name]), default=0)
+    ends = {"__main__", "__init__"}
+    assert max(floor for name, floor in floors.items() if name not in ends) <= MOST_FLOORS
+    entries = [p for p in SOURCE.iterdir() if p.name != "__pycache__"]
+    assert len(entries) <= MOST_ENTRIES
+    assert {p.stem for p in entries} - {"py"} == ROOMS.keys()
+
+
+def test_others_import_the_face_of_a_room():
+    """``from cryodrgn_amort.ROOM import NAME``, a name that the room's ``__init__.pyi`` has."""
+    for path, here, there, module, names in arrows():
+        if here == there or there in ("host", "api") or here == "__init__":
             continue
-        for module in imports(path):
-            parts = module.split(".")
-            if parts[0] != "cryodrgn_amort" or len(parts) < 2 or parts[1] not in level:
-                continue
-            inside = here == parts[1] and path.parent != SOURCE
-            assert inside or level[here] < level[parts[1]], f"{here} imports {parts[1]}"
+        face = module.split(".")[1:]
+        assert face in ([there], ["study", "digits"]), f"{path} imports {module}"
+        assert names, f"{path} imports {module} itself"
+        missing = set(names) - set(importlib.import_module(module).__all__)
+        assert not missing, f"{path}: {module} has no {missing} in its face"
+
+
+def test_faces_name_what_is_there_and_is_used_by_others():
+    """Or by users: what a plugin needs."""
+    used = {(module, name) for _, here, there, module, names in arrows() if here != there
+            for name in names or ()}  # fmt: skip
+    for stub in SOURCE.rglob("__init__.pyi"):
+        module = ".".join((PACKAGE, *stub.parent.relative_to(SOURCE).parts))
+        face = importlib.import_module(module)
+        assert face.__doc__.count("\n") == 0, f"{module}: its purpose in one line"
+        for name in face.__all__:
+            getattr(face, name)
+            assert not (stub.parent / f"{name}.py").exists(), f"{module}.{name} is a file as well"
+        unused = {name for name in face.__all__ if (module, name) not in used}
+        assert unused <= FOR_PLUGINS.get(module.removeprefix(f"{PACKAGE}."), set()), unused
+
+
+# What plugins, notebooks and our start-up file use.
+FOR_PLUGINS = {
+    "core": {"InputError", "Stopped"},
+    "data": {"Noise", "Twin", "Transform", "TransformSpec", "Roll", "Rotation", "EncoderInput"},
+    "models": {"Encoder", "EncoderSpec", "InputSpec"},
+    "report": {"Section", "Evaluation"},
+    "plugins": {"Plugins", "hookimpl"},
+    "cli": {"join_host", "main"},
+}
+
+
+def test_nothing_is_too_long_to_read():
+    found = []
+    for path in modules():
+        text = path.read_text()
+        parts = [("file", path.name, len(text.splitlines()))]
+        for node in ast.walk(ast.parse(text)):
+            kind = {ast.ClassDef: "class", ast.FunctionDef: "function"}.get(type(node))
+            if kind is not None:
+                parts.append((kind, node.name, node.end_lineno - node.lineno + 1))
+        found += [(path.name, *part) for part in parts if part[2] > MOST_LINES[part[0]]]
+    assert not found
 
 
 def test_the_command_line_starts_without_heavy_imports():
     code = (
-        "import sys, cryodrgn_amort.cli\n"
-        "from cryodrgn_amort.plugins import load_plugins\n"
-        "load_plugins().commands()\n"
+        "import sys\n"
+        "from cryodrgn_amort.cli import main\n"
+        "main(['amort_plugins'])\n"
         "heavy = {'torch', 'numpy', 'matplotlib', 'umap', 'cryodrgn'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -20,7 +20,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
@@ -28,7 +28,6 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from cryodrgn_amort import __version__
 from cryodrgn_amort.bench.processes import (
     Failed,
     Finished,
@@ -52,14 +51,13 @@ from cryodrgn_amort.bench.sizes import (
     Sizes,
     variants,
 )
-from cryodrgn_amort.definitions import number
-from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.machine import available_memory, read_fact
+from cryodrgn_amort.bench.tables import Section, middle, ratio, render
+from cryodrgn_amort.core import InputError, __version__, available_memory, number, read_fact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-__all__ = ["Bench", "Section", "main", "ratio", "render"]
+__all__ = ["Bench", "main"]
 
 BENCHES = ("step", "command", "table", "memory", "fit")
 _FEW = 1000
@@ -89,42 +87,6 @@ _FLOOR_NOTE = (
     "Floor: the decoder's matrix products alone, forward and backward over half of the Fourier "
     "plane, in memory that is there; the fastest of the same precision."
 )
-
-
-@dataclass
-class Section:
-    """A table of the result: the cells of each row, and remarks below it."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def render(facts: Mapping[str, str], sections: Sequence[Section]) -> str:
-    """Write facts and tables as markdown."""
-    lines = [f"- {name}: {value}" for name, value in facts.items()]
-    for section in sections:
-        lines += ["", f"### {section.title}", ""]
-        for cells in (section.header, ("---",) * len(section.header), *section.rows):
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", *section.notes] if section.notes else []
-    return "\n".join(lines) + "\n"
-
-
-def ratio(ours: Sequence[float], others: Sequence[float]) -> str:
-    """Write the median and the range of the ratios within rounds; a dash if one was not run."""
-    ratios = [a / b for a, b in zip(ours, others, strict=False)]
-    if not ratios:
-        return "–"
-    low, high = min(ratios), max(ratios)
-    spread = f" [{low:.2f}–{high:.2f}]" if len(ratios) > 1 else ""
-    return f"{median(ratios):.2f} ×{spread}"
-
-
-def middle(values: Sequence[float]) -> str:
-    """Write the median; a dash if there are no values."""
-    return number(median(values) if values else None)
 
 
 @dataclass(frozen=True)

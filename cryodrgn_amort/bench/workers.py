@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.core import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +30,7 @@ _MISSED = 200
 
 
 def _use_onednn() -> None:
-    from cryodrgn_amort.products import use_onednn
+    from cryodrgn_amort.core import use_onednn
 
     if use_onednn() is None:
         raise InputError(f"torch {torch.__version__} has no switch to oneDNN; 2.9 has")
@@ -51,7 +51,7 @@ def our_steps(
 ) -> Iterator[int]:  # fmt: skip
     """Prepare ours, as ``train_amort`` with the flags of these names does."""
     from cryodrgn_amort.plugins import load_plugins
-    from cryodrgn_amort.settings import settings_from_flags
+    from cryodrgn_amort.runs import settings_from_flags
     from cryodrgn_amort.training import Trainer
 
     flags = {
@@ -77,11 +77,11 @@ def fit_steps(
     """
     import math
 
-    from cryodrgn_amort.feed import Feed
-    from cryodrgn_amort.inference import FitOptions, Yardstick, infer
+    from cryodrgn_amort.core import matrix_products
+    from cryodrgn_amort.data import BatchLoader
+    from cryodrgn_amort.inference import ElboScale, FitOptions, infer
     from cryodrgn_amort.plugins import load_plugins
-    from cryodrgn_amort.products import matrix_products
-    from cryodrgn_amort.settings import settings_from_flags
+    from cryodrgn_amort.runs import settings_from_flags
     from cryodrgn_amort.training import Trainer
 
     flags = {
@@ -92,13 +92,13 @@ def fit_steps(
     plugins = load_plugins()
     trainer = Trainer(settings_from_flags(flags, plugins), plugins)
     model, n = trainer.model.requires_grad_(False), trainer.particles.n
-    feed = Feed(trainer.particles, None, memory=0)
+    loader = BatchLoader(trainer.particles, None, memory=0)
     # as if no particle ever stopped getting better
     options = FitOptions(steps=steps, tolerance=-math.inf)
     start = torch.zeros(batch_size, zdim), torch.full((batch_size, zdim), -2.0)
     with matrix_products():
         for first in range(0, 2**40, batch_size):
-            batch = feed.read((torch.arange(batch_size) + first) % n)
+            batch = loader.read((torch.arange(batch_size) + first) % n)
             if alone:
                 z = torch.randn(batch_size, zdim).requires_grad_()
                 for _ in range(steps):
@@ -106,7 +106,7 @@ def fit_steps(
                     yield batch_size
                 continue
             ones = torch.ones(zdim)
-            infer(model, batch, None, {"mean": start}, Yardstick(1 / zdim), options, ones, 0)
+            infer(model, batch, None, {"mean": start}, ElboScale(1 / zdim), options, ones, 0)
             yield batch_size * steps
 
 
@@ -166,10 +166,13 @@ def _table_batches(n: int) -> Iterator[torch.Tensor]:
 
 def _our_table(n: int, zdim: int) -> tuple[Any, Callable[[torch.Tensor], None]]:
     """Make a table of ours, and a function that takes one of its steps."""
-    from cryodrgn_amort.particles import Batch
-    from cryodrgn_amort.table import DEFAULT_LOGVAR, DEFAULT_LR, LookupTable
+    from cryodrgn_amort.data import Batch
+    from cryodrgn_amort.models import LookupTable
+    from cryodrgn_amort.options import TableFlags
 
-    table = LookupTable(torch.randn(n, zdim), torch.full((n, zdim), DEFAULT_LOGVAR), DEFAULT_LR)
+    flags = TableFlags()
+    start = torch.full((n, zdim), flags.table_logvar)
+    table = LookupTable(torch.randn(n, zdim), start, flags.table_lr)
     nothing = torch.empty(0)
 
     def step(rows: torch.Tensor) -> None:
@@ -221,7 +224,7 @@ def make_stack(*, folder: str, n: int, box: int) -> dict[str, str]:
     from scipy.spatial.transform import Rotation
 
     from cryodrgn_amort import host
-    from cryodrgn_amort.checkpoints import write_pickle
+    from cryodrgn_amort.core import write_pickle
 
     paths = {name: os.path.join(folder, file) for name, file in STACK_FILES.items()}
     rng = np.random.default_rng(0)
@@ -240,7 +243,7 @@ STACK_FILES = {"particles": "particles.mrcs", "poses": "poses.pkl", "ctf": "ctf.
 
 def gemm_error() -> dict[str, float | None]:
     """Return ``onednn_error``."""
-    from cryodrgn_amort.products import onednn_error
+    from cryodrgn_amort.core import onednn_error
 
     return {"error": onednn_error()}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cryodrgn_amort.files import CHECKSUMS
+from cryodrgn_amort.core import CHECKSUMS
 from faults.trials import digest, run
 
 if TYPE_CHECKING:

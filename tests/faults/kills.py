@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cryodrgn_amort.checkpoints import INTERRUPTED, epochs
+from cryodrgn_amort.core import INTERRUPTED, epochs
 from faults.damage import Finding
 from faults.stage import EVALUATE, NET, PARTICLES, SMALL, STUDY
 from faults.trials import digest, run

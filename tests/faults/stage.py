@@ -180,7 +180,7 @@ def _stop_within_an_epoch(folder: Path) -> None:
     if not child:
         import signal
 
-        from cryodrgn_amort import training
+        from cryodrgn_amort.training import trainer as training
 
         step, count = training.train_step, iter(range(100))
 
@@ -200,7 +200,7 @@ def _interrupt_fits(folder: Path) -> None:
     """Leave the parts of fits as a kill does, by a writer of the result that fails."""
     child = os.fork()
     if not child:
-        from cryodrgn_amort import posteriors
+        from cryodrgn_amort.inference import posteriors
 
         posteriors._Inference.collect = None
         run(["infer_amort", "vlt", "--start", "mean", "--steps", "3", "--batch-size", "10", "-o",

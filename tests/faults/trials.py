@@ -182,7 +182,9 @@ def _digest(path: Path, where: str) -> str:
 
 def _lasting(value: object, where: str) -> object:
     if isinstance(value, dict):
-        return {k: _lasting(v, where) for k, v in value.items() if k not in _DROPPED}
+        return {
+            k: _lasting(v, where) for k, v in sorted(value.items(), key=str) if k not in _DROPPED
+        }
     if isinstance(value, list):
         return [_lasting(part, where) for part in value]
     if not isinstance(value, str):

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from cryodrgn_amort.feed import Feed
-from cryodrgn_amort.inputs import EncoderInput
+from cryodrgn_amort.data import BatchLoader, EncoderInput
 from cryodrgn_amort.plugins import Plugins
 from cryodrgn_amort.runs import load_run
 from host_matrix.folders import close, read
@@ -116,7 +115,7 @@ def _eval_images(run: Run, out: Path) -> None:
     opened = load_run(run.folder, Plugins(found={}))
     particles = opened.particles()
     model, _ = opened.load(particles)
-    batch = Feed(particles, EncoderInput(), memory=0).read(torch.arange(particles.n))
+    batch = BatchLoader(particles, EncoderInput(), memory=0).read(torch.arange(particles.n))
     with torch.no_grad():
         close(found, model.posterior(batch)[0].numpy(), "z.pkl")
     assert np.abs(found - run.z).max() > 1e-2 * np.abs(run.z).max(), "was shown the particle"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cryodrgn_amort.encoders import EncoderSpec
+from cryodrgn_amort.models import EncoderSpec
 from cryodrgn_amort.plugins import Plugins
 
 if TYPE_CHECKING:

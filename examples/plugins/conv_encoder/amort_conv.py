@@ -18,8 +18,8 @@ from itertools import pairwise
 from torch import nn
 
 from cryodrgn_amort import hookimpl
-from cryodrgn_amort.encoders import Encoder, EncoderSpec
-from cryodrgn_amort.errors import InputError
+from cryodrgn_amort.core import InputError
+from cryodrgn_amort.models import Encoder, EncoderSpec
 
 CHANNELS = 16
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 
 from cryodrgn_amort import hookimpl
-from cryodrgn_amort.errors import InputError
-from cryodrgn_amort.transforms import Transform, TransformSpec
+from cryodrgn_amort.core import InputError
+from cryodrgn_amort.data import Transform, TransformSpec
 
 ASTIGMATISM_ANGLE = 3  # of the CTF parameters
 

@@ -81,7 +81,7 @@ class TensorBoard:
         if self.writer is not None and trainer.settings.zdim > 1:
             from matplotlib.figure import Figure
 
-            from cryodrgn_amort.checkpoints import read_z
+            from cryodrgn_amort.core import read_z
 
             mean, _ = read_z(path.with_name(path.name.replace("weights", "z")), "RUN")
             figure = Figure(figsize=(5, 5), layout="constrained")

@@ -1,0 +1,54 @@
+"""Simulate particles with known heterogeneity, of a made-up object or of your own volumes.
+
+The object is made of Gaussians: a core, three blocks that can be missing (classes), and an arm on
+a hinge (continuous motion). Images have CTF, shifts and noise.
+
+Written to the output folder:
+- particles.mrcs, poses.pkl, ctf.pkl: as every cryodrgn command reads them
+- particles.star: which images are of one particle, for --encode-mode tilt (only with --tilts)
+- ind_train.pkl, ind_heldout.pkl: a random split, for --ind
+- labels.pkl: the class of each image, from 0
+- coordinate.pkl: where the arm is, 0 to 1 (only if it moves)
+- volumes/class0_t0.50.mrc ...: clean volumes, here of class 0 with the arm at 0.5; without motion
+one per class, volumes/class0.mrc ...; volumes/mean.mrc: their average over all particles
+- clean.mrcs: the images without noise (only with --clean)
+- simulation.yaml: settings, versions, signal variance, noise sigma
+
+Example usage
+-------------
+# Five classes and a hinge, 2000 particles to train on and 400 held out
+$ cryodrgn simulate_amort -o sim -n 2000 --heldout 400
+
+# One rigid object with little noise, to test a reconstruction
+$ cryodrgn simulate_amort -o rigid -n 2000 --classes 1 --hinge-deg 0 --snr 100
+
+# Tilt series of ten images, at the dose of one: cryodrgn train_amort tomo/particles.star \
+#                                                         --encode-mode tilt --ntilts 10 ...
+$ cryodrgn simulate_amort -o tomo -n 2000 --tilts 10
+
+# Your own volumes, poses and CTFs: three of the particles in four are of the first volume
+$ cryodrgn simulate_amort -o mine --volumes a.mrc b.mrc --shares 3 1 \
+                          --poses poses.pkl --ctf ctf.pkl --snr 0.1 --noise coloured
+
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cryodrgn_amort.options import SimulateOptions, add_flags
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``SimulateOptions``."""
+    add_flags(parser, SimulateOptions)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Simulate."""
+    from cryodrgn_amort.simulation import simulate
+
+    simulate(SimulateOptions.of(args))

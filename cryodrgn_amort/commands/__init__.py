@@ -1,1 +1,0 @@
-"""Our subcommands of ``cryodrgn``: one module each, no logic of their own."""

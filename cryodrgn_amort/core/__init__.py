@@ -1,0 +1,5 @@
+"""Files, formats, logging, processes, errors, plugins' registry: what knows no science."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+"""Measure a run, compare runs, give particles their scores."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

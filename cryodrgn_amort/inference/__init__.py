@@ -1,0 +1,5 @@
+"""Posteriors fitted particle by particle, for any particles of any run."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

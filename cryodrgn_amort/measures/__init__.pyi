@@ -1,0 +1,60 @@
+from .agreement import (
+    kmeans_ari as kmeans_ari,
+    knn_overlap as knn_overlap,
+    linear_cka as linear_cka,
+    procrustes_disparity as procrustes_disparity,
+)
+from .bootstrap import (
+    Measure as Measure,
+    measure as measure,
+    ratio_of_means as ratio_of_means,
+    single as single,
+)
+from .calibration import Calibration as Calibration, calibration_measures as calibration_measures
+from .catalogue import (
+    DEFINITIONS as DEFINITIONS,
+    TIMED as TIMED,
+    Definition as Definition,
+    measure_facts as measure_facts,
+    text_row as text_row,
+)
+from .embeddings import Embedding as Embedding, embed as embed
+from .gaps import (
+    FitValues as FitValues,
+    class_measures as class_measures,
+    fit_measures as fit_measures,
+    told_classes as told_classes,
+)
+from .latents import (
+    MOST_QUERIES as MOST_QUERIES,
+    K as K,
+    Neighbours as Neighbours,
+    class_knn as class_knn,
+    coordinate_r2 as coordinate_r2,
+    knn_coordinate as knn_coordinate,
+    knn_labels as knn_labels,
+    latent_correlation as latent_correlation,
+    looked_up as looked_up,
+    neighbourhood as neighbourhood,
+    nuisances as nuisances,
+)
+from .losses import (
+    aggregate_kl as aggregate_kl,
+    kl_by_dimension as kl_by_dimension,
+    memorisation as memorisation,
+)
+from .transformed_copies import (
+    MovedLosses as MovedLosses,
+    moved_arrays as moved_arrays,
+    moved_measures as moved_measures,
+    retrieval_rank as retrieval_rank,
+    spread as spread,
+)
+from .volumes import (
+    fsc as fsc,
+    fve_radius as fve_radius,
+    volume_change as volume_change,
+    volume_errors as volume_errors,
+    volume_fve as volume_fve,
+    with_before as with_before,
+)

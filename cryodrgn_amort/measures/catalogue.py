@@ -1,0 +1,388 @@
+"""What each measure is, in words: its title, unit and meaning, once for all that shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cryodrgn_amort.core import plain_number
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cryodrgn_amort.measures.bootstrap import Measure
+
+
+__all__ = [
+    "DEFINITIONS",
+    "TIMED",
+    "Definition",
+    "catalogue_table",
+    "measure_facts",
+    "text_row",
+]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a measure is: all that files, reports and documents say of it.
+
+    Attributes
+    ----------
+    title, text, unit
+        For humans; an empty unit: a pure number.
+    null, ideal
+        Its value if latents had nothing to do with images, and at best; None: there is none. Words
+        where it depends on the data, and is measured with it.
+    per_image
+        Whether files keep its value for each particle: ``NAME.pkl``.
+    """
+
+    title: str
+    text: str
+    unit: str = ""
+    null: float | str | None = None
+    ideal: float | str | None = None
+    per_image: bool = False
+
+    def words(self) -> dict[str, str]:
+        """Return what files say of it."""
+        return {"title": self.title, "text": self.text, "unit": self.unit}
+
+
+DEFINITIONS = {
+    "retrieval_rank": Definition(
+        "Retrieval rank",
+        "Share of the other particles that lie nearer to a particle's transformed copy than the "
+        "particle itself does; mean over particles.",
+        null=0.5,
+        ideal=0.0,
+        per_image=True,
+    ),
+    "top1": Definition(
+        "Found again",
+        "Share of particles that are the nearest of all particles to their own transformed copy.",
+        null="1/N",
+        ideal=1.0,
+    ),
+    "displacement": Definition(
+        "Displacement",
+        "Distance from a particle to its transformed copy in latent space, next to the median "
+        "distance of two random particles; median over particles.",
+        "median pair distances",
+        null="copies of others",
+        ideal=0.0,
+        per_image=True,
+    ),
+    "displacement_sigma": Definition(
+        "Displacement in sigma",
+        "The same distance in the particle's own posterior standard deviations; median over "
+        "particles. Null: random pairs.",
+        "standard deviations",
+        null="random pairs",
+        ideal=0.0,
+        per_image=True,
+    ),
+    "latent_correlation": Definition(
+        "Latent correlation",
+        "Correlation of latent coordinates before and after, averaged over dimensions by variance.",
+        null=0.0,
+        ideal=1.0,
+    ),
+    "label_agreement": Definition(
+        "Label agreement",
+        "Share of particles whose 15 nearest neighbours vote for the same class before and after. "
+        "Null: copies of other particles.",
+        null="copies of others",
+        ideal=1.0,
+    ),
+    "amortization_loss_fraction": Definition(
+        "Amortization loss fraction",
+        "Of the fit to the images that is gained by each particle having its own latent, the "
+        "share that is lost with the copy's latent. Above 1: worse than one latent for all.",
+        null=1.0,
+        ideal=0.0,
+    ),
+    "control": Definition(
+        "Control",
+        "Change of the reconstruction loss when image, pose and CTF are transformed together and "
+        "the latent stays; mean over particles.",
+        "nats per particle",
+        ideal=0.0,
+    ),
+    "volume_change": Definition(
+        "Volume change",
+        "Distance between the volumes decoded for a particle and for its copy, next to that "
+        "between two particles (medians).",
+        "median pair distances",
+        null=1.0,
+        ideal=0.0,
+    ),
+    "volume_fsc_loss": Definition(
+        "Volume FSC loss",
+        "1 minus the mean Fourier shell correlation of the volumes decoded for a particle and for "
+        "its copy. Null: two particles.",
+        null="two particles",
+        ideal=0.0,
+    ),
+    "amortization_gap": Definition(
+        "Amortization gap",
+        "By how much the ELBO of a posterior that was fitted to a particle alone is above that of "
+        "the encoder's answer, or of its row of the table, with the same decoder; mean over the "
+        "sampled particles.",
+        "nats per particle",
+        ideal=0.0,
+    ),
+    "generalisation_gap": Definition(
+        "Generalisation gap",
+        "The amortization gap of particles that were held out, minus that of as many that were "
+        "trained on: what is lost because the encoder never saw them.",
+        "nats per particle",
+        ideal=0.0,
+    ),
+    "held_out_score": Definition(
+        "Held-out score",
+        "Of the fit to the images of held-out particles that fitted latents gain over one latent "
+        "for all, the share that the encoder's latents gain. 0: the encoder is no better than a "
+        "constant; below: worse.",
+        null=0.0,
+        ideal=1.0,
+    ),
+    "approximation_gap": Definition(
+        "Approximation gap",
+        "By how much an importance-weighted bound of log p(x), with 64 samples, is above the ELBO "
+        "of the fitted posterior: what is lost because posteriors are Gaussians without "
+        "correlations. A lower estimate.",
+        "nats per particle",
+        ideal=0.0,
+    ),
+    **{
+        f"coverage_{level}": Definition(
+            f"Coverage at {level} %",
+            f"How often the central {level} % interval of a posterior holds the true latent, by "
+            "dimension, of images that the run's decoder makes up. Less: the encoder is too sure; "
+            "more: not sure enough.",
+            ideal=level / 100,
+        )
+        for level in (50, 80, 95)
+    },
+    "class_knn_held_out": Definition(
+        "Class kNN, held out",
+        "Share of held-out particles whose class is that of most of the 15 training particles "
+        "nearest to the encoder's latent. Null: guessing by class size.",
+        null="class shares",
+        ideal=1.0,
+    ),
+    "coordinate_r2_held_out": Definition(
+        "Coordinate R², held out",
+        "Share of the variance of held-out particles' coordinate that the mean of the 15 training "
+        "particles nearest to the encoder's latents explains.",
+        null=0.0,
+        ideal=1.0,
+    ),
+    "encoding_cost": Definition(
+        "Encoding cost",
+        "Time in which the encoder answers, next to 50 steps of a fit of the same particles; "
+        "median, least and greatest of 5 rounds.",
+        "50 fitting steps",
+    ),
+    "gain_ratio": Definition(
+        "Gain ratio",
+        "What the encoder's latents gain in fit over one latent for all, of particles (held-out "
+        "ones, if there are any), next to what they gain of images that the decoder makes up. "
+        "Below 1: the decoder shows differences that particles do not have, or the encoder fails "
+        "on these. Above: particles differ more than the decoder shows, as when it was trained for "
+        "too short a time.",
+        null=0.0,
+        ideal=1.0,
+    ),
+    "converged": Definition(
+        "Converged", "Share of the fitted particles whose ELBO had stopped improving.", ideal=1.0
+    ),
+    "class_knn_encoder": Definition(
+        "Class kNN, encoder",
+        "Class kNN, held out, of the particles that were fitted.",
+        null="class shares",
+        ideal=1.0,
+    ),
+    "class_knn_fitted": Definition(
+        "Class kNN, fitted",
+        "The same with the fitted latents: what the decoder makes possible.",
+        null="class shares",
+        ideal=1.0,
+    ),
+    "noise_swap_signal": Definition(
+        "Noise swap, signal",
+        "Latent correlation of a particle with a made-up image: its own noise-free projection in "
+        "the noise of another particle, as the encoder was shown that. 1: it sees the signal.",
+        null=0.0,
+        ideal=1.0,
+    ),
+    "noise_swap_noise": Definition(
+        "Noise swap, noise",
+        "The same with the latents of the particle whose noise it is. 1: the encoder recognises "
+        "the noise.",
+        null=0.0,
+        ideal=0.0,
+    ),
+    **{
+        f"nuisance_leak_{name}": Definition(
+            f"Nuisance leak, {title}",
+            f"Share of the variance of the {what} that the mean of the 15 nearest neighbours in "
+            "latent space explains. Null: particles shuffled. Above it, the latents hold what "
+            "they should not.",
+            null="particles shuffled",
+            ideal=0.0,
+        )
+        for name, title, what in (
+            ("view", "view", "direction of view"),
+            ("inplane", "in-plane angle", "in-plane angle"),
+            ("defocus", "defocus", "defocus"),
+            ("shift", "shift", "shift"),
+        )
+    },
+    "active_units": Definition(
+        "Active units",
+        "Latent dimensions whose posterior means vary over particles (variance above 0.01).",
+        "dimensions",
+        null=0.0,
+    ),
+    "kl": Definition(
+        "KL",
+        "Divergence of a particle's posterior from the prior N(0, I); mean over particles. Near "
+        "0, the latents carry no information.",
+        "nats per particle",
+        null=0.0,
+    ),
+    "aggregate_kl": Definition(
+        "Aggregate KL",
+        "Divergence of all posteriors together, as one distribution, from the prior. An upper "
+        "estimate: N particles cannot show less than KL - ln N. Near 0, a latent drawn from the "
+        "prior is one that a particle could have.",
+        "nats",
+        ideal=0.0,
+    ),
+    "kl_per_dimension": Definition(
+        "KL per dimension",
+        "The KL of each latent dimension; their sum is KL.",
+        "nats per particle",
+        null=0.0,
+    ),
+    "reconstruction": Definition(
+        "Reconstruction loss",
+        "Half the squared distance between a particle's image and the one decoded for it, in units "
+        "of the data's standard deviation; mean over the sampled particles, which are the same in "
+        "every run of as many particles. Null: the mean latent for all.",
+        "nats per particle",
+        null="the mean latent for all",
+        per_image=True,
+    ),
+    "class_knn": Definition(
+        "Class kNN accuracy",
+        "Share of particles whose class is that of most of their 15 nearest neighbours. Null: "
+        "guessing by class size.",
+        null="class shares",
+        ideal=1.0,
+    ),
+    "knn_overlap": Definition(
+        "Neighbour overlap",
+        "Share of a particle's 15 nearest neighbours in one run that are so in the other; mean.",
+        null="15/N",
+        ideal=1.0,
+    ),
+    "linear_cka": Definition(
+        "Linear CKA",
+        "Alignment of the two sets of latents up to rotation and scale.",
+        null=0.0,
+        ideal=1.0,
+    ),
+    "procrustes_disparity": Definition(
+        "Procrustes disparity",
+        "Squared distance of the two sets after the best translation, rotation and scaling.",
+        null=1.0,
+        ideal=0.0,
+    ),
+    "kmeans_ari": Definition(
+        "k-means ARI", "Adjusted Rand index of the two runs' k-means clusters.", null=0.0, ideal=1.0
+    ),
+    "volume_fsc": Definition(
+        "Volume FSC",
+        "Mean Fourier shell correlation of the volumes that the two runs decode for the same "
+        "particle. Null: for two particles.",
+        null="two particles",
+        ideal=1.0,
+    ),
+    "memorisation": Definition(
+        "Memorisation",
+        "Of the fit to the images that the reference gains over one volume for all, the share that "
+        "is also gained without being shown the particle. 1: the input does not matter. Beside "
+        "vlt-frozen-zero, on the same particles.",
+        null=0.0,
+    ),
+    "volume_spread": Definition(
+        "Volume spread",
+        "Mean squared distance of the numbered particles' volumes to their mean, next to that of "
+        "the reference's. 0: one volume for all.",
+        null=0.0,
+        ideal=1.0,
+    ),
+    "relative_time": Definition(
+        "Relative time", "Seconds per epoch next to those of the first recipe of the table."
+    ),
+    "coordinate_r2": Definition(
+        "Coordinate R²",
+        "Share of the coordinate's variance that the mean of the 15 nearest neighbours explains.",
+        null=0.0,
+        ideal=1.0,
+    ),
+    "neighbourhood": Definition(
+        "Neighbourhood",
+        "Share of a particle's nearest neighbours, 5 % of all, that are among as many nearest by "
+        "true volume, or as near as those; mean over the sampled particles.",
+        null="random neighbours",
+        ideal=1.0,
+        per_image=True,
+    ),
+    "per_image_fsc": Definition(
+        "Per-image FSC",
+        "Area under the Fourier shell correlation of the decoded and the true volume of a "
+        "particle, from 0 to just below 0.5 cycles per pixel, as in CryoBench; mean. Null: one "
+        "volume for all, the mean of the decoded ones.",
+        "cycles per pixel",
+        null="the mean decoded volume for all",
+        ideal="1/2 - 1/D",
+        per_image=True,
+    ),
+    "volume_fve": Definition(
+        "Volume variance explained",
+        "Share of what the true volumes differ from their mean that the decoded volumes explain, "
+        "up to 9/32 cycles per pixel. 0 or less: no better than one true volume for all.",
+        null=0.0,
+        ideal=1.0,
+    ),
+}
+"""Measure name -> what it is: the only list of them."""
+TIMED = frozenset({"encoding_cost"})
+"""Measures that no second evaluation gives again."""
+
+
+def text_row(m: Measure) -> tuple[str, ...]:
+    """Write name, value, interval, null and ideal of a measure in plain ASCII."""
+    interval = "-" if m.low is None else f"{plain_number(m.low)} to {plain_number(m.high)}"
+    return (m.name, plain_number(m.value), interval, plain_number(m.null), plain_number(m.ideal))
+
+
+def measure_facts(measures: Mapping[str, Measure]) -> dict[str, Any]:
+    """Return what reports write of measures, by name."""
+    columns = ("value", "low", "high", "null", "ideal", "n")
+    return {name: {c: getattr(m, c) for c in columns} for name, m in measures.items()}
+
+
+def catalogue_table() -> str:
+    """Return all measures as a table in Markdown, as README.md has it."""
+    rows = [("number", "unit", "null", "ideal", "meaning")]
+    for name, d in DEFINITIONS.items():
+        null, ideal = (v if isinstance(v, str) else plain_number(v) for v in (d.null, d.ideal))
+        rows.append((f"`{name}`", d.unit or "-", null, ideal, d.text))
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---|---|---|---|---|", *lines[1:]])

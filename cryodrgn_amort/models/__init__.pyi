@@ -1,0 +1,27 @@
+from .base import (
+    LatentModel as LatentModel,
+    NotFiniteError as NotFiniteError,
+    Objective as Objective,
+    adam as adam,
+    set_rate as set_rate,
+    train_step as train_step,
+)
+from .encoders import Encoder as Encoder
+from .objective import Losses as Losses, divergence as divergence, kl_divergence as kl_divergence
+from .second_stage import cluster_centres as cluster_centres
+from .specs import (
+    ENCODERS as ENCODERS,
+    INPUTS as INPUTS,
+    VLT as VLT,
+    EncoderSpec as EncoderSpec,
+    InputSpec as InputSpec,
+    resolve as resolve,
+)
+from .synthetic import SyntheticImages as SyntheticImages
+from .table import LookupTable as LookupTable
+from .vae import (
+    TOKEN_ENCODER as TOKEN_ENCODER,
+    TOKEN_TILT_PARAMS as TOKEN_TILT_PARAMS,
+    AmortVAE as AmortVAE,
+    build_model as build_model,
+)

@@ -1,0 +1,339 @@
+"""The host's coordinate network, evaluated and differentiated for the price of its products.
+
+Same parameters and same numbers as the host's decoder, but
+
+- the rotation is folded into the frequencies of the positional encoding, and the latent's share of
+  the first layer is computed once per image;
+- of a Fourier image only half is evaluated: with half-plane outputs ``re``, ``im``, CTF ``c`` and
+  the even and odd parts ``e``, ``o`` of the target, the squared error of the whole image is
+  ``2 sum((c re - e)^2 + (c im - o)^2)``;
+- forward and backward pass go hand in hand over pieces that fit a processor's cache, in buffers
+  that are made once, so that nothing of the size (images, pixels, width) exists.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cryodrgn_amort import host
+from cryodrgn_amort.models.layers import Layers, Network, Sums
+from cryodrgn_amort.models.pieces import Buffers, rows_at_once, shares, side_by_side
+from cryodrgn_amort.models.positional_encoding import PositionalEncoding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    from cryodrgn_amort.models.pieces import Piece
+
+
+__all__ = ["DTYPES", "FastDecoder"]
+
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""What ``--precision`` names."""
+_HALF_SCALE = 2.0**-9  # of gradients in half precision, whose range is small
+
+
+class _Wanted(NamedTuple):
+    """Which gradients are wanted."""
+
+    rot: bool
+    target: bool
+    latents: bool
+    parameters: bool
+
+
+@dataclass
+class _Work:
+    """What is to be done to a batch: the same for all its pieces."""
+
+    layers: Layers
+    bias: Tensor  # of the first layer, latents included, (B, width)
+    frequencies: Tensor  # of the encoding, turned with each image, (B, 2, features)
+    plane: Tensor  # coordinates (pixels, 2)
+    sign: Tensor | None  # of the coordinates that are evaluated, (B, pixels)
+    target: Tensor  # (B, pixels, outputs)
+    ctf: Tensor | None  # (B, pixels)
+    weight: float  # of a pixel's error
+    scale: float  # of the gradients on their way
+    wanted: _Wanted
+    by_target: Tensor | None  # gradients, (B, pixels, outputs)
+
+    def sums(self) -> Sums:
+        """Begin to sum up the gradients that are wanted."""
+        frequencies = self.frequencies if self.wanted.rot else None
+        return Sums(self.layers, self.bias, frequencies, parameters=self.wanted.parameters)
+
+
+class FastDecoder:
+    """Squared errors and volumes of a decoder of the host.
+
+    Parameters
+    ----------
+    decoder
+        The host's module. Its parameters are read anew in every call.
+    coords
+        Masked lattice coordinates `(P, 3)` within [-0.5, 0.5], without the origin: pixel i is
+        opposite to pixel P - 1 - i.
+    matmul
+        Precision of the matrix products; that of the parameters unless given.
+    """
+
+    def __init__(
+        self, decoder: nn.Module, coords: Tensor, matmul: torch.dtype | None = None
+    ) -> None:
+        self.decoder: Any = decoder
+        self.matmul = matmul
+        self.fourier = isinstance(decoder, host.FTPositionalDecoder)
+        self.pixels = len(coords) // 2 if self.fourier else len(coords)
+        """Pixels that are evaluated of an image: its first half, or all."""
+        self._coords = coords[: self.pixels].contiguous()
+        self._buffers = Buffers(coords.device)
+        self._network = Network(decoder, self._buffers)
+
+    @functools.cached_property
+    def _encoding(self) -> PositionalEncoding:
+        return PositionalEncoding(self.decoder, self._coords, self._buffers)
+
+    def forget(self) -> None:
+        """Read the encoding's frequencies anew: the decoder has got another state."""
+        self.__dict__.pop("_encoding", None)
+
+    def _layers(self) -> Layers:
+        return self._network.read(self._encoding.columns, self.matmul)
+
+    def _frequencies(self, dtype: torch.dtype) -> Tensor:
+        return self._encoding.frequencies.to(dtype)
+
+    def _features(self, phases: Tensor) -> Tensor:
+        return self._encoding.features(phases, self.matmul or phases.dtype)
+
+    def squared_errors(
+        self, rot: Tensor, target: Tensor, ctf: Tensor | None, z: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compare decoded images with particles.
+
+        Parameters
+        ----------
+        rot, z
+            `(B, 3, 3)`, `(B, zdim)`.
+        target
+            Masked pixels of the particles, `(B, P)`.
+        ctf
+            CTF at the first half of these pixels, `(B, P / 2)`, or None.
+
+        Returns
+        -------
+        total
+            Sum of all squared errors, a scalar that can be differentiated once, by the latents,
+            the decoder's parameters, the rotations and the particles' pixels.
+        each
+            Squared error of each image, `(B,)`, detached.
+        """
+        apply: Any = _SquaredErrors.apply
+        total, each = apply(self, rot, target, ctf, z, *self._network.parameters)
+        return total, each
+
+    def values(self, coords: Tensor, z: Tensor) -> Iterator[Tensor]:
+        """Evaluate the network at `(n, 3)` coordinates for each latent `(M, zdim)`.
+
+        Yields the outputs `(n, 2)` (Fourier) or `(n, 1)`, for one latent after the other; what does
+        not depend on the latent is computed once. Not differentiable.
+        """
+        layers = self._layers()
+        bias = layers.latent_bias(z)
+        phases = coords.to(bias.dtype) @ self._frequencies(bias.dtype)
+        start = torch.mm(self._features(phases), layers.first.T)
+        for row in bias:
+            hidden = layers.after_first(start + row.to(start.dtype))
+            yield layers.outputs(hidden).to(bias.dtype)
+
+    @torch.no_grad()
+    def images(self, rot: Tensor, z: Tensor) -> Tensor:
+        """Decode several latents at each of several poses, without CTF.
+
+        What does not depend on the latent is computed once per pose. Not differentiable.
+
+        Parameters
+        ----------
+        rot
+            `(B, 3, 3)`.
+        z
+            `(B, K, zdim)`.
+
+        Returns
+        -------
+        Tensor
+            Masked pixels, `(B, K, P)`.
+        """
+        layers = self._layers()
+        bias = layers.latent_bias(z.flatten(0, 1)).view(*z.shape[:2], self._network.width)
+        wide = bias.dtype
+        rot, coords = rot.to(wide), self._coords.to(wide)
+        sign = coords.new_ones(len(rot), self.pixels)
+        if self.fourier:
+            sign = torch.where((coords @ rot)[..., 2] > 0, -1.0, 1.0).to(wide)
+        whole = self.pixels * (2 if self.fourier else 1)
+        together = max(1, rows_at_once(coords.device) // self.pixels)
+        found = torch.empty(*z.shape[:2], whole, dtype=wide, device=z.device)
+        for image, (one_rot, one_sign) in enumerate(zip(rot, sign, strict=True)):
+            phases = (one_sign[:, None] * (coords @ one_rot)) @ self._frequencies(wide)
+            start = torch.mm(self._features(phases), layers.first.T)
+            for latents in torch.arange(len(bias[image])).split(together):
+                rows = bias[image, latents].to(start.dtype)
+                size = len(rows) * self.pixels, start.shape[1]
+                first = self._buffers("hidden0", *size, start.dtype)
+                torch.add(start, rows[:, None], out=first.view(len(rows), *start.shape))
+                outputs = layers.outputs(layers.after_first(first)).to(wide)
+                outputs = outputs.view(len(rows), self.pixels, -1)
+                real, imag = outputs[..., 0], outputs[..., -1] * one_sign
+                here = found[image, latents[0] : latents[-1] + 1]
+                if self.fourier:
+                    torch.sub(real, imag, out=here[:, : self.pixels])
+                    here[:, self.pixels :] = (real + imag).flip(1)
+                else:
+                    here.copy_(real)
+        return found
+
+    def run(
+        self,
+        rot: Tensor,
+        target: Tensor,
+        ctf: Tensor | None,
+        z: Tensor,
+        wanted: _Wanted,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Compare as ``squared_errors`` does; returns errors `(B,)`, and gradients of their sum.
+
+        These are by rotations, target, latents, and weight and bias of each layer; None where they
+        are not wanted.
+        """
+        layers = self._layers()
+        bias = layers.latent_bias(z)
+        wide, narrow = bias.dtype, layers.first.dtype
+        rot = rot.to(wide)
+        coords = self._coords.to(wide)
+        frequencies = rot[:, :2] @ self._frequencies(wide)  # (B, 2, features)
+        plane, sign = coords[:, :2], None
+        target = self._target(target.to(wide))
+        if self.fourier:  # where the depth is positive, the conjugate at the opposite point is used
+            depth = (coords @ rot)[..., 2]
+            sign = torch.where(depth > 0, -1.0, 1.0).to(wide)
+            target[..., 1] *= sign
+        if ctf is not None:
+            ctf = ctf.to(wide)
+            if not self.fourier:
+                ctf = torch.cat([ctf, ctf.flip(1)], 1)
+        weight = 2.0 if self.fourier else 1.0  # each pixel stands for two
+        scale = _HALF_SCALE if narrow == torch.float16 else 1.0
+        by_target = torch.empty_like(target) if wanted.target else None
+        work = _Work(
+            layers, bias, frequencies, plane, sign, target, ctf, weight, scale, wanted, by_target
+        )
+        cut = shares(len(z), self.pixels, self._network.width, coords.device)
+        errors, sums = torch.zeros(len(z), dtype=wide, device=z.device), work.sums()
+        for own_errors, own_sums in side_by_side(partial(self._do, work), cut):
+            errors += own_errors  # in order: the same result every time
+            sums.add(own_sums)
+        sums.scale(1 / scale)
+        by_parameter: list[Tensor | None] = [None] * len(self._network.parameters)
+        if wanted.parameters:
+            by_parameter = [*self._network.gradients(sums, z, self._encoding.columns)]
+        return errors, [
+            None if sums.frequencies is None else self._by_rot(sums.frequencies),
+            None if by_target is None else self._by_pixel(by_target, sign),
+            sums.bias @ layers.latent if wanted.latents else None,
+            *by_parameter,
+        ]
+
+    def _do(self, work: _Work, pieces: list[Piece]) -> tuple[Tensor, Sums]:
+        """Return the squared errors and the gradients of some pieces."""
+        layers, bias, ctf = work.layers, work.bias, work.ctf
+        errors, sums = bias.new_zeros(len(bias)), work.sums()
+        for images, pixels in pieces:
+            here = work.plane[pixels]
+            signed = here if work.sign is None else work.sign[images, pixels, None] * here
+            count = images.stop - images.start
+            features = work.frequencies.shape[2]
+            phases = self._buffers("phases", signed.shape[-2] * count, features, bias.dtype)
+            out = phases.view(count, -1, features)
+            torch.matmul(signed, work.frequencies[images], out=out)
+            encoded = self._features(phases)
+            hidden = layers.forward(encoded, bias[images])
+            outputs = layers.outputs(hidden).to(bias.dtype)
+            outputs = outputs.view(count, -1, outputs.shape[1])
+            here_ctf = None if ctf is None else ctf[images, pixels, None]
+            residual = outputs if here_ctf is None else outputs * here_ctf
+            residual = residual - work.target[images, pixels]
+            errors[images] += work.weight * residual.square().sum((1, 2))
+            if work.by_target is not None:
+                work.by_target[images, pixels] = -2 * work.weight * residual
+            if any(work.wanted):
+                slope = 2 * work.weight * work.scale * residual
+                slope = slope if here_ctf is None else slope * here_ctf
+                grad = layers.backward(encoded, hidden, slope, sums, images)
+                if sums.frequencies is not None:
+                    by_feature = torch.mm(grad, layers.first)
+                    by_phase = self._encoding.by_phase(encoded, by_feature)
+                    by_phase = by_phase.view(count, -1, features).to(bias.dtype)
+                    sums.frequencies[images] += signed.mT @ by_phase
+        return errors, sums
+
+    def _by_rot(self, frequencies: Tensor) -> Tensor:
+        """Return gradients by rotations `(B, 3, 3)`, of those by turned frequencies.
+
+        Images are planes: the third row turns nothing.
+        """
+        rows = frequencies @ self._frequencies(frequencies.dtype).T
+        return torch.cat([rows, torch.zeros_like(rows[:, :1])], 1)
+
+    def _by_pixel(self, target: Tensor, sign: Tensor | None) -> Tensor:
+        """Return gradients by masked pixels `(B, P)`, of those by what ``_target`` makes."""
+        if sign is None:
+            return target[..., 0]
+        even, odd = target[..., 0], target[..., 1] * sign
+        return torch.cat([even - odd, (even + odd).flip(1)], 1).mul_(0.5)
+
+    def _target(self, target: Tensor) -> Tensor:
+        """Return what the outputs are compared with, `(B, pixels, outputs)`."""
+        if not self.fourier:
+            return target[..., None].clone()
+        near, far = target[:, : self.pixels], target[:, self.pixels :].flip(1)
+        return torch.stack([near + far, far - near], 2).mul_(0.5)
+
+
+class _SquaredErrors(torch.autograd.Function):
+    """``FastDecoder.run`` for autograd: the gradients are ready when the forward pass is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        decoder: FastDecoder,
+        rot: Tensor,
+        target: Tensor,
+        ctf: Tensor | None,
+        z: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        _, by_rot, by_target, _, by_latent, *by_parameter = ctx.needs_input_grad
+        wanted = _Wanted(by_rot, by_target, by_latent, any(by_parameter))
+        errors, ctx.gradients = decoder.run(rot, target, ctf, z, wanted)
+        ctx.mark_non_differentiable(errors)
+        return errors.sum(), errors
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:  # type: ignore[override]
+        rot, target, *others = (None if g is None else g * grad for g in ctx.gradients)
+        return None, rot, target, None, *others

@@ -1,0 +1,250 @@
+"""Training an encoder on images that a decoder makes up, of which the latents are known.
+
+The decoder is that of a finished run. Latents are drawn from the posteriors of its particles,
+poses from theirs with a random turn in the plane, CTFs from theirs, and noise anew; minimised is
+-log q(z | image). No image is shown twice, so there is nothing to memorise (the sleep phase of
+Hinton et al. 1995, doi:10.1126/science.7761831; Zhang, Hayes & Barber, arXiv 2205.11640).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryodrgn_amort.data import Agreement, Batch, BatchLoader, NoiseModel, Shells, optics_groups
+from cryodrgn_amort.models.base import Objective
+from cryodrgn_amort.models.objective import Losses, kl_divergence
+
+if TYPE_CHECKING:
+    from cryodrgn_amort.data import Particles
+    from cryodrgn_amort.models.base import LatentModel
+    from cryodrgn_amort.models.decoder import FastDecoder
+
+
+__all__ = ["SyntheticBatch", "SyntheticImages", "measure_noise", "whole_ctf"]
+
+_LOGVAR_RANGE = (-12.0, 4.0)
+_SIGNALS = 16  # latents at one pose
+_POSES = 1000
+_POOL_BYTES = 1 << 29
+_USES = 4  # of a signal, each time with other noise and CTF, before its pose is replaced
+_NOISE_SAMPLE = 512  # particles of each optics group
+_CHUNK = 64
+
+
+@dataclass
+class SyntheticBatch(Batch):
+    """Synthetic images. ``index`` says whose CTF and translation they have.
+
+    Attributes
+    ----------
+    z
+        Their latents, `(B, zdim)`.
+    templates
+        Images of ``Encoder.template_latents`` at these poses, as ``Encoder.with_templates`` yields
+        them, `(B, K, P)`; None: there are none.
+    """
+
+    z: Tensor | None = None
+    templates: Tensor | None = None
+
+
+def measure_noise(
+    decoder: FastDecoder, particles: Particles, mean: Tensor, seed: int
+) -> NoiseModel:
+    """Measure the spectrum of what latents ``mean`` `(N, zdim)` leave unexplained.
+
+    In each optics group, of a sample of its particles.
+    """
+    shells, groups = Shells(particles), optics_groups(particles.ctf_params, particles.n)
+    rng = np.random.default_rng(seed)
+    loader = BatchLoader(particles, None, memory=0)
+    spectra = []
+    for group in range(int(groups.max()) + 1):
+        members = (groups == group).nonzero()[:, 0].numpy()
+        sample = torch.from_numpy(np.sort(rng.permutation(members)[:_NOISE_SAMPLE]))
+        sums, sound = torch.zeros(shells.count, dtype=torch.float64), 0
+        for index in sample.split(_CHUNK):
+            batch = loader.read(index)
+            assert batch.rot is not None
+            images = decoder.images(batch.rot, mean[index.to(mean.device), None])[:, 0]
+            power = shells.power(batch.y - with_ctf(images, batch.ctf)).double().cpu()
+            good = power.isfinite().all(1)
+            sums += power[good].sum(0)
+            sound += int(good.sum())
+        spectra.append((sums / max(sound, 1)).float())
+    return NoiseModel(particles, shells, torch.stack(spectra).to(mean.device), groups, seed)
+
+
+def with_ctf(images: Tensor, ctf: Tensor | None) -> Tensor:
+    """Multiply images `(..., P)` with the CTF at half of their pixels, `(..., P / 2)`."""
+    return images if ctf is None else images * whole_ctf(ctf)
+
+
+def whole_ctf(ctf: Tensor) -> Tensor:
+    """Return the CTF at all masked pixels: the other half is the mirror image."""
+    return torch.cat([ctf, ctf.flip(-1)], -1)
+
+
+class SyntheticImages(Objective):
+    """Makes up images for an encoder, and tells how well it reads them.
+
+    Signals - what the decoder makes of some latents at one pose, without CTF and noise - are kept
+    in a pool and used a few times. What the pool holds depends on the seed and the epoch only, so
+    that a training that goes on sees what it would have seen.
+
+    Parameters
+    ----------
+    mean, logvar
+        Posteriors from which latents are drawn, `(N, zdim)`.
+    templates
+        What ``Encoder.template_latents`` returns, `(K, zdim)` or None.
+    poses, signals
+        At most so many poses are in the pool at a time, and so many latents at each.
+
+    Attributes
+    ----------
+    poses
+        How many poses are in the pool.
+    """
+
+    def __init__(
+        self,
+        decoder: FastDecoder,
+        particles: Particles,
+        mean: Tensor,
+        logvar: Tensor,
+        templates: Tensor | None,
+        seed: int,
+        poses: int = _POSES,
+        signals: int = _SIGNALS,
+    ) -> None:
+        self.decoder, self.particles, self.seed = decoder, particles, seed
+        self.signals = signals
+        self._mean, self._spread = mean, torch.exp(0.5 * logvar)
+        self.templates = mean[:0] if templates is None else templates
+        self.noise = measure_noise(decoder, particles, mean, seed)
+        each = 4 * len(particles.mask) * (len(self.templates) + signals)
+        self.poses = size = int(min(poses, max(16, _POOL_BYTES // each)))
+        shape = size, len(self.templates) + signals, len(particles.mask)
+        self._images = torch.empty(shape, device=mean.device)
+        self._rots = torch.empty(size, 3, 3, device=mean.device)
+        self._z = torch.empty(size, signals, mean.shape[1], device=mean.device)
+        self._made = torch.full((size,), -1)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._error, self._count = torch.zeros((), dtype=torch.float64, device=mean.device), 0
+        self._variance = float(mean.var(0).sum() + self._spread.square().mean(0).sum())
+
+    def epoch_start(self, epoch: int) -> None:
+        """Make the signals of an epoch."""
+        self._error.zero_()
+        self._count = 0
+        state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)
+        self._generator.manual_seed(int(state[0] >> np.uint64(1)))
+        size = self.poses
+        each = min(size, -(-self.particles.n // (self.signals * _USES)))
+        replaced = (epoch - 1) * each - torch.arange(size)
+        generation = torch.div(replaced + size - 1, size, rounding_mode="floor").clamp(min=0)
+        for place in (generation != self._made).nonzero()[:, 0].tolist():
+            self._make(place, int(generation[place]))
+        self._made = generation
+
+    def _make(self, place: int, generation: int) -> None:
+        rng = np.random.default_rng([self.seed, place, generation])
+        turn = rng.uniform(0, 2 * math.pi)
+        cos, sin = math.cos(turn), math.sin(turn)
+        plane = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
+        pose = self.particles.rots[int(rng.integers(self.particles.n))]
+        rot = plane.to(pose) @ pose
+        rows = torch.from_numpy(rng.integers(len(self._mean), size=self.signals)).to(rot.device)
+        normal = rng.standard_normal((self.signals, self._mean.shape[1]), dtype=np.float32)
+        z = self._mean[rows] + self._spread[rows] * torch.from_numpy(normal).to(rot.device)
+        latents = torch.cat([z, self.templates])
+        images = self.decoder.images(rot[None], latents[None])[0]
+        images[self.signals + 1 :] -= images[self.signals : self.signals + 1]
+        self._images[place] = images
+        self._rots[place], self._z[place] = rot, z
+
+    def draw(self, batch: Batch) -> SyntheticBatch:
+        """Make up an image in place of each particle of a batch, with its CTF and translation."""
+        own = torch.arange(batch.size) if batch.share is None else batch.share.places
+        place = torch.randint(self.poses, (batch.size,), generator=self._generator)[own]
+        signal = torch.randint(self.signals, (batch.size,), generator=self._generator)[own]
+        return self._images_of(batch, place, signal)
+
+    def draw_apart(self, batch: Batch, number: int) -> SyntheticBatch:
+        """Make up images as ``draw`` does, each at a pose and of a latent of its own.
+
+        For at most ``poses`` of them at a time; another ``number`` gives others.
+        """
+        for place in range(batch.size):
+            self._make(place, number)
+        self._made.fill_(-1)  # an epoch makes its own again
+        return self._images_of(batch, torch.arange(batch.size), torch.zeros(batch.size).long())
+
+    def _images_of(self, batch: Batch, place: Tensor, signal: Tensor) -> SyntheticBatch:
+        """Make images of what is at places of the pool, with new noise."""
+        index, ctf, device = batch.index, batch.ctf, self._rots.device
+        place, signal = place.to(device), signal.to(device)
+        y = with_ctf(self._images[place, signal], ctf)
+        y += self.noise.draw(index, self._generator, batch.share)
+        image = y if ctf is None else y * whole_ctf(ctf).sign()
+        compared = self._images[place, self.signals :] if len(self.templates) else None
+        return SyntheticBatch(
+            index, y, image, self._rots[place], ctf, z=self._z[place, signal], templates=compared
+        )
+
+    def loss(
+        self, model: LatentModel, batch: Batch, beta: float, beta_control: float | None
+    ) -> tuple[Losses, Tensor]:
+        """Return -log q(z | image), in nats, of images made up in place of a batch, and the means.
+
+        As losses of training go: ``total`` and ``gen_loss`` are this, ``kld`` is that of q.
+        """
+        mine = self.draw(batch)
+        mean, logvar = model.posterior(mine)
+        assert mine.z is not None
+        logvar = logvar.clamp(*_LOGVAR_RANGE)
+        error = (mine.z.to(mean) - mean).square()
+        each = 0.5 * (math.log(2 * math.pi) + logvar + error * torch.exp(-logvar)).sum(1)
+        total = each.sum() / batch.size
+        kld = kl_divergence(mean, logvar).sum() / batch.size
+        self._error += error.detach().sum().double()
+        self._count += len(error)
+        return Losses(total, total, kld, 0.0), mean.detach()
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """Return how much of the latents' variance the means explain, of this epoch's images."""
+        return {"latent_r2": 1 - float(self._error) / max(self._count, 1) / self._variance}
+
+    def epoch_state(self) -> dict[str, Any]:
+        """Return the state of the random numbers, and the sums of the metrics so far."""
+        return {
+            "generator": self._generator.get_state(),
+            "error": self._error.clone(),
+            "count": self._count,
+        }
+
+    def set_epoch_state(self, state: dict[str, Any]) -> None:
+        """Go on in an epoch."""
+        self._generator.set_state(state["generator"])
+        self._error.copy_(state["error"])
+        self._count = int(state["count"])
+
+    def agreement(self, count: int = 512) -> Agreement:
+        """Compare preprocessed particles with images made up in their place."""
+        rng = np.random.default_rng(self.seed)
+        sample = torch.from_numpy(np.sort(rng.permutation(self.particles.n)[:count]))
+        loader, shells = BatchLoader(self.particles, None, memory=0), self.noise.shells
+        real, synthetic = [], []
+        for index in sample.split(_CHUNK):
+            batch = loader.read(index)
+            real.append(shells.power(batch.y).cpu())
+            synthetic.append(shells.power(self.draw(batch).y).cpu())
+        frequency = (np.arange(shells.count) + 1) / self.particles.box
+        return Agreement(frequency, torch.cat(real).numpy(), torch.cat(synthetic).numpy())

@@ -1,0 +1,66 @@
+"""Flags of ``train_amort`` that concern some of our encoders alone.
+
+Their values are in ``TrainSettings.extra``, as those of plugins are: only those that were given.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from cryodrgn_amort.core import InputError
+from cryodrgn_amort.options.fields import Options, flag
+
+__all__ = ["AnchorFlags", "TableFlags"]
+
+_TABLE = "Lookup table (--encoder vlt)"
+
+
+def _start(text: str) -> str:
+    return text if text in ("normal", "zeros") else os.path.abspath(text)
+
+
+@dataclass(frozen=True)
+class TableFlags(Options):
+    """Of the lookup table."""
+
+    table_init: str = flag(
+        "--table-init", default="normal", group=_TABLE, metavar="normal|zeros|PATH", type=_start,
+        help="Start of the means: N(0,1), 0, or the means and log variances of a z.pkl or of a\n"
+        "finished run's folder",
+    )  # fmt: skip
+    table_logvar: float = flag(
+        "--table-logvar", default=-4.0, group=_TABLE,
+        help="Start of the log variances (default: -4, or those of --table-init)",
+    )  # fmt: skip
+    table_lr: float = flag(
+        "--table-lr", default=3e-2, above=0,
+        wanted="must be positive; --table-freeze keeps the table fixed", group=_TABLE,
+        help="Learning rate of the table's own Adam. A row is visited once per epoch, so at the\n"
+        "decoder's rate it would hardly move",
+    )  # fmt: skip
+    table_lr_end: float | None = flag(
+        "--table-lr-end", default=None, above=0, group=_TABLE,
+        help="What that rate falls to by the last epoch, along half a cosine, so that rows end\n"
+        "where their posteriors are (default: it stays the same)",
+    )  # fmt: skip
+    table_freeze: bool = flag(
+        "--table-freeze", default=False, group=_TABLE,
+        help="Keep the table as it starts and train the decoder only",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not abs(self.table_logvar) < float("inf"):
+            raise InputError(f"--table-logvar {self.table_logvar}: must be finite")
+
+
+@dataclass(frozen=True)
+class AnchorFlags(Options):
+    """Of ``--encoder anchored``: each anchor costs a decoded image per particle that it encodes."""
+
+    anchors: int = flag(
+        "--anchors", default=16, least=2, wanted="at least 2 are needed",
+        group="Second stage (--from)", metavar="K",
+        help="Latents that --encoder anchored compares with",
+    )  # fmt: skip

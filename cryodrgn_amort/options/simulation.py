@@ -1,0 +1,130 @@
+"""What ``simulate_amort`` is asked to make."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cryodrgn_amort.core import InputError
+from cryodrgn_amort.options.fields import Options, flag
+
+__all__ = ["MOST_CLASSES", "SimulateOptions"]
+
+MOST_CLASSES = 5
+"""Compositions of the made-up object."""
+_STEEPEST_DEG = 70.0
+_OBJECT, _IMAGING = "Object", "Imaging"
+
+
+@dataclass(frozen=True)
+class SimulateOptions(Options):
+    """What to simulate. None: see the flag's help."""
+
+    outdir: str = flag("-o", "--outdir", metavar="DIR", help="Output folder")
+    n: int | None = flag(
+        "-n", default=None, least=1, metavar="N",
+        help="Particles for training (default: 2000; with --poses or --ctf: all rows that are\n"
+        "not held out). With tables, the first N + HELDOUT rows are used",
+    )  # fmt: skip
+    heldout: int = flag(
+        "--heldout", default=0, least=0, metavar="N",
+        help="Particles held out besides, in the same stack",
+    )  # fmt: skip
+    seed: int = flag("--seed", default=0, least=0, help="The same seed gives the same bytes")
+    overwrite: bool = flag(
+        "--overwrite", default=False, help="Replace the simulation in the folder"
+    )
+    clean: bool = flag(
+        "--clean", default=False, help="Also write the images without noise to clean.mrcs"
+    )
+    D: int | None = flag(
+        "-D", default=None, least=16, wanted="an even box of at least 16 pixels is needed",
+        group=_OBJECT, help="Box size in pixels (default: 32, or that of --volumes)",
+    )  # fmt: skip
+    classes: int | None = flag(
+        "--classes", default=None, least=1, most=MOST_CLASSES, group=_OBJECT,
+        help=f"Compositions, 1 to {MOST_CLASSES} (default: {MOST_CLASSES})",
+    )  # fmt: skip
+    shares: tuple[float, ...] | None = flag(
+        "--shares", default=None, group=_OBJECT, nargs="+", metavar="SHARE",
+        help="Relative shares of the classes (default: .15 .2 .25 .25 .15 for five;\n"
+        "equal for --volumes)", least=0, wanted="must not be negative",
+    )  # fmt: skip
+    hinge_deg: float | None = flag(
+        "--hinge-deg", default=None, least=0, most=180, group=_OBJECT, metavar="DEG",
+        help="The arm turns from -DEG to DEG degrees; 0: rigid (default: 45)",
+    )  # fmt: skip
+    volumes: tuple[str, ...] = flag(
+        "--volumes", default=(), group=_OBJECT, nargs="+", metavar="MRC",
+        help="Use these volumes instead (.mrc, .map, also .gz, .bz2), one class each: positive\n"
+        "density within the sphere that the box encloses; cubes of one even size, or -D D pads\n"
+        "them to it",
+    )  # fmt: skip
+    snr: float = flag(
+        "--snr", default=0.3, above=0, most=math.inf, wanted="must be positive (inf: no noise)",
+        group=_IMAGING,
+        help="Signal-to-noise ratio: variance of the noise-free images with CTF over all pixels,\n"
+        "divided by the variance of the noise; inf: no noise",
+    )  # fmt: skip
+    tilts: int | None = flag(
+        "--tilts", default=None, least=1, group=_IMAGING, metavar="N",
+        help="Tilt series: N images of each particle, dose-symmetric, about the y axis; each has\n"
+        "an N-th of the dose, N times the variance of the noise (default: single particles)",
+    )  # fmt: skip
+    tilt_step_deg: float | None = flag(
+        "--tilt-step-deg", default=None, least=0, most=60, group=_IMAGING, metavar="DEG",
+        help="Angle between neighbouring tilts (default: 3)",
+    )  # fmt: skip
+    noise: str = flag(
+        "--noise", default="white", choices=("white", "coloured"), group=_IMAGING,
+        metavar="white|coloured",
+        help="Noise spectrum; coloured: falls with the frequency, same variance",
+    )  # fmt: skip
+    shift_px: float | None = flag(
+        "--shift-px", default=None, least=0, group=_IMAGING, metavar="PX",
+        help="Largest shift along x and y, in pixels of this box (default: 1.5 * D / 32)",
+    )  # fmt: skip
+    apix: float | None = flag(
+        "--apix", default=None, above=0, group=_IMAGING,
+        help="Angstroms per pixel (default: 192 / D, or that of --volumes, or of --ctf)",
+    )  # fmt: skip
+    use_ctf: bool = flag("--no-ctf", default=True, group=_IMAGING, help="Images without CTF")
+    poses: str | None = flag(
+        "--poses", default=None, group=_IMAGING, metavar="PKL",
+        help="Use these poses (.pkl) instead of random ones",
+    )  # fmt: skip
+    ctf: str | None = flag(
+        "--ctf", default=None, group=_IMAGING, metavar="PKL",
+        help="Use these CTFs (.pkl) instead of random ones",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.D or 0) % 2:
+            raise InputError(f"-D {self.D}: an even box of at least 16 pixels is needed")
+        for name, given, other, why in (
+            ("--classes", self.classes, self.volumes, "with --volumes, each volume is a class"),
+            ("--hinge-deg", self.hinge_deg, self.volumes, "there is no hinge with --volumes"),
+            ("--ctf", self.ctf, not self.use_ctf, "contradicts --no-ctf"),
+            ("--tilts", self.tilts, not self.use_ctf, "the scale of a tilt is part of its CTF"),
+            ("--tilt-step-deg", self.tilt_step_deg, self.tilts is None, "is for --tilts"),
+            ("--apix", self.apix, self.ctf, "with --ctf, its pixel sizes are used"),
+            ("--shift-px", self.shift_px, self.poses, "with --poses, its translations are used"),
+        ):
+            if given is not None and other:
+                raise InputError(f"{name} {given}: {why}")
+        steepest = max(map(abs, self.tilt_angles_deg))
+        if self.tilts is not None and steepest > _STEEPEST_DEG:
+            raise InputError(
+                f"--tilts {self.tilts}: would tilt by {steepest:g} degrees; at most "
+                f"{_STEEPEST_DEG:g} (--tilt-step-deg)"
+            )
+
+    @property
+    def tilt_angles_deg(self) -> list[float]:
+        """Angles in the order in which they are taken: 0, then by turns up and down.
+
+        Dose-symmetric: Hagen, Wan & Briggs, J. Struct. Biol. 197, 191 (2017).
+        """
+        step = 3.0 if self.tilt_step_deg is None else self.tilt_step_deg
+        return [step * (1 if k % 2 else -1) * ((k + 1) // 2) for k in range(self.tilts or 1)]

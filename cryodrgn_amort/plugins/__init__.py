@@ -1,0 +1,5 @@
+"""The plugin contract, how plugins are found, and what ships in the box."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

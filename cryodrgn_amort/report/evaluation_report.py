@@ -1,0 +1,357 @@
+"""Write an evaluation: numbers as JSON, arrays, volumes, figures, and one HTML file to read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cryodrgn_amort import host
+from cryodrgn_amort.core import (
+    InputError,
+    __version__,
+    check_place,
+    locked,
+    naming,
+    odd_text,
+    read_json,
+    recorded,
+    text_table,
+    warn,
+    write_json,
+    write_pickle,
+    write_text,
+    write_z,
+)
+from cryodrgn_amort.measures import DEFINITIONS, MOST_QUERIES, fve_radius, measure_facts, text_row
+from cryodrgn_amort.report.evaluation_figures import pictures_of
+from cryodrgn_amort.report.html import Picture, environment, picture
+from cryodrgn_amort.report.plots import RANK_BINS, particle_numbers
+from cryodrgn_amort.report.results import MODES
+from cryodrgn_amort.report.trust import STABLE, write_trust
+from cryodrgn_amort.report.verdict import MODE_NOTES, VERDICT_RULE, verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+    from cryodrgn_amort.report.results import Evaluation, TransformResult
+
+
+__all__ = ["Section", "check_outdir", "evaluation_rows", "evaluation_summary", "write_evaluation"]
+
+CITATION = (
+    "D. G. Edelberg, R. R. Lederman: Using VAEs to Learn Latent Variables: Observations on "
+    "Applications in cryo-EM. arXiv:2303.07487 (2023)"
+)
+_MAIN = ("retrieval_rank", "latent_correlation", "amortization_loss_fraction", "volume_change")
+# What an earlier evaluation may have left, and a later one without that transform must remove.
+_OURS = re.compile(
+    r"vol\.\d+(\..+)?\.mrc|.+\.(held|follow)\.pkl|(latents|ranks|calibration|map\..+)\.(png|pdf)"
+    rf"|({'|'.join(k for k, d in DEFINITIONS.items() if d.per_image)})\.pkl"
+    r"|(gap|trust|ind_(un)?stable)\.pkl|trust\.csv"
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report, as plugins bring it (hook ``report_sections``).
+
+    Attributes
+    ----------
+    title, text
+        Plain text; an empty line in the text starts a paragraph.
+    table
+        Rows of text or numbers; the first one is the header.
+    figures
+        Caption -> matplotlib figure.
+    """
+
+    title: str
+    text: str = ""
+    table: Sequence[Sequence[str | float | None]] | None = None
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _PluginPart:
+    section: Section
+    plugin: str
+    pictures: list[Picture]
+
+    @property
+    def paragraphs(self) -> list[str]:
+        return [p for p in re.split(r"\n\s*\n", self.section.text.strip()) if p]
+
+
+def check_outdir(outdir: str | os.PathLike[str]) -> Path:
+    """Return the output folder, before anything is computed.
+
+    Raises
+    ------
+    InputError
+        If it is a file, lies below one, or cannot be written to.
+    """
+    out = check_place(outdir, folder=True)
+    if (out / "report.html").is_file() and "report.html" not in _earlier_files(out):
+        raise InputError(f"-o {outdir}: holds a report.html that is not of eval_amort")
+    return out
+
+
+def write_evaluation(evaluation: Evaluation, outdir: str | os.PathLike[str]) -> Path:
+    """Write everything into a folder; if anything fails, what was there stays as it was.
+
+    Written are ``report.html``, ``amortization.json``, figures (PNG and PDF), volumes of the
+    labelled particles (``vol.NUMBER.mrc``) and, for each transform and mode ``KEY``, the
+    transformed particles' latents (``z.KEY.pkl``), values per particle (``MEASURE.KEY.pkl``) and
+    volumes (``vol.NUMBER.KEY.mrc``). Files of an earlier evaluation that this one does not write
+    again are removed; files of others stay.
+
+    Returns
+    -------
+    Path
+        Of ``report.html``.
+    """
+    out = check_outdir(outdir)
+    with _staging(out) as staging:
+        pictures = pictures_of(evaluation)
+        for drawn in (p for some in pictures.values() for p in some):
+            (staging / f"{drawn.name}.png").write_bytes(drawn.png)
+            (staging / f"{drawn.name}.pdf").write_bytes(drawn.pdf)
+        _write_arrays(evaluation, staging)
+        page = _page(evaluation, pictures)
+        write_text(staging / "report.html", page)
+        files = sorted([*os.listdir(staging), "amortization.json"])
+        write_json(staging / "amortization.json", {**_facts(evaluation), "files": files})
+        _move(staging, out, files)
+    return out / "report.html"
+
+
+def evaluation_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """Return the main numbers as text, the header first: of transforms only some measures."""
+    head = ("transform", "mode", "measure", "value", "95 % interval", "null", "ideal")
+    main = [row for row in evaluation.rows() if row[1] not in MODES or row[2].name in _MAIN]
+    return [head, *((of, mode, *text_row(m)) for of, mode, m in main)]
+
+
+def evaluation_summary(evaluation: Evaluation) -> str:
+    """Return the main numbers as a short table of plain text."""
+    run = evaluation.run
+    lines = [f"{run.name}, epoch {run.epoch}, --encoder {run.settings.encoder}, "
+             f"{len(evaluation.z)} particles"]  # fmt: skip
+    lines.append(text_table(evaluation_rows(evaluation)))
+    if not evaluation.applicable:
+        lines.append(evaluation.reason)
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """Make a folder within ``out``, named with a dot, that is gone afterwards."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    staging = out / ".amort.tmp"
+    try:
+        with locked(out, "another eval_amort writes to it"):
+            shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
+            staging.mkdir()
+            try:
+                with naming(f"{out}/"):
+                    yield staging
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    finally:
+        if made and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _move(staging: Path, out: Path, files: Sequence[str]) -> None:
+    blocked = [name for name in files if (out / name).is_dir()]
+    if blocked:
+        raise InputError(f"-o {out}: a folder {blocked[0]} is in the way")
+    stale = {name for name in _earlier_files(out) if _OURS.fullmatch(name)} - set(files)
+    with recorded(out, *files):
+        for name in files:
+            os.replace(staging / name, out / name)
+    for name in stale:
+        (out / name).unlink(missing_ok=True)
+
+
+def _earlier_files(out: Path) -> list[str]:
+    try:
+        listed = read_json(out / "amortization.json", "-o")["files"]
+        return [name for name in listed if os.path.basename(name) == name]
+    except (ValueError, KeyError, TypeError):  # InputError among them
+        return []
+
+
+def _write_arrays(evaluation: Evaluation, folder: Path) -> None:
+    apix = {"Apix": evaluation.apix}
+    every = evaluation.of_all  # the host's dashboard shows values of all particles
+    names = particle_numbers(len(evaluation.labelled))
+    for name, volume in zip(names, evaluation.volumes, strict=True):
+        host.write_mrc(str(folder / f"vol.{name}.mrc"), volume, **apix)
+    for array, values in evaluation.arrays.items():
+        write_pickle(folder / f"{array}.pkl", every(values))
+    write_trust(evaluation, folder)
+    for result in evaluation.results:
+        write_z(folder / f"z.{result.key}.pkl", every(result.z), every(result.logvar))
+        for array, values in result.arrays.items():
+            values = np.ascontiguousarray(every(values))
+            write_pickle(folder / f"{array}.{result.key}.pkl", values)
+    for result in evaluation.mapped:
+        for name, volume in zip(names, result.volumes, strict=True):
+            host.write_mrc(str(folder / f"vol.{name}.{result.key}.mrc"), volume, **apix)
+
+
+def _page(evaluation: Evaluation, pictures: dict[str, list[Picture]]) -> str:
+    """Render report.html."""
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            evaluation=evaluation,
+            run=evaluation.run,
+            verdict=verdict(evaluation),
+            transforms=_by_transform(evaluation),
+            fitted_measures={k: m for f in evaluation.fits for k, m in f.measures.items()},
+            stable=STABLE,
+            pictures=pictures,
+            measured=_facts(evaluation)["definitions"],
+            mode_notes=MODE_NOTES,
+            facts=_table_of_facts(evaluation),
+            sections=_plugin_parts(evaluation),
+            citation=CITATION,
+        )
+    )
+
+
+def _by_transform(evaluation: Evaluation) -> list[list[TransformResult]]:
+    names = dict.fromkeys(r.name for r in evaluation.results)
+    return [[r for r in evaluation.results if r.name == name] for name in names]
+
+
+def _plugin_parts(evaluation: Evaluation) -> list[_PluginPart]:
+    """Collect the plugins' sections; one that fails says so in its place."""
+    found = []
+    plugins = evaluation.run.plugins
+    for plugin, call in plugins.each("report_sections", evaluation=evaluation):
+        try:
+            parts = [_plugin_part(section, plugin) for section in call()]
+        except Exception as err:
+            said = f"({type(err).__name__}: {err})"
+            warn(f"plugin {plugin!r}: report_sections left out {said}")
+            section = Section(plugin, f"This plugin's part is left out {said}.")
+            parts = [_PluginPart(section, plugin, [])]
+        found += parts
+    return found
+
+
+def _plugin_part(section: Section, plugin: str) -> _PluginPart:
+    drawn = [picture("", caption, caption, figure) for caption, figure in section.figures.items()]
+    return _PluginPart(section, plugin, drawn)
+
+
+def _histograms(ranks: np.ndarray | None) -> list[list[int]] | None:
+    """Count the ranks of each latent dimension in equal bins from 0 to 1."""
+    if ranks is None:
+        return None
+    edges = np.linspace(0, 1, RANK_BINS + 1)
+    return [np.histogram(column, edges)[0].tolist() for column in ranks.T]
+
+
+def _facts(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what amortization.json holds, but for the list of files."""
+    run = evaluation.run
+    used = [evaluation.measures, *(r.measures for r in evaluation.results)]
+    used += [f.measures for f in evaluation.fits]
+    names = dict.fromkeys(name for measures in used for name in measures)
+    return {
+        "format": 1,
+        "cryodrgn_amort": __version__,
+        "cryodrgn": host.VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "citation": CITATION,
+        "run": {
+            "name": run.name,
+            "folder": str(run.folder),
+            "epoch": run.epoch,
+            "encoder": run.settings.encoder,
+            "encoder_kind": run.encoder.name,
+            "encoder_input": None if run.shown is None else run.shown.name,
+            "n": len(evaluation.z),
+            "left_out": evaluation.left_out.tolist(),
+            "stack": evaluation.total,
+            "zdim": evaluation.z.shape[1],
+            "box_px": evaluation.volumes.shape[-1],
+            "apix": evaluation.apix,
+            "settings": run.settings.to_dict(),
+        },
+        "options": evaluation.options.facts(),
+        "applicable": evaluation.applicable,
+        "reason": evaluation.reason,
+        "verdict": verdict(evaluation).headline,
+        "labelled": {
+            name: int(position)
+            for name, position in zip(
+                particle_numbers(len(evaluation.labelled)), evaluation.labelled, strict=True
+            )
+        },
+        "measures": measure_facts(evaluation.measures),
+        "kl_per_dimension": evaluation.kl_per_dimension,
+        "calibration_ranks": _histograms(evaluation.calibration),
+        "volume_fve_radius_voxels": fve_radius(evaluation.volumes.shape[-1]),
+        "transforms": {
+            r.key: {
+                "name": r.name, "title": r.title, "mode": r.mode, "is_control": r.is_control,
+                "measures": measure_facts(r.measures),
+            }
+            for r in evaluation.results
+        },
+        "fits": {
+            f.key: {
+                "which": f.which, "weight": f.weight, "beta": f.beta, "variance": f.variance,
+                "n": len(f.index), "left_out": f.left_out, "measures": measure_facts(f.measures),
+            }
+            for f in evaluation.fits
+        },
+        "definitions": {name: DEFINITIONS[name].words() for name in names if name in DEFINITIONS},
+    }  # fmt: skip
+
+
+def _table_of_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Return what the numbers were measured on, and how, for humans."""
+    facts = _facts(evaluation)
+    run, options = facts["run"], evaluation.options
+    shown = run["encoder_input"] or "nothing (its latents are a table)"
+    settings = evaluation.run.settings
+    particles = options.particles or settings.particles
+    known = options.ctf or settings.ctf
+    apix = f"{evaluation.apix:g} Å/px" if known else "pixel size unknown (no CTF)"
+    rows = [
+        ("Run", f"{run['name']}, epoch {run['epoch']}"),
+        ("Encoder", f"{run['encoder']} ({evaluation.run.encoder.summary}); it is shown: {shown}"),
+        ("Particles", f"{run['n']} from {particles}, box {run['box_px']} px, {apix}"),
+        *([("Left out", odd_text(evaluation.left_out))] if run["left_out"] else []),
+        ("Latent dimensions", str(run["zdim"])),
+        ("Sample sizes", f"reconstruction losses {options.sample}, volumes {options.volumes}, at "
+                         f"most; the neighbours of {min(run['n'], MOST_QUERIES)} particles are "
+                         "looked up among all; N beneath each value says of how many it is"),
+        ("Intervals", f"95 %, bootstrap over particles, {options.bootstrap} rounds, seed "
+                      f"{options.seed}"),
+        ("Headline", VERDICT_RULE),
+        ("Numbered particles", f"the first {len(evaluation.labelled)}, counted from 1"),
+    ]  # fmt: skip
+    given = [(flag, options.facts()[flag]) for flag in ("labels", "coordinate")]
+    rows += [(flag.capitalize(), path) for flag, path in given if path]
+    rows.append(("Versions", f"cryodrgn_amort {__version__}, cryodrgn {host.VERSION}"))
+    rows.append(("Written", facts["created"]))
+    return rows

@@ -1,0 +1,5 @@
+"""Run folders: read, written, and the settings that they are made from."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,45 @@
+"""The flags of ``train_amort`` on a parser: those of ``train_vae``, ours, and those of plugins."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from cryodrgn_amort import host
+from cryodrgn_amort.core import abbreviate, actions_of
+from cryodrgn_amort.options import REFUSED, TrainSettings, add_flags
+
+if TYPE_CHECKING:
+    from cryodrgn_amort.core import Registry
+
+__all__ = ["add_train_flags"]
+
+_HELP = {  # where the host's is not what it does, or not all that we do
+    "do_pose_sgd": "Refine poses with gradient descent, in either --domain; RUN/pose.pkl has them",
+    "pretrain": "First epoch in which poses are moved (default: 1)",
+    "emb_type": "Without effect, as in train_vae, which refines s2s2",
+}
+
+
+def add_train_flags(parser: argparse.ArgumentParser, plugins: Registry) -> None:
+    """Add every flag of ``train_vae``, then ours; a flag that is not given leaves no trace."""
+    host.add_train_vae_args(parser)
+    of_host = list(actions_of(parser))
+    for action in of_host:
+        if action.dest == "help":
+            continue
+        if action.help:  # the defaults are about to go
+            action.help = action.help.replace("%(default)s", str(action.default))
+        action.help = _HELP.get(action.dest, action.help)
+        if action.dest in REFUSED:
+            action.help = f"Refused: {REFUSED[action.dest]}"
+        action.default = argparse.SUPPRESS
+        if action.dest in ("particles", "poses", "zdim"):
+            action.required = False  # a recipe or --from may set it
+        if action.dest == "particles":
+            action.nargs, action.type = "?", None  # the type would change the default
+    add_flags(parser, TrainSettings)
+    plugins.add_train_args(parser)
+    for action in actions_of(parser):
+        action.default = argparse.SUPPRESS  # also what plugins added
+    abbreviate(parser, of_host)

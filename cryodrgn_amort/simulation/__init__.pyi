@@ -1,0 +1,2 @@
+from .simulator import Simulation as Simulation, simulate as simulate
+from .truth import Known as Known, Truth as Truth, load_known as load_known

@@ -1,0 +1,5 @@
+"""A whole study of the paper: plan, steps, claims, report."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

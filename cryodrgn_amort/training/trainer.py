@@ -1,0 +1,399 @@
+"""The training loop, readable from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cryodrgn_amort import host
+from cryodrgn_amort.core import (
+    OWN_KEY,
+    InputError,
+    bar,
+    join,
+    locked,
+    logging_to,
+    matrix_products,
+    on_terminal,
+    recorded,
+)
+from cryodrgn_amort.data import load_particles
+from cryodrgn_amort.models import (
+    NotFiniteError,
+    Objective,
+    SyntheticImages,
+    adam,
+    resolve,
+    set_rate,
+    train_step,
+)
+from cryodrgn_amort.runs import (
+    HOLDOUT,
+    TRAINED,
+    RunFolder,
+    default_device,
+    settings_from_flags,
+    with_run,
+    write_config,
+)
+from cryodrgn_amort.training.checkpoints import Checkpoints
+from cryodrgn_amort.training.epoch_metrics import EpochProgress
+from cryodrgn_amort.training.interrupts import StopSignals
+from cryodrgn_amort.training.on_nan import (
+    RollbackError,
+    diverged,
+    last_checkpoint,
+    leave_out,
+    without_loss,
+)
+from cryodrgn_amort.training.resume import check_start, checkpoint_of, holdout_of, source_for
+from cryodrgn_amort.training.run_log import log_batch, log_epoch, log_start
+from cryodrgn_amort.training.second_stage import compare_images, take_over
+from cryodrgn_amort.training.setup import (
+    check_processes,
+    make_model,
+    make_objective,
+    open_loader,
+    shuffled_batches,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import numpy as np
+    from torch import Tensor
+
+    from cryodrgn_amort.core import Registry
+    from cryodrgn_amort.data import Batch, Particles
+    from cryodrgn_amort.models import Losses
+    from cryodrgn_amort.options import TrainSettings
+
+
+__all__ = ["Trainer", "train_run"]
+logger = logging.getLogger("cryodrgn_amort")
+
+_ENCODE_BATCH = 256
+
+
+class Trainer:
+    """Trains one run. Making it checks everything and writes nothing; ``fit`` trains.
+
+    ``particles`` are those that the settings name, if they have been opened already.
+
+    The baseline makes the same random draws in the same order as ``cryodrgn train_vae``, so that
+    equal seeds give equal weights.
+
+    Attributes
+    ----------
+    settings, plugins, particles, model
+        What is trained, on what.
+    folder
+        The run folder.
+    processes
+        This process among those that train the run.
+    shown
+        What a network encoder is shown; None for tables.
+    stage
+        Latents of the run whose decoder this one has: mean and log variance; None: there is none.
+    poses
+        Poses that are refined; None: they stay as given.
+    objective
+        What the model learns from.
+    random_state
+        The states of all random numbers.
+    optimizer
+        The common optimizer: decoder and network. A table has its own.
+    epoch
+        The epoch that is running or has last ended, from 1.
+    seen
+        Particles gone through since training began, all epochs together; a run that goes on
+        counts on.
+    """
+
+    def __init__(
+        self, settings: TrainSettings, plugins: Registry, particles: Particles | None = None
+    ) -> None:
+        self.plugins, self.processes = plugins, join()
+        check_processes(settings, self.processes)
+        self.folder = Path(settings.outdir)
+        self.files = RunFolder(self.folder)
+        self.device = default_device()
+        self.encoder_spec, input_spec = resolve(settings, plugins)
+        checkpoint, own = checkpoint_of(settings, self.files, self.encoder_spec)
+        self.settings = settings = replace(settings, holdout=holdout_of(settings))
+        source, whole = source_for(settings, own), settings.enc_mask == -1
+        self.particles = particles or load_particles(source, self.device, whole=whole)
+        check_start(settings, self.encoder_spec, self.particles, plugins)
+        amort = self.encoder_spec.make(settings, self.particles)
+        if amort is not None:
+            self.processes.split(amort, amort.per_particle)
+        self.shown = input_spec.build(settings, self.particles) if input_spec else None
+
+        made = make_model(settings, self.particles, self.encoder_spec, amort)
+        self.random_state, self.poses, self.model = made
+        self.stage = take_over(self.model, settings, self.encoder_spec, self.particles, plugins)
+        self.optimizer = adam(self.model.trained_parameters(), settings.lr, settings.wd)
+        self.objective = Objective()
+        self.beta = host.get_beta_schedule(settings.beta_value())
+        self.epoch = self.seen = self._rollbacks = 0
+        self._random: dict[str, Any] = {}  # states to go on from, before the next batch
+        self._progress: EpochProgress | None = None  # of the next epoch, to go on with
+        self._checkpoints = Checkpoints(
+            settings, self.files, self.processes, self.particles, self.model, self.optimizer,
+            self.shown, self.poses, self.random_state,
+        )  # fmt: skip
+        if checkpoint:
+            self._restore(checkpoint, own)
+
+    def _restore(self, checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
+        """Go on from a checkpoint; ``own`` is our part of it."""
+        self.epoch, self._random, self._progress = self._checkpoints.restore(checkpoint, own)
+        done = 0 if self._progress is None else self._progress.seen
+        self.seen = self.epoch * self.particles.n + done
+
+    def fit(self) -> None:
+        """Train to the last epoch, with a checkpoint every ``--checkpoint`` epochs.
+
+        Raises
+        ------
+        InputError
+            If inputs cannot be read, or the loss is no usable number and ``--on-nan`` gives up.
+        Stopped
+            If a signal asked for it, after a checkpoint within the epoch.
+        """
+        beside = (self.folder, *self.folder.absolute().parents)
+        self._prepare_particles(next(path for path in beside if path.is_dir()))
+        self.processes.wait()  # until all have seen what the folder holds
+        with contextlib.ExitStack() as held:
+            if self.processes.leads:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(self.folder, "another training writes to it"))
+                self.files.make_room(overwrite=self.settings.overwrite, after=self.epoch)
+                with recorded(self.folder, "config.yaml", HOLDOUT, TRAINED):
+                    write_config(self.folder, self.settings, self.encoder_spec, self.particles)
+            try:
+                path = self.folder / "run.log" if self.processes.leads else None
+                with logging_to(path, self.settings.verbose), matrix_products():
+                    self._train()
+            finally:  # a run that ends before its first checkpoint replaces nothing
+                if self.processes.leads:
+                    self.files.put_back()
+        if self.settings.do_analysis and self.processes.leads:
+            _analyze(self.folder, self.epoch, self.particles.n, self.settings.zdim)
+
+    def endless_steps(self) -> Iterator[None]:
+        """Take optimizer steps, epoch after epoch, and keep nothing: for whoever times them."""
+        self._prepare_particles(None)
+        self.model.train()
+        self.epoch = self.settings.pretrain  # poses move, if they are refined
+        while True:
+            if self.model.amort is not None:
+                self.model.amort.epoch_start(0.0)
+            self.objective.epoch_start(1)
+            for batch in self.batches:
+                with matrix_products():
+                    self._step(batch, self.beta(0))
+                yield
+
+    def _prepare_particles(self, folder: Path | None) -> None:
+        """Preprocess the particles, perhaps into a file in ``folder``, and make the batches."""
+        settings = self.settings
+        given = self.particles if self.poses is None else self.poses.particles
+        self.loader = open_loader(settings, given, self.shown, self.processes, folder)
+        self.batches = shuffled_batches(settings, self.loader, self.random_state)
+        self.objective = make_objective(
+            settings, self.particles, self.model, self.stage, begins=not self.epoch
+        )
+
+    def _train(self) -> None:
+        settings = self.settings
+        log_start(self, self._progress)
+        if self.processes.leads and isinstance(self.objective, SyntheticImages):
+            goes_on = self.epoch > 0 or self._progress is not None
+            compare_images(self.objective, self.folder, self.epoch + 1, goes_on=goes_on)
+        self.random_state.restore(self._random)
+        self._tell("training_start")
+        started, first = time.monotonic(), self.epoch + 1
+        with StopSignals(several=self.processes.size > 1) as signals:
+            while self.epoch < settings.num_epochs:
+                self.epoch += 1
+                try:
+                    row = self._train_epoch(signals)
+                except RollbackError as why:
+                    self._roll_back(str(why))
+                    continue
+                if self.processes.leads:
+                    self.files.write_metrics(row)
+                self._tell("epoch_end", metrics=row)
+                wanted = settings.is_checkpoint(self.epoch)
+                if wanted or self.epoch == settings.num_epochs:
+                    self._write_checkpoint(extra=not wanted)
+        if self.processes.leads:
+            self.files.finish(self.epoch)
+            logger.info("Training complete")
+        took = timedelta(seconds=time.monotonic() - started)
+        each = took / max(self.epoch - first + 1, 1)
+        logger.info(f"Finished in {took} ({each} per epoch)")
+        self._tell("training_end")
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        """Tell plugins of an event; of several processes the leading one does."""
+        if self.processes.leads:
+            self.plugins.tell(event, trainer=self, **facts)
+
+    def _train_epoch(self, signals: StopSignals) -> dict[str, float]:
+        """Go through all particles once; returns the epoch's row of metrics.csv."""
+        self.model.train()
+        progress = self._begin_epoch()
+        started = time.monotonic() - progress.seconds
+        what, total = f"epoch {self.epoch}/{self.settings.num_epochs}", len(self.batches)
+        with contextlib.closing(iter(self.batches)) as coming:  # if need be, before its end
+            for number, batch in enumerate(
+                bar(coming, what, total, silent=not self.processes.leads)
+            ):
+                if number < progress.batches:  # done before training was stopped
+                    continue
+                self._train_batch(batch, progress)
+                progress.seconds = time.monotonic() - started
+                if progress.batches < total and signals.came(self.processes):
+                    self._checkpoints.write_within(self.epoch, progress, self.objective)
+                    raise signals.stopped(self.epoch, progress.batches, total)
+        self.processes.sum_([progress.sums, progress.moments])
+        if not progress.counted or not math.isfinite(progress.averages()[2]):
+            raise InputError(diverged(self.folder, self.epoch))
+        took = time.monotonic() - started
+        row = progress.metrics(self.epoch, took, progress.seen * self.particles.ntilts)
+        log_epoch(row, took)
+        own = {} if self.model.amort is None else self.model.amort.epoch_metrics()
+        return row | own | self.objective.epoch_metrics()
+
+    def _begin_epoch(self) -> EpochProgress:
+        """Begin the epoch, or go on in one that training was stopped in."""
+        settings, progress, self._progress = self.settings, self._progress, None
+        done = (self.epoch - 1) / settings.num_epochs
+        stopped_at = self.random_state.state()
+        self.objective.epoch_start(self.epoch)
+        if self.model.amort is not None:
+            self.model.amort.epoch_start(done)
+        set_rate(self.optimizer, settings.lr, settings.lr_end, done, self._rollbacks)
+        if progress is None:
+            self._random = {}
+            return EpochProgress.new(self.random_state.state(), settings, self.particles)
+        # after the batches that are done, but for what the loader draws itself, ahead
+        self._random = {k: v for k, v in stopped_at.items() if k not in ("shuffle", "tilts")}
+        self.random_state.restore(progress.begin)  # it draws what it drew
+        progress.hand_over(self.model.amort, self.objective)
+        return progress
+
+    def _train_batch(self, batch: Batch, progress: EpochProgress) -> None:
+        """Take a step, and add what it found to the epoch's sums."""
+        settings = self.settings
+        if self._random:  # the first one after training was stopped
+            self.random_state.restore(self._random)
+            self._random = {}
+        self.seen = self.particles.n * (self.epoch - 1) + progress.seen + batch.size
+        beta = self.beta(self.seen)
+        random, objective = self.random_state.state(), self.objective.epoch_state()
+        try:
+            losses, mean = self._step(batch, beta)
+        except NotFiniteError:
+            self.objective.set_epoch_state(objective)
+            self._no_loss(batch, progress, random)
+            progress.leave_out(batch)
+            return
+        progress.add(batch, losses, mean)
+        self._tell("batch_end", losses=losses)
+        if progress.seen % settings.log_interval < settings.batch_size and not on_terminal():
+            log_batch(self, progress.seen, losses)
+
+    def _step(self, batch: Batch, beta: float) -> tuple[Losses, Tensor]:
+        moving = self.poses if self.epoch >= self.settings.pretrain else None
+        with torch.set_grad_enabled(moving is not None):
+            batch = self._posed(batch)
+        found = train_step(
+            self.model, self.optimizer, batch, beta, self.settings.beta_control, self.processes,
+            self.objective, check=True,
+        )  # fmt: skip
+        if moving is not None:
+            moving.step()
+        return found
+
+    def _posed(self, batch: Batch) -> Batch:
+        """Give a batch the poses that its images have by now."""
+        return batch if self.poses is None else self.poses.posed(batch)
+
+    @torch.no_grad()
+    def _no_loss(self, batch: Batch, progress: EpochProgress, random: dict[str, Any]) -> None:
+        """Do what ``--on-nan`` says about a batch without a loss, before which all is as it was."""
+        settings, particles = self.settings, self.particles
+        named = without_loss(self.model, self._posed(batch), particles, self.processes)
+        why = f"{named}, in epoch {self.epoch}" if named else diverged(self.folder, self.epoch)
+        if named and settings.on_nan == "stop":
+            self.random_state.restore(random)
+            self._checkpoints.write_within(self.epoch, progress, self.objective)
+            why += "; --load latest goes on before this batch, with --on-nan skip without it"
+        leave_out(settings.on_nan, why, progress.left_out, particles.n)
+
+    def _roll_back(self, why: str) -> None:
+        """Go back to the last checkpoint, with half the learning rate."""
+        self._rollbacks += 1
+        checkpoint = last_checkpoint(self.folder, self._rollbacks, why)
+        self._restore(checkpoint, checkpoint[OWN_KEY])
+        self.random_state.restore(self._random)
+        settings, done = self.settings, self.epoch / self.settings.num_epochs
+        set_rate(self.optimizer, settings.lr, settings.lr_end, done, self._rollbacks)
+        rate = self.optimizer.param_groups[0]["lr"]
+        logger.warning(f"Back to epoch {self.epoch}, learning rate {rate:g}: {why}")
+
+    @torch.no_grad()
+    def encode(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the posterior means and log variances of all particles, each `(N, zdim)`.
+
+        Of several processes, only the leading one gets them.
+        """
+        # a loader draws a seed from the global generator, as the host's eval_z does
+        size = max(1, _ENCODE_BATCH // self.particles.ntilts)
+        batches = self.loader.batches(size, shuffle=False, rng=self.random_state.tilts)
+        both = self.model.eval().posteriors(map(self._posed, batches))
+        both = self.processes.collect(both, self.particles.n).cpu().numpy()
+        return both[:, : self.settings.zdim], both[:, self.settings.zdim :]
+
+    def _write_checkpoint(self, *, extra: bool) -> None:
+        """Write a checkpoint; an ``extra`` one must not change how the run would go on."""
+        before = self.random_state.state()
+        z = self.encode()
+        path = self._checkpoints.write(
+            self.epoch, z, before if extra else self.random_state.state()
+        )
+        self._tell("checkpoint_written", path=path)
+
+
+def _analyze(folder: Path, epoch: int, n: int, zdim: int) -> None:
+    """Let the host analyze a run, which is complete whatever comes of it."""
+    try:
+        left_out = host.analyze(str(folder), epoch, n, zdim)
+    except Exception as err:  # whatever its own libraries raise
+        left_out = f"{type(err).__name__}: {err}".splitlines()[0]
+    if left_out is not None:
+        logger.warning(f"cryodrgn analyze, not all of it: {left_out}")
+
+
+def train_run(given: Mapping[str, Any], plugins: Registry) -> Trainer:
+    """Train from the flags that were given, and no others, as ``train_amort`` does.
+
+    Raises
+    ------
+    InputError
+        If a flag does not apply, or inputs do not fit; nothing has been written then.
+    """
+    trainer = Trainer(settings_from_flags(with_run(given, plugins), plugins), plugins)
+    trainer.fit()
+    return trainer
