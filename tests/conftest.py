@@ -98,4 +98,10 @@ def train(plugins):
     return run
 
 
-torch.set_num_threads(2)
+@pytest.fixture(scope="module")
+def two_threads():
+    """Work on two threads, where one does not share its work: `tests/run.sh` sets one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 import pickle
 import warnings
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from scipy.spatial.transform import Rotation
 
 BOX = 16
@@ -26,6 +28,24 @@ def read_pickles(path, count=1):
     with open(path, "rb") as handle:
         parts = [pickle.load(handle) for _ in range(count)]
     return parts[0] if count == 1 else parts
+
+
+def same(a, b):
+    """Tell whether two checkpoints hold the same bits; NaN equals itself."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) or bool((a.isnan() & b.isnan()).all())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def metrics(folder):
+    """Read metrics.csv without what is about time."""
+    with open(folder / "metrics.csv", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in rows]
 
 
 def write_stack(folder: Path, n: int, box: int = BOX, seed: int = 0) -> SimpleNamespace:

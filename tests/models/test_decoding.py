@@ -13,6 +13,8 @@ from cryodrgn_amort.data import BatchLoader, EncoderInput, ParticleSource, load_
 from cryodrgn_amort.models import build_model, pieces
 from cryodrgn_amort.models.objective import losses
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 N = 5
 PE_TYPES = ("gaussian", "geom_ft", "geom_full", "geom_lowf", "geom_nohighf", "linear_lowf", "none")
 

@@ -102,15 +102,6 @@ def lumpy(box=D, seed=3):
     return np.sum(parts, 0).astype(np.float32)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small operations on several threads are slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def mrc(tmp_path):
     """Write a volume; returns its path."""

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cryodrgn.mrcfile import write_mrc
-from helpers import read_pickles, write_pickle, write_stack
-from test_training import metrics, same
+from helpers import metrics, read_pickles, same, write_pickle, write_stack
 
 from cryodrgn_amort.core import (
     CHECKSUMS,

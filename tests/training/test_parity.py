@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import read_pickles, run_host, write_pickle
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def epoch_losses(run_log):
     line = r"Epoch: (\d+) Average gen loss = (\S+), KLD = (\S+), total loss = ([0-9.]+);"

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import read_pickles, run_host, write_pickle
+from helpers import read_pickles, run_host, same, write_pickle
 from scipy.spatial.transform import Rotation
-from test_training import same
 
 from cryodrgn_amort.core import CHECKSUMS, InputError, read_weights
 from cryodrgn_amort.data import BatchLoader

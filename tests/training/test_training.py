@@ -1,6 +1,5 @@
 """The loop around the step: resume, checkpoints, what a run folder holds, hooks."""
 
-import csv
 import math
 import re
 
@@ -8,27 +7,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import read_pickles, run_host, write_pickle
+from helpers import metrics, read_pickles, run_host, same, write_pickle
 
 from cryodrgn_amort.core import InputError, epochs, read_weights, replacing
 from cryodrgn_amort.data import Particles
 from cryodrgn_amort.training import Trainer
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b) or bool((a.isnan() & b.isnan()).all())
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def metrics(folder):
-    with open(folder / "metrics.csv", newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in rows]
 
 
 @pytest.mark.parametrize(
