@@ -81,8 +81,10 @@ def picture(
 ) -> Picture:
     """Draw a figure as PNG and PDF."""
     png, pdf = io.BytesIO(), io.BytesIO()
+    figure.set_dpi(_PNG_DPI)
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)  # it stays as laid out; with an engine, each file is drawn twice
     figure.savefig(png, format="png", dpi=_PNG_DPI)
-    figure.set_layout_engine("none")  # it stays as laid out
     # no date: the same evaluation gives the same file
     figure.savefig(pdf, format="pdf", dpi=2 * _PNG_DPI, metadata={"CreationDate": None})
     return Picture(name, alt, caption, png.getvalue(), pdf.getvalue(), volumes)

@@ -44,13 +44,11 @@ __all__ = ["default_jobs", "run_steps", "study_locked"]
 
 _STATUS_SECONDS = 30.0
 _MOST_JOBS = 4
-# Imported once, for all workers.
+# Imported once, for all workers: the last two by the host's flags, and by a first optimizer.
 _PRELOADED = [
-    f"cryodrgn_amort.{module}"
-    for module in (
-        "evaluation.comparison", "evaluation.evaluator", "report.evaluation_report",
-        "training.trainer", "cli.command_line",
-    )
+    "cryodrgn_amort.evaluation.comparison", "cryodrgn_amort.evaluation.evaluator",
+    "cryodrgn_amort.report.evaluation_report", "cryodrgn_amort.training.trainer",
+    "cryodrgn_amort.cli.command_line", "cryodrgn.commands.train_vae", "torch._dynamo",
 ]  # fmt: skip
 
 

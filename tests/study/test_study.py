@@ -45,6 +45,14 @@ PLAN = {
         "timing": {"recipes": ["baseline", "vlt"], "rounds": 2, "batches": 1},
     },
 }  # fmt: skip
+# one run, and an evaluation of the least
+ONE = {
+    "recipes": {"baseline": {"enc-dim": 16}}, "more_seeds": {},
+    "evaluate": {
+        "transform": ["roll:1"], "bootstrap": 10, "volumes": 2, "labelled": 2, "no-umap": True,
+        "fit": 0,
+    },
+}  # fmt: skip
 
 
 def command(folder, *more):
@@ -266,8 +274,7 @@ def written_since(path, begun):
 
 
 def test_dry_run_prints_commands_that_a_shell_can_run(tmp_path):
-    recipes = {"baseline": {"enc-dim": 16}}
-    folder = new_study(tmp_path / "dry", recipes=recipes, more_seeds={})
+    folder = new_study(tmp_path / "dry", **ONE)
     lines = run(folder, "--dry-run").stdout.splitlines()
     assert [line.split()[1] for line in lines] == ["simulate_amort", "train_amort", "eval_amort"]
     assert not (folder / "runs").exists()
@@ -297,8 +304,7 @@ def test_the_users_own_files(kind, stack, tmp_path, monkeypatch):
         particles.write_text(stack.particles + "\n")
     labels = write_pickle(tmp_path / "labels.pkl", np.arange(stack.n) % 3)
     own = tmp_path / "plan.yaml"
-    plan = {**PLAN, "recipes": {"baseline": {"enc-dim": 16}}, "more_seeds": {}}
-    own.write_text(yaml.safe_dump(plan))
+    own.write_text(yaml.safe_dump({**PLAN, **ONE}))
     folder = tmp_path / "study"
     run(folder, particles, "--poses", stack.poses, "--ctf", stack.ctf, "--labels", labels,
         "--preset", own, *more)  # fmt: skip
@@ -327,8 +333,8 @@ def test_labels_of_the_wrong_length_are_refused_before_anything_is_trained(stack
 
 
 def test_a_step_that_fails_spares_the_others(tmp_path):
-    recipes = {"baseline": {"enc-dim": 16}, "vlt": {"table-init": str(tmp_path / "none")}}
-    folder = new_study(tmp_path / "failing", recipes=recipes, more_seeds={})
+    recipes = {**ONE["recipes"], "vlt": {"table-init": str(tmp_path / "none")}}
+    folder = new_study(tmp_path / "failing", **{**ONE, "recipes": recipes})
     done = run(folder, code=2)
     last = done.stderr.strip().splitlines()[-1]
     assert "train.vlt.seed0: --table-init" in last
