@@ -40,6 +40,7 @@ from cryodrgn_amort.bench.processes import (
     take_turns,
     working,
 )
+from cryodrgn_amort.bench.sections import Section, middle, ratio, render
 from cryodrgn_amort.bench.sizes import (
     BATCH,
     FULL,
@@ -51,7 +52,6 @@ from cryodrgn_amort.bench.sizes import (
     Sizes,
     variants,
 )
-from cryodrgn_amort.bench.tables import Section, middle, ratio, render
 from cryodrgn_amort.core import InputError, __version__, available_memory, number, read_fact
 
 if TYPE_CHECKING:

@@ -8,6 +8,6 @@ from .noise import (
 )
 from .particle_source import ParticleSource as ParticleSource, load_particles as load_particles
 from .particles import Batch as Batch, Particles as Particles, odd_images as odd_images
-from .tables import load_ctf as load_ctf, load_poses as load_poses
+from .poses_and_ctf import load_ctf as load_ctf, load_poses as load_poses
 from .transform_specs import TRANSFORMS as TRANSFORMS, TransformSpec as TransformSpec
 from .transforms import Roll as Roll, Rotation as Rotation, Transform as Transform

@@ -11,7 +11,7 @@ import numpy as np
 from cryodrgn_amort import host
 from cryodrgn_amort.core import InputError, read_ind
 from cryodrgn_amort.data.particles import Particles, odd_images, spans
-from cryodrgn_amort.data.tables import load_ctf, load_poses
+from cryodrgn_amort.data.poses_and_ctf import load_ctf, load_poses
 from cryodrgn_amort.data.tilts import TiltSeries
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from .base import (
     train_step as train_step,
 )
 from .encoders import Encoder as Encoder
+from .lookup_table import LookupTable as LookupTable
 from .objective import Losses as Losses, divergence as divergence, kl_divergence as kl_divergence
 from .second_stage import cluster_centres as cluster_centres
 from .specs import (
@@ -18,7 +19,6 @@ from .specs import (
     resolve as resolve,
 )
 from .synthetic import SyntheticImages as SyntheticImages
-from .table import LookupTable as LookupTable
 from .vae import (
     TOKEN_ENCODER as TOKEN_ENCODER,
     TOKEN_TILT_PARAMS as TOKEN_TILT_PARAMS,

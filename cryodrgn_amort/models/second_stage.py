@@ -17,8 +17,8 @@ from torch import Tensor
 from cryodrgn_amort import host
 from cryodrgn_amort.core import InputError, epochs
 from cryodrgn_amort.models.encoders import Encoder
+from cryodrgn_amort.models.lookup_table import build_table
 from cryodrgn_amort.models.synthetic import whole_ctf
-from cryodrgn_amort.models.table import build_table
 from cryodrgn_amort.options import AnchorFlags
 
 if TYPE_CHECKING:

@@ -115,7 +115,7 @@ def resolve(settings: TrainSettings, plugins: Registry) -> tuple[EncoderSpec, In
 
 
 def _table(settings: TrainSettings, particles: Particles) -> Encoder:
-    from cryodrgn_amort.models.table import build_table
+    from cryodrgn_amort.models.lookup_table import build_table
 
     return build_table(settings, particles)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.models import AmortVAE, Objective
     from cryodrgn_amort.options import TrainSettings
     from cryodrgn_amort.runs import RunFolder
-    from cryodrgn_amort.training.poses import RefinedPoses
+    from cryodrgn_amort.training.pose_refinement import RefinedPoses
     from cryodrgn_amort.training.random_state import RandomState
 
 

@@ -9,7 +9,7 @@ from cryodrgn_amort.data import BatchLoader
 from cryodrgn_amort.models import AmortVAE, Objective, build_model
 from cryodrgn_amort.runs import model_args
 from cryodrgn_amort.training.augment import Augmented
-from cryodrgn_amort.training.poses import RefinedPoses
+from cryodrgn_amort.training.pose_refinement import RefinedPoses
 from cryodrgn_amort.training.random_state import RandomState
 from cryodrgn_amort.training.second_stage import synthetic_images
 

@@ -23,8 +23,8 @@ from cryodrgn_amort.bench.processes import (
     take_turns,
     working,
 )
+from cryodrgn_amort.bench.sections import Section, ratio, render
 from cryodrgn_amort.bench.sizes import FULL, QUICK, Shape, variants
-from cryodrgn_amort.bench.tables import Section, ratio, render
 from cryodrgn_amort.core import available_memory
 
 ENV = environment(1)

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from cryodrgn_amort.core import InputError, read_z, write_z
 from cryodrgn_amort.data import Batch
 from cryodrgn_amort.models import LookupTable
-from cryodrgn_amort.models.table import LazyAdam
+from cryodrgn_amort.models.lookup_table import LazyAdam
 
 
 def batch_of(index):
