@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import logging
 import os
@@ -73,6 +74,7 @@ __all__ = [
     "s2s2_to_rotmat",
     "save_config",
     "symmetrize_ht",
+    "train_batch",
     "train_vae_defaults",
     "training_steps",
     "volume_of",
@@ -145,6 +147,8 @@ def preprocess(images: ImageDataset, raw: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         `(B, box + 1, box + 1)`, origin at the centre, float32.
     """
+    if images.window is not None and images.window.device != raw.device:
+        images.window = images.window.to(raw.device)
     processed: torch.Tensor = images._process(raw.clone())[1]
     # the host drops the batch axis of a single image
     return processed.view(len(raw), images.D, images.D)
@@ -260,16 +264,20 @@ def training_steps(
     width: int,
     layers: int,
     batch_size: int,
+    device: torch.device | None = None,
+    amp: bool = False,
 ) -> Iterator[int]:
-    """Prepare ``train_vae``'s own steps on the CPU, epoch after epoch: what ours are timed against.
+    """Prepare ``train_vae``'s own steps, epoch after epoch: what ours are timed against.
 
-    Its ``main`` with ``--no-amp`` and its defaults, without logging and checkpoints: each step
-    loads a batch, looks up poses and CTF, and calls its ``train_batch``.
+    Its ``main`` with its defaults, without logging and checkpoints: each step loads a batch, looks
+    up poses and CTF, and calls its ``train_batch``.
 
     Parameters
     ----------
     width, layers
         Of the encoder and of the decoder.
+    device, amp
+        Where, None: on the CPU; and whether in mixed precision, as without ``--no-amp``.
 
     Returns
     -------
@@ -279,29 +287,61 @@ def training_steps(
     import torch
     from cryodrgn.ctf import load_ctf_for_training
 
-    train_vae = _train_vae()
+    train_vae, device = _train_vae(), device or torch.device("cpu")
     with quiet():
-        images = ImageDataset(particles, lazy=False, invert_data=True)
-        tracker = PoseTracker.load(poses, images.N, images.D)
-        ctf_params = torch.tensor(load_ctf_for_training(images.D - 1, ctf))
+        images = ImageDataset(particles, lazy=False, invert_data=True, device=device)
+        tracker = PoseTracker.load(poses, images.N, images.D, None, None, device=device)
+        ctf_params = torch.tensor(load_ctf_for_training(images.D - 1, ctf), device=device)
         loader = make_dataloader(images, batch_size=batch_size)
-    lattice = Lattice(images.D, extent=0.5)
+    lattice = Lattice(images.D, extent=0.5, device=device)
     mask = lattice.get_circular_mask(images.D // 2)
     model = HetOnlyVAE(
         lattice, layers, width, layers, width, int(mask.sum()), zdim,
         encode_mode="resid", enc_mask=mask, enc_type="gaussian", domain="fourier", feat_sigma=0.5,
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    scaler = torch.amp.GradScaler(device.type) if amp else None
 
     def steps() -> Iterator[int]:
         while True:
             for batch in loader:
-                index = batch["index"]
+                index = batch["index"].to(device)
                 rot, trans = tracker.get_pose(index)
                 train_vae.train_batch(
-                    model, lattice, batch["y"], None, rot, trans, optimizer, 1 / zdim,
-                    ctf_params=ctf_params[index],
+                    model, lattice, batch["y"].to(device), None, rot, trans, optimizer, 1 / zdim,
+                    ctf_params=ctf_params[index], use_amp=amp, scaler=scaler,
                 )  # fmt: skip
                 yield len(index)
 
     return steps()
+
+
+def train_batch(
+    model: Any, particles: Any, index: torch.Tensor, beta: float, *, double: bool = False
+) -> float:
+    """Differentiate the loss of some particles by the host's own step; returns it.
+
+    Gradients are left with the parameters, which stay as they are.
+
+    Parameters
+    ----------
+    particles
+        Our ``Particles``, which have all that the host's step wants.
+    double
+        Whether in double precision, as the model is.
+    """
+    import torch
+
+    kind = torch.float64 if double else torch.float32
+    p, device, lattice = particles, particles.device, copy.copy(particles.lattice)
+    lattice.coords, lattice.freqs2d = lattice.coords.to(kind), lattice.freqs2d.to(kind)
+    with torch.no_grad():
+        y = p.hartley(p.raw(index)).to(kind)
+    at = index.to(device)
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    trans = None if p.trans is None else p.trans[at].to(kind)
+    ctf = None if p.ctf_params is None else p.ctf_params[at].to(kind)
+    found = _train_vae().train_batch(
+        model, lattice, y, None, p.rots[at].to(kind), trans, still, beta, None, ctf_params=ctf
+    )
+    return float(found[0])

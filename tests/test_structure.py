@@ -27,7 +27,7 @@ ROOMS = {
     "plugins": "core options data models training report",
     "cli": "core options simulation runs training inference report evaluation study plugins",
     "api": "core options simulation runs training inference report evaluation plugins",
-    "bench": "core host options data models runs training inference plugins",
+    "bench": "core host options data models runs training inference evaluation plugins",
     "__main__": "cli",
     "__init__": "core plugins api",
 }
@@ -83,6 +83,8 @@ PRIVATE = {  # what we use of others' private parts, and where; cli's _get_comma
     ("private.py", "_Unpickler"),
     ("private.py", "_actions"),
     ("private.py", "_get_option_tuples"),
+    ("private.py", "_foreach_mul_"),
+    ("private.py", "_foreach_norm"),
     ("host.py", "_process"),
 }
 

@@ -9,21 +9,19 @@ Examples
 $ python -m cryodrgn_amort.bench -o BENCH.md
 $ python -m cryodrgn_amort.bench --only step table --rounds 5
 $ python -m cryodrgn_amort.bench --only command --epochs 5 --repeats 3 --threads 1
+$ python -m cryodrgn_amort.bench --gpu -o GPU.md
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import shutil
 import sys
 import sysconfig
 import tempfile
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -40,7 +38,7 @@ from cryodrgn_amort.bench.processes import (
     take_turns,
     working,
 )
-from cryodrgn_amort.bench.sections import Section, middle, ratio, render
+from cryodrgn_amort.bench.sections import Section, machine_facts, middle, ratio, render
 from cryodrgn_amort.bench.sizes import (
     BATCH,
     FULL,
@@ -52,7 +50,7 @@ from cryodrgn_amort.bench.sizes import (
     Sizes,
     variants,
 )
-from cryodrgn_amort.core import InputError, __version__, available_memory, number, read_fact
+from cryodrgn_amort.core import InputError, available_memory, number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -60,6 +58,7 @@ if TYPE_CHECKING:
 __all__ = ["Bench", "main"]
 
 BENCHES = ("step", "command", "table", "memory", "fit")
+STAGES = ("parity", "step", "table", "second", "infer", "eval")  # of gpu.py
 _FEW = 1000
 """Particles of the commands that ``--epochs`` is for."""
 _TUNED = {  # the allocator keeps what is freed, instead of faulting it in again
@@ -295,21 +294,6 @@ def _relative(rates: Mapping[str, Sequence[float]], name: str) -> str:
     return "; ".join(cells)
 
 
-def _facts(bench: Bench) -> dict[str, str]:
-    """Return what the numbers depend on."""
-    cpu = read_fact("/proc/cpuinfo", "model name") or "unknown CPU"
-    load = f"{os.getloadavg()[0]:.1f}"
-    return {
-        "Machine": f"{cpu}, {cores()} cores, {bench.threads} threads used, no GPU, "
-        f"load before {load}",
-        "Versions": f"torch {version('torch')}, cryodrgn {version('cryodrgn')}, cryodrgn_amort "
-        f"{__version__}, Python {sys.version.split()[0]}",
-        "Date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
-        "Rounds": f"{bench.rounds}, turns of at least {bench.seconds:g} s; whole commands: "
-        f"{bench.repeats}",
-    }
-
-
 def _parser() -> argparse.ArgumentParser:
     summary, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
@@ -320,8 +304,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-o", "--output", metavar="OUT.md", type=Path, help="Default: stdout")
     parser.add_argument(
-        "--only", nargs="+", choices=BENCHES, default=BENCHES, help="Parts (default: all)"
-    )
+        "--gpu", action="store_true",
+        help="On the GPU, in this process: parity, steps, table, second stage, infer, eval",
+    )  # fmt: skip
+    every = dict.fromkeys((*BENCHES, *STAGES))
+    parser.add_argument("--only", nargs="+", choices=every, help="Parts (default: all)")
     parser.add_argument(
         "--rounds", type=int, help=f"Turns of each worker that count (default: {FULL.rounds})"
     )
@@ -361,11 +348,23 @@ def _bench(args: argparse.Namespace) -> Bench:
     )  # fmt: skip
 
 
-def run(bench: Bench, parts: Sequence[str], output: Path | None) -> None:
+def run(bench: Bench, parts: Sequence[str], output: Path | None, *, gpu: bool = False) -> None:
     """Measure, and write what there is after each part."""
-    facts, sections = _facts(bench), list[Section]()
+    facts, sections, measuring = machine_facts(bench.threads), list[Section](), bench
+    rounds = f"{bench.rounds}, turns of at least {bench.seconds:g} s"
+    facts["Rounds"] = "one" if gpu else f"{rounds}; whole commands: {bench.repeats}"
+    if gpu:
+        from cryodrgn_amort.bench.gpu import GpuBench
+
+        measuring = GpuBench(bench.seconds)  # type: ignore[assignment]
+        facts |= measuring.facts()  # type: ignore[attr-defined]
     for part in parts:
-        sections += getattr(bench, part)()
+        try:
+            sections += getattr(measuring, part)()
+        except Exception as err:  # what else can be measured is
+            if not gpu:
+                raise
+            sections.append(Section(f"{part}: failed", (f"{type(err).__name__}: {err}"[:200],)))
         if output is not None:
             output.write_text(render(facts, sections), encoding="utf-8")
     if output is None:
@@ -376,7 +375,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark; what went wrong is one line and an exit code."""
     args = _parser().parse_args(argv)
     try:
-        run(_bench(args), list(dict.fromkeys(args.only)), args.output)
+        bench, known = _bench(args), STAGES if args.gpu else BENCHES
+        parts = list(dict.fromkeys(args.only or known))
+        if wrong := [part for part in parts if part not in known]:
+            raise InputError(f"--only {wrong[0]}: not {'with' if args.gpu else 'without'} --gpu")
+        run(bench, parts, args.output, gpu=args.gpu)
     except (InputError, Failed, OSError) as err:
         say(f"bench: error: {err}")
         raise SystemExit(2 if isinstance(err, InputError) else 1) from None

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
 from statistics import median
 from typing import TYPE_CHECKING
 
-from cryodrgn_amort.core import number
+from cryodrgn_amort.bench.processes import cores
+from cryodrgn_amort.core import __version__, number, read_fact
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Section", "middle", "ratio", "render"]
+__all__ = ["Section", "machine_facts", "middle", "ratio", "render"]
 
 
 @dataclass
@@ -22,6 +27,18 @@ class Section:
     header: tuple[str, ...]
     rows: list[tuple[str, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def machine_facts(threads: int) -> dict[str, str]:
+    """Return what the numbers depend on: machine, versions, date."""
+    cpu = read_fact("/proc/cpuinfo", "model name") or "unknown CPU"
+    load = f"{os.getloadavg()[0]:.1f}"
+    return {
+        "Machine": f"{cpu}, {cores()} cores, {threads} threads used, load before {load}",
+        "Versions": f"torch {version('torch')}, cryodrgn {version('cryodrgn')}, cryodrgn_amort "
+        f"{__version__}, Python {sys.version.split()[0]}",
+        "Date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+    }
 
 
 def render(facts: Mapping[str, str], sections: Sequence[Section]) -> str:

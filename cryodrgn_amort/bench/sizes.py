@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-__all__ = ["BATCH", "FULL", "GIB", "QUICK", "ZDIM", "Command", "Shape", "Sizes", "variants"]
+__all__ = [
+    "BATCH",
+    "FULL",
+    "GIB",
+    "GPU",
+    "GPU_TOY",
+    "QUICK",
+    "ZDIM",
+    "Command",
+    "GpuSizes",
+    "Shape",
+    "Sizes",
+    "variants",
+]
 
 ZDIM, BATCH = 8, 16
 GIB = 2**30
@@ -115,6 +128,50 @@ QUICK = Sizes(
     fit_steps=4,
     rounds=1,
     seconds=0.01,
+)
+
+
+@dataclass(frozen=True)
+class GpuSizes:
+    """What is measured on a GPU.
+
+    Attributes
+    ----------
+    n
+        Particles of a training step, at least.
+    second, evaluated
+        Of the second stage and of fits, and of an evaluation with so many particles.
+    """
+
+    shapes: tuple[Shape, ...]
+    n: int
+    table_rows: int
+    second: Shape
+    fit_steps: int | None
+    evaluated: Shape
+    evaluated_n: int
+
+
+GPU = GpuSizes(
+    shapes=tuple(
+        Shape(box, width, batch)
+        for box in (64, 128, 256) for width in (256, 1024) for batch in (8, 64)
+    ),
+    n=256,
+    table_rows=10**6,
+    second=Shape(128, 256, 64),
+    fit_steps=None,
+    evaluated=Shape(64, 256, 64),
+    evaluated_n=20_000,
+)  # fmt: skip
+GPU_TOY = GpuSizes(
+    shapes=(Shape(16, 16, 8, layers=1),),
+    n=32,
+    table_rows=1000,
+    second=Shape(16, 16, 16, layers=1),
+    fit_steps=10,
+    evaluated=Shape(16, 16, 16, layers=1),
+    evaluated_n=64,
 )
 
 

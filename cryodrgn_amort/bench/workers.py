@@ -52,7 +52,7 @@ def our_steps(
     """Prepare ours, as ``train_amort`` with the flags of these names does."""
     from cryodrgn_amort.plugins import load_plugins
     from cryodrgn_amort.runs import settings_from_flags
-    from cryodrgn_amort.training import Trainer
+    from cryodrgn_amort.training import Trainer, endless_steps
 
     flags = {
         "particles": particles, "poses": poses, "ctf": ctf, "zdim": zdim, "seed": 0,
@@ -61,7 +61,7 @@ def our_steps(
     }  # fmt: skip
     plugins = load_plugins()
     trainer = Trainer(settings_from_flags(flags, plugins), plugins)
-    return (batch_size for _ in trainer.endless_steps())
+    return (batch_size for _ in endless_steps(trainer))
 
 
 def fit_steps(

@@ -48,6 +48,10 @@ def _guarded(command: str, run: Callable[[argparse.Namespace], Any]) -> Callable
             where = f"{err.filename}: " if err.filename else ""
             _fail(command, f"{where}{err.strerror or err}{_elsewhere(err, args)}")
         except (MemoryError, RuntimeError) as err:
+            from cryodrgn_amort.core import out_of_memory
+
+            if said := out_of_memory(err):
+                _fail(command, f"{said}; {_of_less_memory(args)}")
             if not _of_memory(err):
                 raise
             _fail(command, f"out of memory: {str(err).partition(chr(10))[0] or 'no more is free'}")
@@ -63,9 +67,15 @@ def _guarded(command: str, run: Callable[[argparse.Namespace], Any]) -> Callable
 
 
 def _of_memory(err: Exception) -> bool:
-    """Tell whether Python's, NumPy's or PyTorch's error says that memory is full."""
-    known = isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError"
-    return known or "can't allocate memory" in str(err)
+    """Tell whether Python's, NumPy's or PyTorch's error says that this machine's memory is full."""
+    return isinstance(err, MemoryError) or "can't allocate memory" in str(err)
+
+
+def _of_less_memory(args: argparse.Namespace) -> str:
+    """Say which flags let a command need less of a GPU's memory."""
+    if hasattr(args, "num_epochs"):
+        return "a smaller -b, a smaller --memory, or --precision bf16 helps; --load latest goes on"
+    return "a smaller --batch-size, or --precision bf16 helps"
 
 
 def _elsewhere(err: OSError, args: argparse.Namespace) -> str:

@@ -11,6 +11,19 @@ from .checkpoints import (
     write_weights as write_weights,
     write_z as write_z,
 )
+from .devices import (
+    Graph as Graph,
+    Halving as Halving,
+    default_device as default_device,
+    device_name as device_name,
+    free_memory as free_memory,
+    generator as generator,
+    half_precision as half_precision,
+    on_gpu as on_gpu,
+    out_of_memory as out_of_memory,
+    tf32 as tf32,
+    wide_products as wide_products,
+)
 from .errors import InputError as InputError, Stopped as Stopped
 from .files import (
     CHECKSUMS as CHECKSUMS,
@@ -34,12 +47,17 @@ from .files import (
     write_text as write_text,
 )
 from .machine import available_memory as available_memory, read_fact as read_fact
-from .matmul import (
+from .onednn import (
     matrix_products as matrix_products,
     onednn_error as onednn_error,
     use_onednn as use_onednn,
 )
-from .parallel import ProcessGroup as ProcessGroup, alone as alone, join as join
+from .parallel import (
+    Overlapping as Overlapping,
+    ProcessGroup as ProcessGroup,
+    alone as alone,
+    join as join,
+)
 from .pickles import (
     read_ind as read_ind,
     read_pickle as read_pickle,
@@ -47,7 +65,13 @@ from .pickles import (
     write_pickle as write_pickle,
     write_poses as write_poses,
 )
-from .private import abbreviate as abbreviate, actions_of as actions_of, replaced as replaced
+from .private import (
+    abbreviate as abbreviate,
+    actions_of as actions_of,
+    all_finite as all_finite,
+    multiply as multiply,
+    replaced as replaced,
+)
 from .progress import bar as bar, logging_to as logging_to, on_terminal as on_terminal
 from .registry import (
     BUILTIN as BUILTIN,

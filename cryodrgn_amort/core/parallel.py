@@ -8,6 +8,7 @@ the result does not depend on their number, but for rounding.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -24,10 +25,10 @@ from cryodrgn_amort.core.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Set as AbstractSet
 
-    from torch.nn import Module
+    from torch.nn import Module, Parameter
 
 
-__all__ = ["ProcessGroup", "alone", "join"]
+__all__ = ["Overlapping", "ProcessGroup", "alone", "join"]
 
 _NEEDED = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(hours=2)  # within common work, one may preprocess while the others wait
@@ -67,8 +68,7 @@ class ProcessGroup:
         parts = list(tensors)
         flat = torch.cat([t.reshape(-1) for t in parts])
         dist.all_reduce(flat)
-        for tensor, total in zip(parts, flat.split([t.numel() for t in parts]), strict=True):
-            tensor.copy_(total.view_as(tensor))
+        _put_back(parts, flat)
 
     def max(self, value: int) -> int:
         """Return the largest of all processes' numbers."""
@@ -144,6 +144,53 @@ class ProcessGroup:
         """Wait until all processes have come here, however long one works alone before."""
         if self.size > 1:
             dist.barrier(group=_waiting[0])
+
+
+class Overlapping(ProcessGroup):
+    """The same, which begins to add up gradients of some parameters as soon as all are known.
+
+    While others are still computed. Whoever takes a step calls ``sum_`` on all of them, as ever.
+
+    Parameters
+    ----------
+    groups
+        Parameters whose gradients are known together.
+    """
+
+    _begun: dict[int, tuple[list[Tensor], Tensor, Any]]
+
+    def __init__(self, processes: ProcessGroup, groups: Iterable[list[Parameter]]) -> None:
+        super().__init__(processes.rank, processes.size)
+        object.__setattr__(self, "_begun", {})  # of a frozen class
+        for number, group in enumerate(groups if self.size > 1 else ()):
+            for parameter in group:
+                parameter.register_post_accumulate_grad_hook(
+                    functools.partial(self._came, number, group)
+                )
+
+    def _came(self, number: int, group: list[Parameter], _: Tensor) -> None:
+        """Begin, once the gradients of the whole group are there."""
+        gradients = [p.grad for p in group if p.grad is not None]
+        if len(gradients) == len(group):
+            flat = torch.cat([g.reshape(-1) for g in gradients])
+            self._begun[number] = gradients, flat, dist.all_reduce(flat, async_op=True)
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Add up tensors, and end what has begun."""
+        rest = {id(tensor): tensor for tensor in tensors}
+        for gradients, flat, work in self._begun.values():
+            work.wait()
+            _put_back(gradients, flat)
+            for gradient in gradients:
+                del rest[id(gradient)]
+        self._begun.clear()
+        if rest:
+            super().sum_(rest.values())
+
+
+def _put_back(tensors: list[Tensor], flat: Tensor) -> None:
+    for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
 
 
 def join() -> ProcessGroup:

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
 
+    from torch import Tensor
 
-__all__ = ["PythonUnpickler", "abbreviate", "actions_of", "replaced"]
+
+__all__ = ["PythonUnpickler", "abbreviate", "actions_of", "all_finite", "multiply", "replaced"]
 
 
 class PythonUnpickler(pickle._Unpickler):
@@ -41,6 +43,20 @@ def abbreviate(parser: argparse.ArgumentParser, actions: list[argparse.Action]) 
         return before if len(before) == 1 else found
 
     parser._get_option_tuples = meant  # type: ignore[method-assign]
+
+
+def multiply(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply tensors by a scalar, in place, all at once."""
+    import torch
+
+    torch._foreach_mul_(tensors, factor)
+
+
+def all_finite(tensors: list[Tensor]) -> Tensor:
+    """Tell whether all numbers are finite, as a scalar on their device."""
+    import torch
+
+    return torch.stack(torch._foreach_norm(tensors)).sum().isfinite()
 
 
 @contextlib.contextmanager

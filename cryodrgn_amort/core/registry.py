@@ -175,6 +175,10 @@ class Registry:
                 said = f"{type(err).__name__}: {err}"
                 warn(f"plugin {owner!r}: train_args left out ({said})")
 
+    def listens(self, event: str) -> bool:
+        """Whether any plugin has the hook of an event."""
+        return bool(getattr(self.hook, event).get_hookimpls())
+
     def tell(self, event: str, **facts: Any) -> None:
         """Call the hook of an event of a training; a plugin that fails is told of none any more.
 

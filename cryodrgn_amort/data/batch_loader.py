@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +12,14 @@ import torch
 from torch import Tensor
 
 from cryodrgn_amort import host
-from cryodrgn_amort.core import InputError, ProcessGroup
+from cryodrgn_amort.core import InputError, ProcessGroup, on_gpu
+from cryodrgn_amort.data.batches import Batches, Loaded, Ordered, Positions
 from cryodrgn_amort.data.particles import Batch, Share, odd_images, spans
 from cryodrgn_amort.data.shuffler import Shuffler
-from cryodrgn_amort.data.store import Store, make_room
+from cryodrgn_amort.data.store import FROM_STACK, Room, Store, flipped, packed_signs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from cryodrgn_amort.data.inputs import EncoderInput
@@ -33,10 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["BatchLoader"]
 logger = logging.getLogger("cryodrgn_amort")
 
-_Read = tuple[Tensor, Tensor, dict[str, Tensor]]
-"""Particles of a whole batch, images of this process's share of it, and what was read of these."""
 _CHUNK_PIXELS = 1 << 20
-_GB = 1e9
 
 
 class BatchLoader:
@@ -46,9 +40,9 @@ class BatchLoader:
     ----------
     shown
         What a network is shown; None for tables.
-    memory
-        How many bytes preprocessed particles may take; 0: they are read from the stack whenever
-        they are needed.
+    memory, device_memory
+        How many bytes preprocessed particles may take, of this machine's memory and of a GPU's;
+        0 of the first: they are read from the stack whenever they are needed.
     folder
         Where a file of preprocessed particles may be put if they do not fit into memory.
     progress
@@ -66,6 +60,7 @@ class BatchLoader:
         shown: EncoderInput | None,
         *,
         memory: int,
+        device_memory: int = 0,
         folder: Path | None = None,
         processes: ProcessGroup | None = None,
         progress: Progress = lambda items, total: items,
@@ -73,17 +68,27 @@ class BatchLoader:
         self.particles, self.shown = particles, shown
         self.processes = processes or ProcessGroup()
         self._store: Store | None = None
+        self._copies: Any = None  # a CUDA stream
         self._odd: dict[str, list[int]] = {"not finite": [], "constant": []}
-        self.description = "read from the stack in every epoch"
+        self.description = FROM_STACK
         if memory > 0:
-            self._prepare(memory, folder, progress)
+            self._prepare(memory, device_memory, folder, progress)
 
     @property
     def from_stack(self) -> bool:
         """Whether images are read and preprocessed in every epoch."""
         return self._store is None
 
-    def _prepare(self, memory: int, folder: Path | None, progress: Progress) -> None:
+    @property
+    def replays(self) -> bool:
+        """Whether ``finish`` is always the same work on a GPU."""
+        p, store = self.particles, self._store
+        weighted = p.tilts is not None and p.tilts.weighted
+        return store is not None and not (weighted and store.ctf is None)
+
+    def _prepare(
+        self, memory: int, device_memory: int, folder: Path | None, progress: Progress
+    ) -> None:
         """Preprocess the particles of this process, wherever there is room for them."""
         p, shown = self.particles, self.shown
         own = torch.arange(self.processes.rank, p.n, self.processes.size)
@@ -94,64 +99,54 @@ class BatchLoader:
         if len(rows) != p.images.N or p.tilts is not None:
             where = np.full(p.images.N, -1, np.int64)
             where[rows.numpy()] = np.arange(len(rows))
-        size, half, shared = len(p.pixels), len(p.mask) // 2, p.prepared
-        values = len(rows) * size * ((shared is None) + others)
-        new_ctfs = shared is None and p.ctf_params is not None
-        ctfs = len(rows) * (4 * half + -(-size // 8)) if new_ctfs else 0
-        choices = [  # type, with CTFs, bytes
-            (np.dtype(kind), extra > 0, values * np.dtype(kind).itemsize + extra)
-            for kind in ("float32", "float16")
-            for extra in (ctfs, 0)
-        ]
-        choice = next((c for c in choices if c[2] <= memory), None)
-        dtype, with_ctf, needed = choice or (np.dtype("float32"), False, 4 * values)
-        in_file = choice is None
-        if in_file and (folder is None or shutil.disk_usage(folder).free < 1.1 * needed):
-            self.description += f": {needed / _GB:.1f} GB fit neither memory nor disk"
+        size, half = len(p.pixels), len(p.mask) // 2
+        for shared in (p.prepared, None):
+            new_ctfs = shared is None and p.ctf_params is not None
+            values = len(rows) * size * ((shared is None) + others)
+            ctfs = len(rows) * (4 * half + -(-size // 8)) if new_ctfs else 0
+            room = Room.find(values, ctfs, memory, device_memory, folder, p.device)
+            if shared is None or shared.on_device == (room.device is not None):
+                break
+        self.description = room.description
+        if not room.there_is:
             return
-        place = f"in a temporary file in {folder}" if in_file else "in memory"
-        detail = ", with their CTFs" if with_ctf else ""
-        self.description = (
-            f"preprocessed once, {place} as {dtype}{detail}: {needed / _GB:.2f} GB "
-            f"(up to {memory / _GB:.2f} GB of memory allowed)"
-        )
-        room = (len(rows), size), dtype, folder if in_file else None
         store = (
             replace(shared, shown=None)
             if shared
-            else Store(make_room(*room), None, None, None, where)
+            else Store(room.make((len(rows), size)), None, None, None, where)
         )
-        if with_ctf:
-            store.ctf = np.empty((len(rows), half), np.float32)
-            store.flips = np.empty((len(rows), -(-size // 8)), np.uint8)
+        if room.with_ctf:
+            store.ctf = room.make((len(rows), half), "float32")
+            store.flips = room.make((len(rows), -(-size // 8)), "uint8")
         if others:
-            store.shown = make_room(*room)
-        chunks = torch.arange(len(rows)).split(max(1, _CHUNK_PIXELS // p.D**2))
-        for at in progress(iter(chunks), len(chunks)) if needed else ():
-            self._fill(store, at.numpy(), rows[at], particles=shared is None)
+            store.shown = room.make((len(rows), size))
+        step = max(1, _CHUNK_PIXELS // p.D**2)
+        chunks = [slice(first, first + step) for first in range(0, len(rows), step)]
+        for at in progress(iter(chunks), len(chunks)) if room.needed else ():
+            self._fill(store, at, rows[at], particles=shared is None)
         self._report_odd()
         self._store = store
         if self.processes.size == 1:
             p.prepared = store
 
-    def _fill(self, store: Store, at: np.ndarray, rows: Tensor, *, particles: bool) -> None:
+    def _fill(self, store: Store, at: slice, rows: Tensor, *, particles: bool) -> None:
         """Preprocess what the encoder is shown, and the ``particles``, unless that was done."""
-        p = self.particles
-        ctf = p.ctf(rows) if store.ctf is not None or store.shown is not None else None
+        p, there = self.particles, rows.to(self.particles.device)
+        ctf = p.ctf(there) if store.ctf is not None or store.shown is not None else None
         if particles:
-            raw = p.raw(rows)
-            store.images[at] = p.centred(rows, raw).cpu().numpy()
-            span = spans(raw)
+            raw = p.raw(rows).to(p.device)
+            store.put(at, images=p.centred(there, raw))
+            span = spans(raw).cpu()
             self._odd["not finite"] += rows[~span.isfinite()].tolist()
             self._odd["constant"] += rows[span == 0].tolist()
-        if particles and store.ctf is not None and store.flips is not None and ctf is not None:
+        if particles and store.ctf is not None and ctf is not None:
             half = p.half(ctf, rows)
             assert half is not None
-            store.ctf[at] = half.cpu().numpy()
-            store.flips[at] = np.packbits(ctf.cpu().numpy() < 0, axis=1)
+            store.put(at, ctf=half, flips=packed_signs(ctf))
         if store.shown is not None and self.shown is not None:
-            image = p.centred(rows, self.shown.raw(rows))
-            store.shown[at] = p.flip(image, ctf).cpu().numpy()
+            raw_shown = self.shown.raw(rows)
+            assert raw_shown is not None
+            store.put(at, shown=p.flip(p.centred(there, raw_shown), ctf))
 
     def _report_odd(self) -> None:
         """Refuse images with pixels that are not finite; warn of those that are constant."""
@@ -166,7 +161,11 @@ class BatchLoader:
 
     def read(self, index: Tensor) -> Batch:
         """Return some particles, by their positions in the data set `(B,)`."""
-        return self._batch(*self._read(index, self.particles.rows_of(index)))
+        return self.finish(self._sent(self._read(index, self.particles.rows_of(index))))
+
+    def reload(self, loaded: Loaded) -> Loaded:
+        """Read a batch again, and send it."""
+        return self._sent(self._read(loaded.whole, loaded.whole_rows))
 
     def batches(
         self,
@@ -196,143 +195,138 @@ class BatchLoader:
             shuffler = Shuffler(
                 self.particles.n, batch_size, shuffler_size, rows_of, self.particles.raw, own
             )
-            return Batches(shuffler, own, self._read, self._batch, threads)
+            return Batches(shuffler, own, self._read, self._sent, self.finish, threads)
         with host.quiet():
             ordered = host.make_dataloader(
-                _Positions(self.particles.n),
+                Positions(self.particles.n),
                 batch_size=batch_size,
                 shuffle=shuffle,
                 seed=shuffle_seed,
             )
         generator = getattr(ordered.sampler.sampler, "generator", None)
-        return Batches(_Loaded(ordered, rows_of), generator, self._read, self._batch, threads)
+        threads = 0 if self._store is not None and self._store.on_device else threads
+        positions = Ordered(ordered, rows_of)
+        return Batches(positions, generator, self._read, self._sent, self.finish, threads)
 
-    def _read(self, whole: Tensor, rows: Tensor, raw: Tensor | None = None) -> _Read:
+    def _read(self, whole: Tensor, rows: Tensor, raw: Tensor | None = None) -> Loaded:
         """Read what the batch of particles ``whole`` needs, images ``rows``, unless they are there.
 
         Runs in several threads.
         """
+        index, whole_rows, parts = whole, rows, dict[str, Tensor]()
         if self.processes.size > 1:
             own = self.processes.own(whole)
             index, rows = whole[own], rows.view(len(whole), -1)[own].flatten()
-        else:
-            index = whole
-        seen = None if self.shown is None else self._rows_shown(index, rows)
+            parts = {"own_rows": self.processes.rows(index), "places": own}
+        parts["index"] = index
+        if rows is not index:
+            parts["rows"] = rows
+        seen = None if self.shown is None else self._others_shown(index, rows)
+        if seen is not None:
+            parts["seen"] = seen
         if self._store is not None:
-            found = self._store.read(rows.numpy(), None if seen is None else seen.numpy())
-            return whole, rows, found
-        images = self.particles.images
-        if not len(index):  # all of the batch is other processes'
-            return whole, rows, {"raw": torch.zeros(0, images.D, images.D)}
-        raw = images.src.images(rows.numpy()) if raw is None else raw
-        found = {"raw": host.preprocess(images, raw)}
-        if seen is not None and self.shown is not None:
-            raw = self.shown.raw(rows)
-            if raw is None and not torch.equal(seen, rows):
-                raw = images.src.images(seen.numpy())
-            if raw is not None:
-                found["raw_image"] = host.preprocess(images, raw)
-        return whole, rows, found
+            parts |= self._store.read(rows.numpy(), None if seen is None else seen.numpy())
+        else:
+            parts |= self._read_stack(rows, seen, raw)
+        if self.particles.device.type == "cuda":  # else a copy would wait for the device
+            parts = {name: value.pin_memory() for name, value in parts.items()}
+        elif not on_gpu(self.particles.device):
+            parts = self._widened(parts)
+        return Loaded(whole, whole_rows, index, rows, parts)
 
-    def _rows_shown(self, index: Tensor, rows: Tensor) -> Tensor:
-        """Return which images a network is shown for particles `(B,)` with images ``rows``."""
+    def _read_stack(
+        self, rows: Tensor, seen: Tensor | None, raw: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Read images, and what a network is shown instead; preprocess them if there is no GPU."""
+        images = self.particles.images
+        if not len(rows):  # all of the batch is other processes'
+            return {"y": torch.zeros(0, images.D, images.D)}
+        found = {"raw": images.src.images(rows.numpy()) if raw is None else raw}
+        if self.shown is not None:
+            other = self.shown.raw(rows)
+            if other is None and seen is not None:
+                other = images.src.images(seen.numpy())
+            if other is not None:
+                found["seen_raw"] = other
+        if on_gpu(self.particles.device):
+            return found
+        names = {"raw": "y", "seen_raw": "seen_y"}
+        return {names[name]: host.preprocess(images, one) for name, one in found.items()}
+
+    def _others_shown(self, index: Tensor, rows: Tensor) -> Tensor | None:
+        """Return which images a network is shown for particles `(B,)` with images ``rows``.
+
+        None: these.
+        """
         assert self.shown is not None
         others = self.shown.rows(index)
-        return rows if torch.equal(others, index) else self.particles.rows_of(others)
+        return None if torch.equal(others, index) else self.particles.rows_of(others)
 
-    def _batch(self, index: Tensor, rows: Tensor, read: dict[str, Tensor]) -> Batch:
-        """Finish on the device what was read."""
-        p, processes = self.particles, self.processes
-        share = None
-        if processes.size > 1:
-            places, size = processes.own(index), len(index)
-            index = index[places]
-            share = Share(processes.rows(index), places, size)
-        read = {name: value.to(p.device, non_blocking=True) for name, value in read.items()}
-        if "raw" in read:
-            y = p.centre(read["raw"], None if p.trans is None else p.trans[rows])
-        else:
-            y = read["y"]
-        ctf, half = None, read.get("ctf")
+    def _widened(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make of what was kept numbers in single precision, and of flipped phases images."""
+        if self._store is None:
+            return parts
+        parts = dict(parts)
+        for name in {"y", "image", "seen_y"} & parts.keys():
+            parts[name] = parts[name].float()
+        if "flips" in parts and self.shown is not None:
+            shown = parts.pop("seen_y") if "seen_y" in parts else parts["y"]
+            parts["image"] = flipped(shown, parts["flips"])
+        parts.pop("flips", None)
+        return parts
+
+    def _sent(self, loaded: Loaded) -> Loaded:
+        """Send what was read to the device, once."""
+        device, few = self.particles.device, self._store is not None and self._store.on_device
+        if device.type != "cuda" or few:
+            parts = {name: v.to(device, non_blocking=True) for name, v in loaded.parts.items()}
+            return replace(loaded, parts=parts)
+        self._copies = self._copies or torch.cuda.Stream(device)
+        with torch.cuda.stream(self._copies):  # while earlier steps still run
+            parts = {name: v.to(device, non_blocking=True) for name, v in loaded.parts.items()}
+        steps = torch.cuda.current_stream(device)
+        steps.wait_stream(self._copies)
+        for value in parts.values():
+            value.record_stream(steps)
+        return replace(loaded, parts=parts)
+
+    def finish(self, loaded: Loaded) -> Batch:
+        """Make a batch of what was sent: on a GPU, all work is there."""
+        p, parts = self.particles, loaded.parts
+        if on_gpu(p.device):
+            if self._store is not None and self._store.on_device:
+                at = {"at": parts.get("at", parts.get("rows", parts["index"]))}
+                if "seen" in parts and self._store.shown is None:
+                    at["seen_at"] = parts.get("seen_at", parts["seen"])
+                parts = {**parts, **self._store.pick(at)}
+            parts = self._widened(parts)
+        index = parts["index"]
+        rows, share = parts.get("rows", index), None
+        if self.processes.size > 1:
+            share = Share(parts["own_rows"], parts["places"], loaded.size)
+        y = self._centred(parts, "", rows)
+        ctf, half = None, parts.get("ctf")
         if half is None:
             ctf = p.ctf(rows)
-            half = p.half(ctf, rows)
-        image = read.get("image")
+            half = p.half(ctf, loaded.rows)
+        image = parts.get("image")
         if self.shown is not None and image is None:
-            image = self._shown(index, rows, y, ctf, read.get("raw_image"))
-        return Batch(index, p.masked(y), image, p.rots[rows], half, share, rows)
+            seen = parts.get("seen")
+            if seen is not None:
+                ctf = p.ctf(seen)
+            other = "seen_y" in parts or "seen_raw" in parts
+            image = self._centred(parts, "seen_", rows if seen is None else seen) if other else y
+            image = p.flip(image, ctf)
+        rot = p.rots[rows]
+        return Batch(
+            loaded.index, p.masked(y), image, rot, half, share, images=loaded.rows, sent=index,
+            sent_images=rows,
+        )  # fmt: skip
 
-    def _shown(
-        self, index: Tensor, rows: Tensor, y: Tensor, ctf: Tensor | None, raw: Tensor | None
-    ) -> Tensor:
-        """Return what a network is shown if it was not prepared: `(B, S)`."""
-        p = self.particles
-        seen = self._rows_shown(index, rows)
-        if not torch.equal(seen, rows):
-            ctf = p.ctf(seen)
-        if raw is not None:
-            y = p.centre(raw, None if p.trans is None else p.trans[seen])
-        elif not torch.equal(seen, rows):
-            assert self._store is not None
-            y = self._store.read(seen.numpy(), None)["y"].to(p.device)
-        return p.flip(y, ctf)
-
-
-@dataclass
-class Batches:
-    """Batches, some read while others are worked on.
-
-    Attributes
-    ----------
-    positions
-        Particles and images of each batch, and perhaps the images themselves. It draws random
-        numbers: in none of the threads.
-    generator
-        The generator that shuffles, if there is one of its own.
-    """
-
-    positions: _Loaded | Shuffler
-    generator: torch.Generator | None
-    read: Callable[..., _Read]
-    finish: Callable[[Tensor, Tensor, dict[str, Tensor]], Batch]
-    threads: int
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __iter__(self) -> Generator[Batch]:
-        positions = iter(self.positions)
-        # in these PyTorch starts no further ones
-        with ThreadPoolExecutor(self.threads, "read", torch.set_num_threads, (1,)) as pool:
-            coming = deque(pool.submit(self.read, *at) for at in islice(positions, self.threads))
-            while coming:
-                read = coming.popleft().result()
-                coming.extend(pool.submit(self.read, *at) for at in islice(positions, 1))
-                yield self.finish(*read)
-
-
-@dataclass
-class _Loaded:
-    """Positions in the order of the host's loader."""
-
-    loader: Any
-    rows_of: Callable[[Tensor], Tensor]
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((at, self.rows_of(at)) for at in iter(self.loader))
-
-
-class _Positions(torch.utils.data.Dataset[Any]):
-    """What the loader loads: where the particles of a batch are in the data set."""
-
-    def __init__(self, n: int) -> None:
-        self._n = n
-
-    def __len__(self) -> int:
-        return self._n
-
-    def __getitem__(self, positions: list[int]) -> Tensor:
-        return torch.tensor(positions)
+    def _centred(self, parts: dict[str, Tensor], which: str, rows: Tensor) -> Tensor:
+        """Return centred Hartley images `(M, S)` of what was read."""
+        p, y = self.particles, parts.get(f"{which}y")
+        if self._store is not None and y is not None:
+            return y
+        y = p.hartley(parts[f"{which}raw"]) if y is None else y
+        return p.centre(y, None if p.trans is None else p.trans[rows])

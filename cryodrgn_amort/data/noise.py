@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryodrgn_amort.core import generator
+
 if TYPE_CHECKING:
     from cryodrgn_amort.data.particles import Particles, Share
 
@@ -80,27 +82,29 @@ class NoiseModel:
         self, particles: Particles, shells: Shells, spectra: Tensor, groups: Tensor, seed: int
     ) -> None:
         self.particles, self.shells = particles, shells
-        self.spectra, self.groups = spectra, groups
-        box = particles.box
-        along = torch.fft.fftfreq(box), torch.fft.rfftfreq(box)
-        radius = torch.hypot(along[0][:, None], along[1][None]) * box - 1
+        self.spectra, self.groups = spectra, groups.to(spectra.device)
+        box, device = particles.box, particles.device
+        along = (f(box, device=device) for f in (torch.fft.fftfreq, torch.fft.rfftfreq))
+        rows, columns = along
+        radius = torch.hypot(rows[:, None], columns[None]) * box - 1
         # between two shells; what is closer to the origin, or beyond the last one, is as they are
         self._low = radius.floor().long().clamp(0, shells.count - 1)
         self._high = (self._low + 1).clamp(max=shells.count - 1)
         self._share = (radius - self._low).clamp(0, 1)
-        self._zero = particles.hartley(torch.zeros(1, box, box))
-        self._gains = spectra.sqrt().cpu()
+        self._zero = particles.hartley(torch.zeros(1, box, box, device=device))
+        self._gains = spectra.sqrt()
         self._correct(seed)
 
     def _correct(self, seed: int) -> None:
         """Choose gains in real space by which the spectra come out after preprocessing."""
         size = (_GAIN_SAMPLE, self.particles.box, self.particles.box)
-        white = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-        for spectrum, gains in zip(self.spectra.cpu(), self._gains, strict=True):
+        device = self.particles.device
+        white = torch.randn(size, generator=generator(device, seed), device=device)
+        for spectrum, gains in zip(self.spectra, self._gains, strict=True):
             gains.fill_(1.0)
             for _ in range(_CORRECTIONS):
                 images = self._coloured(gains.expand(_GAIN_SAMPLE, -1), white)
-                power = self.shells.power(self._processed(images, None)).mean(0).cpu()
+                power = self.shells.power(self._processed(images, None)).mean(0)
                 gains *= (spectrum / power.clamp(min=1e-12)).sqrt()
 
     def _coloured(self, gains: Tensor, white: Tensor) -> Tensor:
@@ -113,15 +117,17 @@ class NoiseModel:
         p = self.particles
         return p.masked(p.centre(p.hartley(raw) - self._zero, trans))
 
-    def draw(self, index: Tensor, generator: torch.Generator, share: Share | None = None) -> Tensor:
+    def draw(self, index: Tensor, draws: torch.Generator, share: Share | None = None) -> Tensor:
         """Draw new noise as there is in particles ``index`` `(B,)`, centred as they: `(B, P)`.
+
+        All is on the device of the particles, as ``draws`` is, the generator.
 
         ``share``: which of a batch they are, when several processes share it.
         """
         box, trans = self.particles.box, self.particles.trans
         size = len(index) if share is None else share.size
-        white = torch.randn(size, box, box, generator=generator)
-        white = white if share is None else white[share.places]
+        white = torch.randn(size, box, box, generator=draws, device=self.spectra.device)
+        white = white if share is None else white[share.places.to(white.device)]
         if not len(index):  # all of the batch is other processes'
             return self.spectra.new_zeros(0, len(self.shells.of_pixel))
         raw = self._coloured(self._gains[self.groups[index]], white)

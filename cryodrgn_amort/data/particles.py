@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ class Batch:
         Which particles of a batch these are, when several processes share it.
     images
         Positions of the images in the data set, `(M,)` int64, on the CPU; None: those of ``index``.
+    sent, sent_images
+        ``index`` and ``images`` on the device, if they have been sent there.
     """
 
     index: Tensor
@@ -55,16 +58,27 @@ class Batch:
     ctf: Tensor | None
     share: Share | None = None
     images: Tensor | None = None
+    sent: Tensor | None = None
+    sent_images: Tensor | None = None
 
-    def of(self, places: Tensor) -> Batch:
-        """Return some of the particles, by their places `(M,)` in the batch."""
+    def of(self, places: Tensor | slice) -> Batch:
+        """Return some of the particles, by their places in the batch, `(M,)` or in a row."""
         rest = (self.y, self.image, self.rot, self.ctf)
-        of_particle = torch.arange(self.tilts, device=places.device)
-        at = (places[:, None] * self.tilts + of_particle).flatten().to(self.y.device)
+        at: Any
+        known: Any = places
+        if isinstance(places, slice):
+            if places.stop - places.start >= len(self.index):
+                return self
+            at = at_known = slice(places.start * self.tilts, places.stop * self.tilts)
+        else:
+            of_particle = torch.arange(self.tilts, device=places.device)
+            at = (places[:, None] * self.tilts + of_particle).flatten().to(self.y.device)
+            known, at_known = places.cpu(), at.cpu()
         y, image, rot, ctf = (None if part is None else part[at] for part in rest)
         assert y is not None
-        images = None if self.images is None else self.images[at.cpu()]
-        return Batch(self.index[places.cpu()], y, image, rot, ctf, images=images)
+        images = None if self.images is None else self.images[at_known]
+        sent = None if self.sent is None else self.sent[places]
+        return Batch(self.index[known], y, image, rot, ctf, images=images, sent=sent)
 
     @property
     def tilts(self) -> int:
@@ -73,8 +87,25 @@ class Batch:
 
     @property
     def rows(self) -> Tensor:
-        """Where this process keeps numbers of these particles, `(B,)`; the index, if it is one."""
+        """Where this process keeps numbers of these particles, `(B,)`; alone, the index."""
         return self.index if self.share is None else self.share.rows
+
+    @property
+    def device_index(self) -> Tensor:
+        """``index`` on the device of the images."""
+        return self.index.to(self.y.device) if self.sent is None else self.sent
+
+    @property
+    def device_rows(self) -> Tensor:
+        """``rows`` on the device of the images."""
+        return self.device_index if self.share is None else self.share.rows.to(self.y.device)
+
+    @property
+    def device_images(self) -> Tensor:
+        """Positions of the images in the data set `(M,)`, on their device."""
+        if self.images is None:
+            return self.device_index
+        return self.images.to(self.y.device) if self.sent_images is None else self.sent_images
 
     @property
     def size(self) -> int:
@@ -89,9 +120,9 @@ class Share:
     Attributes
     ----------
     rows
-        See ``Batch.rows``, `(B,)`.
+        See ``Batch.rows``, `(B,)`; on the device.
     places
-        Their positions in the whole batch, `(B,)`.
+        Their positions in the whole batch, `(B,)`; on the device.
     size
         Number of particles in the whole batch.
     """
@@ -198,8 +229,8 @@ class Particles:
         return raw
 
     def hartley(self, raw: Tensor) -> Tensor:
-        """Preprocess real-space images as the host does, not centred: `(B, D, D)`, on the CPU."""
-        return host.preprocess(self.images, raw)
+        """Preprocess images as the host does, not centred: to `(B, D, D)`, on the device."""
+        return host.preprocess(self.images, raw.to(self.device))
 
     def centre(self, y: Tensor, trans_px: Tensor | None) -> Tensor:
         """Shift Hartley images `(B, D, D)` by `(B, 2)` pixels, on the device: `(B, S)`."""
@@ -209,9 +240,11 @@ class Particles:
 
     def shift(self, values: Tensor, trans_px: Tensor) -> Tensor:
         """Shift stored `(B, S)` or masked pixels `(B, P)` of Hartley images by `(B, 2)` pixels."""
+        # as the host's translate_ht, which picks pixels by positions that are on the CPU
         pixels = self.mask if values.shape[1] == len(self.mask) else self.pixels
-        shifted: Tensor = self.lattice.translate_ht(values, trans_px.unsqueeze(1), pixels)
-        return shifted.flatten(1)
+        angles = self.lattice.freqs2d[pixels] @ trans_px[:, :, None] * 2 * math.pi
+        angles = angles[:, :, 0]
+        return torch.cos(angles) * values + torch.sin(angles) * values.flip(1)
 
     def centred(self, rows: Tensor, raw: Tensor | None = None) -> Tensor:
         """Return centred Hartley images `(B, S)` of ``rows``, or of ``raw`` in their place."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Roll", "Rotation", "Transform"]
+__all__ = ["ASTIGMATISM_ANGLE", "Roll", "Rotation", "Transform", "sheared_turn"]
 
-_ASTIGMATISM_ANGLE = 3  # column of the CTF parameters, degrees
+ASTIGMATISM_ANGLE = 3  # column of the CTF parameters, degrees
 
 
 class Transform(ABC):
@@ -75,7 +76,9 @@ class Roll(Transform):
 
     def pose(self, rot: Tensor, trans_px: Tensor) -> tuple[Tensor, Tensor]:
         """Centring has to shift that much less."""
-        return rot, trans_px - trans_px.new_tensor([self.shift_px, 0])
+        moved = trans_px.clone()
+        moved[:, 0] -= self.shift_px
+        return rot, moved
 
 
 class Rotation(Transform):
@@ -92,6 +95,7 @@ class Rotation(Transform):
         self.angle_deg = angle_deg
         self.quarters = round(angle_deg / 90)
         self.rest_deg = angle_deg - 90 * self.quarters
+        self._matrix: Tensor | None = None
         side = "clockwise" if angle_deg > 0 else "anticlockwise"
         self.title = f"turned {abs(angle_deg):g} degrees {side}"
 
@@ -99,7 +103,8 @@ class Rotation(Transform):
         """Turn by index permutation, and by shears unless the angle is a multiple of 90."""
         for _ in range(self.quarters % 4):
             raw = torch.roll(torch.rot90(raw, -1, (-2, -1)), 1, -1)
-        return _turned(raw, math.radians(self.rest_deg)) if self.rest_deg else raw
+        rest = math.radians(self.rest_deg)
+        return sheared_turn(raw, -math.tan(rest / 2), math.sin(rest)) if rest else raw
 
     def hartley(self, y: Tensor) -> Tensor | None:
         """Permute pixels if the angle is a multiple of 90: the window is round, its centre ours."""
@@ -107,21 +112,29 @@ class Rotation(Transform):
 
     def pose(self, rot: Tensor, trans_px: Tensor) -> tuple[Tensor, Tensor]:
         """Turn with the image; (x, y) -> (-y, x) for each quarter."""
+        turn = self._matrix
+        if turn is None or turn.device != rot.device or turn.dtype != rot.dtype:
+            turn = self._matrix = rot.new_tensor(self._turn())
+        return turn @ rot, trans_px @ turn[:2, :2].T
+
+    def _turn(self) -> list[list[float]]:
         cos, sin = math.cos(math.radians(self.rest_deg)), math.sin(math.radians(self.rest_deg))
         for _ in range(self.quarters % 4):  # exact, unlike the cosine of a right angle
             cos, sin = -sin, cos
-        turn = rot.new_tensor([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
-        return turn @ rot, trans_px @ turn[:2, :2].T
+        return [[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]]
 
     def ctf(self, params: Tensor) -> Tensor:
         """The astigmatism turns as well."""
         params = params.clone()
-        params[:, _ASTIGMATISM_ANGLE] += self.angle_deg
+        params[:, ASTIGMATISM_ANGLE] += self.angle_deg
         return params
 
 
-def _turned(raw: Tensor, angle_rad: float) -> Tensor:
+def sheared_turn(raw: Tensor, along_x: float | Tensor, along_y: float | Tensor) -> Tensor:
     """Turn `(B, box, box)` clockwise by at most 45 degrees, by three shears.
+
+    Their slopes are minus the tangent of half the angle along x, and its sine along y; they may be
+    numbers that are on the device.
 
     Unser, Thevenaz & Yaroslavsky, IEEE Trans. Image Process. 4, 1371 (1995). All shears wrap
     around, so this only mixes pixels by an orthogonal matrix: white noise stays white, where
@@ -130,24 +143,24 @@ def _turned(raw: Tensor, angle_rad: float) -> Tensor:
     below 0.92 of the highest. Beyond, towards the corners, pieces (of noise) change places.
     """
     images = raw.to(torch.promote_types(raw.dtype, torch.float32))  # no FFT in half precision
-    along_x = -math.tan(angle_rad / 2)
     images = _sheared(images, along_x, -1)
-    images = _sheared(images, math.sin(angle_rad), -2)
+    images = _sheared(images, along_y, -2)
     return _sheared(images, along_x, -1)
 
 
-def _sheared(images: Tensor, slope: float, axis: int) -> Tensor:
+def _sheared(images: Tensor, slope: float | Tensor, axis: int) -> Tensor:
     """Shift the lines along ``axis`` by ``slope`` times their distance from the centre, wrapping.
 
     Phases in Fourier space do it: all of size 1, so that no frequency is damped.
     """
     box = images.shape[-1]
-    shift_px = slope * (torch.arange(box, dtype=torch.float64) - box // 2)
-    cycles = shift_px[:, None] * torch.fft.rfftfreq(box, dtype=torch.float64)
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": images.device}
+    shift_px = slope * (torch.arange(box, **exact) - box // 2)
+    cycles = shift_px[:, None] * torch.fft.rfftfreq(box, **exact)
     # the highest frequency of a real line can only change its sign: take the nearest whole shift
     cycles[:, -1] = shift_px.round() / 2
     phases = torch.polar(torch.ones_like(cycles), -2 * math.pi * cycles)
-    phases = phases.to(images.device, torch.promote_types(images.dtype, torch.complex64))
+    phases = phases.to(torch.promote_types(images.dtype, torch.complex64))
     spectrum = torch.fft.rfft(images, dim=axis) * (phases if axis == -1 else phases.T)
     sheared: Tensor = torch.fft.irfft(spectrum, n=box, dim=axis)
     return sheared

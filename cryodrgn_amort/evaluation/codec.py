@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from cryodrgn_amort.core import ProcessGroup, bar
-from cryodrgn_amort.data import Batch
+from cryodrgn_amort.core import Halving, ProcessGroup, bar
+from cryodrgn_amort.data import Batch, read_ahead
 from cryodrgn_amort.report import MODES
 
 if TYPE_CHECKING:
@@ -39,6 +41,33 @@ _OWN = ("", "held")  # the particles themselves, among the copies
 _VOXELS_KEPT = 250_000_000  # of the particles' own volumes: 1 GB
 
 
+@dataclass
+class Images:
+    """Some particles `(B,)` and their images `(M,)`: positions on the CPU, and all on the device.
+
+    Attributes
+    ----------
+    raw
+        Real-space images, `(M, box, box)`.
+    """
+
+    index: Tensor
+    rows: Tensor
+    sent: Tensor
+    sent_rows: Tensor
+    raw: Tensor
+
+    def of(self, some: slice) -> Images:
+        """Return those of some of the particles."""
+        tilts = len(self.rows) // max(1, len(self.index))
+        rows = slice(some.start * tilts, some.stop * tilts)
+        parts = self.rows, self.sent_rows, self.raw
+        if some.stop - some.start == len(self.index):
+            return self
+        of_images, sent_rows, raw = (part[rows] for part in parts)
+        return Images(self.index[some], of_images, self.sent[some], sent_rows, raw)
+
+
 class Codec:
     """Encodes particles and transformed copies of them, and decodes latents.
 
@@ -63,6 +92,7 @@ class Codec:
         self.particles, self.model, self.shown = particles, model, shown
         self.processes = processes or ProcessGroup()
         self.at_once = max(1, batch_size // particles.ntilts)  # particles
+        self._ctf_kept: dict[Transform, bool] = {}
 
     @torch.no_grad()
     def encode(self, transforms: Transforms) -> tuple[np.ndarray, np.ndarray, Posteriors]:
@@ -76,18 +106,12 @@ class Codec:
         keys = [_OWN] + [(name, mode) for name, _ in transforms for mode in MODES]
         parts: dict[tuple[str, str], list[Tensor]] = {key: [] for key in keys}
         own = torch.arange(processes.rank, particles.n, processes.size)
-        for index in bar(own.split(self.at_once), "encoding"):
-            rows = particles.rows_of(self.shown.rows(index))
-            raw = self.shown.raw(particles.rows_of(index))
-            raw = particles.raw(rows) if raw is None else raw
-            y, held = particles.hartley(raw), self._tables(rows)
-            parts[_OWN].append(self.posterior(self.batch(index, rows, y, held)))
-            for name, transform in transforms:
-                copy = self._copy(raw, y, transform)
-                for mode in MODES:
-                    tables = self._tables(rows, transform, held) if mode == "follow" else held
-                    batch = self.batch(index, rows, copy, tables)
-                    parts[(name, mode)].append(self.posterior(batch))
+        halving = Halving("Particles that are encoded")
+        for images in self._read(bar(own.split(self.at_once), "encoding"), shown=True):
+            todo = partial(self._encoded, images, transforms)
+            for found in halving(todo, len(images.index)):
+                for key, posterior in found.items():
+                    parts[key].append(posterior)
         joined = {
             key: processes.collect(torch.cat(parts.pop(key)), particles.n).cpu().numpy()
             for key in keys
@@ -95,6 +119,20 @@ class Codec:
         zdim = joined[_OWN].shape[1] // 2
         split = {key: (both[:, :zdim], both[:, zdim:]) for key, both in joined.items()}
         return *split.pop(_OWN), split
+
+    def _encoded(
+        self, whole: Images, transforms: Transforms, some: slice
+    ) -> dict[tuple[str, str], Tensor]:
+        """Encode some particles of a batch, and their copies."""
+        images = whole.of(some)
+        y, held = self.particles.hartley(images.raw), self._tables(images)
+        found = {_OWN: self.posterior(self.batch(images, y, held))}
+        for name, transform in transforms:
+            copy = self._copy(images.raw, y, transform)
+            for mode in MODES:
+                tables = self._tables(images, transform, held) if mode == "follow" else held
+                found[(name, mode)] = self.posterior(self.batch(images, copy, tables))
+        return found
 
     def posterior(self, batch: Batch) -> Tensor:
         """Encode a batch; returns means and log variances side by side, `(B, 2 zdim)`."""
@@ -114,30 +152,61 @@ class Codec:
             Changes the particles together with their poses and CTFs.
         """
         p = self.particles
-        found: dict[str, list[np.ndarray]] = {name: [] for name in zs}
-        for index in torch.from_numpy(sample).split(self.at_once):
-            rows = p.rows_of(index)
-            raw = p.raw(rows)
-            y = p.hartley(raw)
-            y = y if transform is None else self._copy(raw, y, transform)
-            batch = self.batch(index, rows, y, self._tables(rows, transform))
-            for name, z in zs.items():
-                latent = torch.from_numpy(z[index.numpy()]).float().to(p.device)
-                # in units of the noise's standard deviation (the host's normalisation): nats
-                found[name].append(self.model.errors(batch, latent)[1].cpu().numpy() / 2)
-        return {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
+        latents = {n: torch.from_numpy(np.array(z, np.float32)).to(p.device) for n, z in zs.items()}
+        found: dict[str, list[Tensor]] = {name: [] for name in zs}
+        halving = Halving("Particles whose loss is measured")
 
-    def batch(
-        self, index: Tensor, rows: Tensor, hartley: Tensor, tables: _Tables | None = None
-    ) -> Batch:
-        """Make a batch of particles `(B,)` from images `(M, D, D)` of ``rows``, and their tables.
+        def measured(whole: Images, some: slice) -> None:
+            images = whole.of(some)
+            y = p.hartley(images.raw)
+            y = y if transform is None else self._copy(images.raw, y, transform)
+            batch = self.batch(images, y, self._tables(images, transform))
+            each = [self.model.errors(batch, z[images.sent])[1] for z in latents.values()]
+            for name, values in zip(found, each, strict=True):  # of all, or none if memory is full
+                found[name].append(values)
 
-        The tables are those of ``rows`` unless given.
+        for images in self._read(iter(torch.from_numpy(sample).split(self.at_once))):
+            list(halving(partial(measured, images), len(images.index)))
+        # in units of the noise's standard deviation (the host's normalisation): nats
+        return {n: (torch.cat(e).cpu().numpy() / 2).astype(np.float64) for n, e in found.items()}
+
+    def _read(self, parts: Iterator[Tensor], *, shown: bool = False) -> Iterator[Images]:
+        """Read particles ahead, some at a time, and send their images to the device.
+
+        Parameters
+        ----------
+        shown
+            Whether what a network is shown of them is wanted, not they themselves.
+        """
+        p, given = self.particles, self.shown if shown else None
+
+        def read(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            rows = p.rows_of(index if given is None else given.rows(index))
+            raw = None if given is None else given.raw(p.rows_of(index))
+            raw = p.raw(rows) if raw is None else raw
+            return index, rows, raw.pin_memory() if p.device.type == "cuda" else raw
+
+        for read_of in read_ahead(read, ((index,) for index in parts), 1):
+            yield self.sent(*read_of)
+
+    def sent(self, index: Tensor, rows: Tensor, raw: Tensor) -> Images:
+        """Send real-space images `(M, box, box)` of ``rows``, of particles ``index``."""
+        device = self.particles.device
+        there = [part.to(device, non_blocking=True) for part in (index, rows, raw)]
+        return Images(index, rows, *there)
+
+    def batch(self, images: Images, hartley: Tensor, tables: _Tables | None = None) -> Batch:
+        """Make a batch of preprocessed images `(M, D, D)`, and their tables.
+
+        Those of ``images`` as they are, unless given.
         """
         p = self.particles
-        rot, trans, ctf = self._tables(rows) if tables is None else tables
+        rot, trans, ctf = self._tables(images) if tables is None else tables
         y = p.centre(hartley, trans)
-        return Batch(index, p.masked(y), p.flip(y, ctf), rot, p.half(ctf, rows))
+        return Batch(
+            images.index, p.masked(y), p.flip(y, ctf), rot, p.half(ctf, images.rows),
+            sent=images.sent,
+        )  # fmt: skip
 
     def _copy(self, raw: Tensor, y: Tensor, transform: Transform) -> Tensor:
         """Transform images `(M, box, box)`, preprocessed as ``y`` `(M, D, D)`; to the latter."""
@@ -145,13 +214,13 @@ class Codec:
         return self.particles.hartley(transform.image(raw)) if copy is None else copy
 
     def _tables(
-        self, rows: Tensor, transform: Transform | None = None, held: _Tables | None = None
+        self, images: Images, transform: Transform | None = None, held: _Tables | None = None
     ) -> _Tables:
-        """Return rotation, translation and CTF of ``rows``, changed by a transform if given.
+        """Return rotation, translation and CTF of images, changed by a transform if given.
 
         ``held`` are those that are not changed, if known: the CTF may be as it was.
         """
-        p = self.particles
+        p, rows = self.particles, images.sent_rows
         rot = p.rots[rows]
         trans = None if p.trans is None else p.trans[rows]
         params = None if p.ctf_params is None else p.ctf_params[rows]
@@ -159,10 +228,18 @@ class Codec:
             trans = rot.new_zeros(len(rows), 2) if trans is None else trans
             rot, trans = transform.pose(rot, trans)
         if transform is not None and params is not None:
-            own, params = params, transform.ctf(params.clone())
-            if held is not None and bool((params == own).all()):
+            if held is not None and self._keeps_ctf(transform):
                 return rot, trans, held[2]
+            params = transform.ctf(params.clone())
         return rot, trans, p.ctf_of(params)
+
+    def _keeps_ctf(self, transform: Transform) -> bool:
+        """Whether a transform leaves all CTFs as they are."""
+        if transform not in self._ctf_kept:
+            params = self.particles.ctf_params
+            assert params is not None
+            self._ctf_kept[transform] = bool((transform.ctf(params.clone()) == params).all())
+        return self._ctf_kept[transform]
 
     def volumes(self, z: np.ndarray) -> Volumes:
         """Decode volumes `(box, box, box)` once if they fit into memory, else whenever needed."""

@@ -42,6 +42,7 @@ def evaluate(run: Run, options: EvalOptions, processes: ProcessGroup | None = No
     InputError
         If the inputs are gone or do not fit, or a transform cannot be applied to this run.
     """
+    run = run.multiplying(options.precision)
     subject = Subject(run, options, processes)
     clock, codec = subject.clock, subject.codec
     z, logvar = run.z()
@@ -120,6 +121,6 @@ def assist(run: Run, options: EvalOptions, processes: ProcessGroup) -> None:
     InputError
         As ``evaluate``.
     """
-    subject = Subject(run, options, processes)
+    subject = Subject(run.multiplying(options.precision), options, processes)
     if subject.codec.shown is not None:
         subject.codec.encode(subject.transforms)

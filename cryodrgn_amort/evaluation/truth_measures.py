@@ -66,9 +66,11 @@ def noise_swap(subject: Subject, truth: Truth, z: np.ndarray) -> list[Measure]:
     both = torch.from_numpy(np.stack([rows, noisy], 1))
     for index, other in (pair.unbind(1) for pair in both.split(codec.at_once)):
         own, theirs = p.rows_of(index), p.rows_of(other)
-        signal = codec.batch(index, own, p.hartley(truth.clean(p, own)))
-        noise = p.hartley(p.raw(theirs)) - p.hartley(truth.clean(p, theirs))
-        shown = codec.batch(other, theirs, noise).image
+        clean = codec.sent(index, own, truth.clean(p, own))
+        signal = codec.batch(clean, p.hartley(clean.raw))
+        noisy_images = codec.sent(other, theirs, p.raw(theirs))
+        noise = p.hartley(noisy_images.raw) - p.hartley(truth.clean(p, theirs))
+        shown = codec.batch(noisy_images, noise).image
         assert signal.image is not None
         assert shown is not None
         signal.image = signal.image + shown

@@ -180,9 +180,14 @@ class Fitter:
         self, index: Tensor, names: Sequence[str], elbo_scale: ElboScale, options: FitOptions
     ) -> Fitted:
         """Fit the particles at positions ``index``."""
-        batch = self.loader.read(index)
+        return self.fit_batch(self.loader.read(index), names, elbo_scale, options)
+
+    def fit_batch(
+        self, batch: Batch, names: Sequence[str], elbo_scale: ElboScale, options: FitOptions
+    ) -> Fitted:
+        """Fit the particles of a batch."""
         answer = self.answer(batch)
         starts = self.starts(batch, names, answer)
-        seed = int(np.random.SeedSequence([self.seed, int(index[0])]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([self.seed, int(batch.index[0])]).generate_state(1)[0])
         fit, own = infer(self.model, batch, answer, starts, elbo_scale, options, self.spread, seed)
         return batch, fit, own, answer

@@ -233,8 +233,9 @@ def fit(
             continue
         sound, done = now.end_window(place + 1)
         for held, new in zip(found, (now.path, now.logvar), strict=True):
-            held[now.left[sound]] = new[sound]
-        converged[now.left] = done
+            before = held.index_select(0, now.left)
+            held.index_copy_(0, now.left, torch.where(sound[:, None], new, before))
+        converged.index_copy_(0, now.left, done)
         going = sound & ~done
         if not going.any():
             break

@@ -10,6 +10,7 @@ import shutil
 import time
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cryodrgn_amort.core import (
+    Halving,
     InputError,
     ProcessGroup,
     __version__,
@@ -73,7 +75,8 @@ class _Inference:
             "run": str(run.folder.resolve()), "epoch": run.epoch, "seed": options.seed,
             "particles": self.particles.n, "starts": self.names, "version": __version__,
             **{k: v for k, v in asdict(options).items() if k not in ("starts", "overwrite")},
-            "steps": self.fit_options.steps, "contents": self._contents(),
+            "steps": self.fit_options.steps, "precision": run.precision,
+            "contents": self._contents(),
         })  # fmt: skip
 
     def _contents(self) -> dict[str, str]:
@@ -176,11 +179,18 @@ class _Inference:
 
     def fit(self, elbo_scale: ElboScale, todo: list[tuple[int, Tensor]]) -> None:
         """Fit these parts."""
+        halving = Halving("Particles that are fitted")
+
+        def fitted(batch: Batch, some: slice) -> list[Tensor]:
+            how = self.names, elbo_scale, self.fit_options
+            _, fit, own, _ = self.fitter.fit_batch(batch.of(some), *how)
+            own = torch.full_like(fit.elbo, torch.nan) if own is None else own
+            return [fit.mean, fit.logvar, fit.elbo, fit.converged, fit.start, own]
+
         for number, index in _progress(todo, silent=not self.processes.leads):
-            batch, fit, own, _ = self.fitter.fit(index, self.names, elbo_scale, self.fit_options)
-            values = [fit.mean, fit.logvar, fit.elbo, fit.converged, fit.start,
-                      torch.full_like(fit.elbo, torch.nan) if own is None else own]  # fmt: skip
-            arrays = (value.cpu().numpy() for value in values)
+            batch = self.fitter.loader.read(index)
+            pieces = halving(partial(fitted, batch), len(index))
+            arrays = (torch.cat(parts).cpu().numpy() for parts in zip(*pieces, strict=True))
             with replacing(self._part(number)) as temporary, open(temporary, "wb") as handle:
                 kept = dict(zip(_RESULTS, arrays, strict=True))
                 np.savez(handle, **{_OF: _digest(batch)}, **kept)  # type: ignore[arg-type]
@@ -241,7 +251,7 @@ def infer_run(
         If inputs, options or folder do not fit; nothing has been written then.
     """
     processes, out = processes or ProcessGroup(), Path(outdir)
-    work = _Inference(run, options, out, processes)
+    work = _Inference(run.multiplying(options.precision), options, out, processes)
     work.check_folder()
     with matrix_products(), contextlib.ExitStack() as held:
         elbo_scale = work.fitter.elbo_scale(options.beta)

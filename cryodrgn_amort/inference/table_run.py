@@ -14,6 +14,7 @@ import torch
 
 from cryodrgn_amort.core import (
     CHECKSUMS,
+    device_name,
     recorded,
     write_json,
     write_pickle,
@@ -123,7 +124,8 @@ def _write_log(fitter: Fitter, out: Path, found: Inferred) -> None:
     run = fitter.run
     lines = [
         " ".join(sys.argv),
-        f"Latents fitted with the decoder of {run.folder}, epoch {run.epoch}",
+        f"Latents fitted with the decoder of {run.folder}, epoch {run.epoch}, on "
+        f"{device_name(run.device)}, matrix products in {run.precision}",
         *inferred_summary(found).splitlines(),
         f"# =====> Epoch: {run.epoch} Average gen loss = {gen_loss:.6}, KLD = {kld:.6f}, "
         f"total loss = {total:.6f}; Finished",

@@ -1,11 +1,4 @@
-from .base import (
-    LatentModel as LatentModel,
-    NotFiniteError as NotFiniteError,
-    Objective as Objective,
-    adam as adam,
-    set_rate as set_rate,
-    train_step as train_step,
-)
+from .base import LatentModel as LatentModel
 from .encoders import Encoder as Encoder
 from .lookup_table import LookupTable as LookupTable
 from .objective import Losses as Losses, divergence as divergence, kl_divergence as kl_divergence
@@ -17,6 +10,17 @@ from .specs import (
     EncoderSpec as EncoderSpec,
     InputSpec as InputSpec,
     resolve as resolve,
+)
+from .step import (
+    Lost as Lost,
+    NotFiniteError as NotFiniteError,
+    Objective as Objective,
+    adam as adam,
+    keep_rate_on_device as keep_rate_on_device,
+    plain_state as plain_state,
+    recorded_by as recorded_by,
+    set_rate as set_rate,
+    train_step as train_step,
 )
 from .synthetic import SyntheticImages as SyntheticImages
 from .vae import (

@@ -1,29 +1,23 @@
-"""What all models of images share: a posterior, a decoder, and one training step."""
+"""What all models of images share: a posterior and a decoder."""
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from cryodrgn_amort.models.objective import Losses, falling_rate, losses
+from cryodrgn_amort.models.objective import Losses, losses
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import nn
-
-    from cryodrgn_amort.core import ProcessGroup
     from cryodrgn_amort.data import Batch
     from cryodrgn_amort.models.encoders import Encoder
 
 
-__all__ = ["LatentModel", "NotFiniteError", "Objective", "adam", "set_rate", "train_step"]
-
-_MOST = 1e9  # of a loss: images are normalised, so that those that learn have losses near 1
+__all__ = ["LatentModel"]
 
 
 class LatentModel(ABC):
@@ -37,10 +31,13 @@ class LatentModel(ABC):
         The encoder, a network or a table; None: a network that the model has itself.
     training
         As of every module.
+    narrow
+        Whether gradients may be beyond the range of what they are computed in: of fp16.
     """
 
     amort: Encoder | None
     training: bool
+    narrow: bool = False
 
     @abstractmethod
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -63,11 +60,11 @@ class LatentModel(ABC):
         if not self.training:
             return mean
         noise = torch.randn(batch.size, mean.shape[1], dtype=mean.dtype, device=mean.device)
-        noise = noise if batch.share is None else noise[batch.share.places]
+        noise = noise if batch.share is None else noise[batch.share.places.to(noise.device)]
         return mean + noise * torch.exp(0.5 * logvar)
 
     def loss(
-        self, batch: Batch, beta: float, beta_control: float | None = None
+        self, batch: Batch, beta: float | Tensor, beta_control: float | None = None
     ) -> tuple[Losses, Tensor]:
         """Return the ELBO's losses, and the posterior means, detached."""
         mean, logvar = self.posterior(batch)
@@ -78,7 +75,7 @@ class LatentModel(ABC):
         batch: Batch,
         mean: Tensor,
         logvar: Tensor,
-        beta: float,
+        beta: float | Tensor,
         beta_control: float | None = None,
     ) -> Losses:
         """Return the ELBO's losses of a posterior of the batch, mean and log variance `(B, zdim)`.
@@ -103,105 +100,3 @@ class LatentModel(ABC):
     def own_state_dict(self) -> dict[str, Any]:
         """Return the state of the encoder ``amort``; empty if there is none."""
         return {} if self.amort is None else dict(self.amort.state_dict())
-
-
-def adam(
-    parameters: list[nn.Parameter], lr: float, wd: float = 0.0, eps: float = 1e-8
-) -> torch.optim.Adam:
-    """Make the common optimizer; fused where PyTorch can."""
-    make = functools.partial(torch.optim.Adam, parameters, lr=lr, weight_decay=wd, eps=eps)
-    try:
-        return make(fused=True)
-    except RuntimeError:  # before PyTorch 2.4 not on CPUs
-        return make()
-
-
-def set_rate(
-    optimizer: torch.optim.Optimizer, start: float, end: float | None, done: float, halvings: int
-) -> None:
-    """Set the learning rate after a share of the training.
-
-    It falls from ``start`` to ``end`` (None: it does not), and is halved ``halvings`` times.
-    """
-    if end is None and not halvings:  # it is what the optimizer has
-        return
-    rate = start if end is None else falling_rate(start, end, done)
-    for group in optimizer.param_groups:
-        group["lr"] = rate / 2**halvings
-
-
-class Objective:
-    """What a model learns from: the ELBO of the particles, unless a subclass has something else."""
-
-    def epoch_start(self, epoch: int) -> None:
-        """Be told that an epoch begins, from 1."""
-
-    def loss(
-        self, model: LatentModel, batch: Batch, beta: float, beta_control: float | None
-    ) -> tuple[Losses, Tensor]:
-        """Return the losses of a batch, or of others in its place, and posterior means, detached.
-
-        With several processes, they are those of each one's share of the batch.
-        """
-        return model.loss(batch, beta, beta_control)
-
-    def epoch_metrics(self) -> dict[str, float]:
-        """Return further columns for metrics.csv, always the same ones."""
-        return {}
-
-    def epoch_state(self) -> dict[str, Any]:
-        """Return what changes within an epoch, for a training that stops in it."""
-        return {}
-
-    def set_epoch_state(self, state: dict[str, Any]) -> None:
-        """Go on in an epoch, after ``epoch_start``."""
-
-
-_ELBO = Objective()
-
-
-class NotFiniteError(Exception):
-    """The loss of a batch is not a number, or beyond all bounds; nothing was changed."""
-
-
-def train_step(
-    model: LatentModel,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    beta: float,
-    beta_control: float | None = None,
-    processes: ProcessGroup | None = None,
-    objective: Objective = _ELBO,
-    *,
-    check: bool = False,
-) -> tuple[Losses, Tensor]:
-    """Take one optimizer step; returns the losses and the posterior means, detached.
-
-    With several processes, the losses and gradients of each are its share of the batch's.
-
-    Parameters
-    ----------
-    beta, beta_control
-        Weight of the KL divergence; see ``losses``.
-    processes
-        This process among several; None: it is alone.
-
-    Raises
-    ------
-    NotFiniteError
-        With ``check``: if the loss is not finite or above 1e9, before anything is changed.
-    """
-    optimizer.zero_grad()
-    result, mean = objective.loss(model, batch, beta, beta_control)
-    if check:
-        lost = not abs(result.total.item()) <= _MOST
-        if lost if processes is None else processes.max(int(lost)):
-            raise NotFiniteError
-    result.total.backward()
-    if model.amort is not None:
-        model.amort.after_backward()
-    if processes is not None:
-        trained = (p for group in optimizer.param_groups for p in group["params"])
-        processes.sum_(p.grad for p in trained if p.grad is not None)
-    optimizer.step()
-    return result.detach(), mean

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cryodrgn_amort import host
+from cryodrgn_amort.core import multiply, on_gpu
 from cryodrgn_amort.models.layers import Layers, Network, Sums
 from cryodrgn_amort.models.pieces import Buffers, rows_at_once, shares, side_by_side
 from cryodrgn_amort.models.positional_encoding import PositionalEncoding
@@ -39,6 +40,7 @@ __all__ = ["DTYPES", "FastDecoder"]
 DTYPES = {
     "fp64": torch.float64,
     "fp32": torch.float32,
+    "tf32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
@@ -71,10 +73,11 @@ class _Work:
     wanted: _Wanted
     by_target: Tensor | None  # gradients, (B, pixels, outputs)
 
-    def sums(self) -> Sums:
-        """Begin to sum up the gradients that are wanted."""
+    def sums(self, *, single: bool = False) -> Sums:
+        """Begin to sum up the gradients that are wanted; ``single``: of one piece."""
         frequencies = self.frequencies if self.wanted.rot else None
-        return Sums(self.layers, self.bias, frequencies, parameters=self.wanted.parameters)
+        parameters = self.wanted.parameters
+        return Sums(self.layers, self.bias, frequencies, parameters=parameters, single=single)
 
 
 class FastDecoder:
@@ -89,36 +92,61 @@ class FastDecoder:
         opposite to pixel P - 1 - i.
     matmul
         Precision of the matrix products; that of the parameters unless given.
+    tf32
+        Whether a GPU may round what the layers multiply to TF32; never the coordinates.
     """
 
     def __init__(
-        self, decoder: nn.Module, coords: Tensor, matmul: torch.dtype | None = None
+        self,
+        decoder: nn.Module,
+        coords: Tensor,
+        matmul: torch.dtype | None = None,
+        *,
+        tf32: bool = False,
     ) -> None:
         self.decoder: Any = decoder
-        self.matmul = matmul
+        self.matmul, self._tf32 = matmul, tf32
         self.fourier = isinstance(decoder, host.FTPositionalDecoder)
         self.pixels = len(coords) // 2 if self.fourier else len(coords)
         """Pixels that are evaluated of an image: its first half, or all."""
         self._coords = coords[: self.pixels].contiguous()
         self._buffers = Buffers(coords.device)
         self._network = Network(decoder, self._buffers)
+        self._cpu = not on_gpu(coords.device)
 
     @functools.cached_property
     def _encoding(self) -> PositionalEncoding:
         return PositionalEncoding(self.decoder, self._coords, self._buffers)
+
+    @functools.cached_property
+    def most(self) -> int:
+        """How many pixels to work on at a time, chosen once: so steps are all alike."""
+        features, layers = len(self._encoding.columns), len(self._network.parameters) // 2
+        narrow = torch.empty((), dtype=self.matmul).element_size()
+        row = 6 * features + narrow * (features + self._network.width * (layers + 2))
+        return rows_at_once(self._coords.device, row)
+
+    def held(self) -> list[Tensor]:
+        """Return the memory that every call uses again."""
+        return self._buffers.held()
 
     def forget(self) -> None:
         """Read the encoding's frequencies anew: the decoder has got another state."""
         self.__dict__.pop("_encoding", None)
 
     def _layers(self) -> Layers:
-        return self._network.read(self._encoding.columns, self.matmul)
+        return self._network.read(self._encoding.columns, self.matmul, tf32=self._tf32)
 
     def _frequencies(self, dtype: torch.dtype) -> Tensor:
         return self._encoding.frequencies.to(dtype)
 
     def _features(self, phases: Tensor) -> Tensor:
         return self._encoding.features(phases, self.matmul or phases.dtype)
+
+    @property
+    def gradient_scale(self) -> float:
+        """By what gradients are multiplied on their way, to be within the range of fp16."""
+        return _HALF_SCALE if self.matmul == torch.float16 else 1.0
 
     def squared_errors(
         self, rot: Tensor, target: Tensor, ctf: Tensor | None, z: Tensor
@@ -155,7 +183,7 @@ class FastDecoder:
         layers = self._layers()
         bias = layers.latent_bias(z)
         phases = coords.to(bias.dtype) @ self._frequencies(bias.dtype)
-        start = torch.mm(self._features(phases), layers.first.T)
+        start = layers.first_values(self._features(phases))
         for row in bias:
             hidden = layers.after_first(start + row.to(start.dtype))
             yield layers.outputs(hidden).to(bias.dtype)
@@ -184,25 +212,31 @@ class FastDecoder:
         rot, coords = rot.to(wide), self._coords.to(wide)
         sign = coords.new_ones(len(rot), self.pixels)
         if self.fourier:
-            sign = torch.where((coords @ rot)[..., 2] > 0, -1.0, 1.0).to(wide)
+            sign.masked_fill_((coords @ rot)[..., 2] > 0, -1.0)
         whole = self.pixels * (2 if self.fourier else 1)
-        together = max(1, rows_at_once(coords.device) // self.pixels)
         found = torch.empty(*z.shape[:2], whole, dtype=wide, device=z.device)
-        for image, (one_rot, one_sign) in enumerate(zip(rot, sign, strict=True)):
-            phases = (one_sign[:, None] * (coords @ one_rot)) @ self._frequencies(wide)
-            start = torch.mm(self._features(phases), layers.first.T)
-            for latents in torch.arange(len(bias[image])).split(together):
-                rows = bias[image, latents].to(start.dtype)
-                size = len(rows) * self.pixels, start.shape[1]
-                first = self._buffers("hidden0", *size, start.dtype)
-                torch.add(start, rows[:, None], out=first.view(len(rows), *start.shape))
+        at_once = max(1, self.most // self.pixels)  # images of latents
+        poses = max(1, at_once // max(1, z.shape[1]))
+        for some in _slices(len(rot), poses):
+            signs = sign[some]
+            turned = signs[:, :, None] * (coords @ rot[some])
+            phases = turned.flatten(0, 1) @ self._frequencies(wide)
+            start = layers.first_values(self._features(phases))
+            start = start.view(len(signs), 1, self.pixels, self._network.width)
+            for latents in _slices(z.shape[1], at_once):
+                rows = bias[some, latents, None].to(start.dtype)
+                shape = *rows.shape[:2], *start.shape[2:]
+                first = self._buffers(
+                    "hidden0", shape[0] * shape[1] * shape[2], shape[3], rows.dtype
+                )
+                torch.add(start, rows, out=first.view(shape))
                 outputs = layers.outputs(layers.after_first(first)).to(wide)
-                outputs = outputs.view(len(rows), self.pixels, -1)
-                real, imag = outputs[..., 0], outputs[..., -1] * one_sign
-                here = found[image, latents[0] : latents[-1] + 1]
+                outputs = outputs.view(*shape[:3], -1)
+                real, imag = outputs[..., 0], outputs[..., -1] * signs[:, None]
+                here = found[some, latents]
                 if self.fourier:
-                    torch.sub(real, imag, out=here[:, : self.pixels])
-                    here[:, self.pixels :] = (real + imag).flip(1)
+                    torch.sub(real, imag, out=here[..., : self.pixels])
+                    here[..., self.pixels :] = (real + imag).flip(2)
                 else:
                     here.copy_(real)
         return found
@@ -218,11 +252,11 @@ class FastDecoder:
         """Compare as ``squared_errors`` does; returns errors `(B,)`, and gradients of their sum.
 
         These are by rotations, target, latents, and weight and bias of each layer; None where they
-        are not wanted.
+        are not wanted. They are ``gradient_scale`` times too large.
         """
         layers = self._layers()
         bias = layers.latent_bias(z)
-        wide, narrow = bias.dtype, layers.first.dtype
+        wide = bias.dtype
         rot = rot.to(wide)
         coords = self._coords.to(wide)
         frequencies = rot[:, :2] @ self._frequencies(wide)  # (B, 2, features)
@@ -230,24 +264,24 @@ class FastDecoder:
         target = self._target(target.to(wide))
         if self.fourier:  # where the depth is positive, the conjugate at the opposite point is used
             depth = (coords @ rot)[..., 2]
-            sign = torch.where(depth > 0, -1.0, 1.0).to(wide)
+            sign = torch.ones_like(depth).masked_fill_(depth > 0, -1.0)
             target[..., 1] *= sign
         if ctf is not None:
             ctf = ctf.to(wide)
             if not self.fourier:
                 ctf = torch.cat([ctf, ctf.flip(1)], 1)
         weight = 2.0 if self.fourier else 1.0  # each pixel stands for two
-        scale = _HALF_SCALE if narrow == torch.float16 else 1.0
+        scale = self.gradient_scale
         by_target = torch.empty_like(target) if wanted.target else None
         work = _Work(
             layers, bias, frequencies, plane, sign, target, ctf, weight, scale, wanted, by_target
         )
-        cut = shares(len(z), self.pixels, self._network.width, coords.device)
-        errors, sums = torch.zeros(len(z), dtype=wide, device=z.device), work.sums()
-        for own_errors, own_sums in side_by_side(partial(self._do, work), cut):
-            errors += own_errors  # in order: the same result every time
-            sums.add(own_sums)
-        sums.scale(1 / scale)
+        cut = shares(len(z), self.pixels, self._network.width, self.most, cpu=self._cpu)
+        done = side_by_side(partial(self._do, work), cut) or [self._do(work, [])]
+        errors, sums = done[0]
+        for more_errors, more_sums in done[1:]:  # in order: the same result every time
+            errors += more_errors
+            sums.add(more_sums)
         by_parameter: list[Tensor | None] = [None] * len(self._network.parameters)
         if wanted.parameters:
             by_parameter = [*self._network.gradients(sums, z, self._encoding.columns)]
@@ -261,15 +295,15 @@ class FastDecoder:
     def _do(self, work: _Work, pieces: list[Piece]) -> tuple[Tensor, Sums]:
         """Return the squared errors and the gradients of some pieces."""
         layers, bias, ctf = work.layers, work.bias, work.ctf
-        errors, sums = bias.new_zeros(len(bias)), work.sums()
+        single = len(pieces) == 1 and pieces[0][0] == slice(0, len(bias))
+        errors, sums = bias.new_zeros(0 if single else len(bias)), work.sums(single=single)
         for images, pixels in pieces:
             here = work.plane[pixels]
             signed = here if work.sign is None else work.sign[images, pixels, None] * here
             count = images.stop - images.start
             features = work.frequencies.shape[2]
             phases = self._buffers("phases", signed.shape[-2] * count, features, bias.dtype)
-            out = phases.view(count, -1, features)
-            torch.matmul(signed, work.frequencies[images], out=out)
+            self._phases(signed, work.frequencies[images], phases.view(count, -1, features))
             encoded = self._features(phases)
             hidden = layers.forward(encoded, bias[images])
             outputs = layers.outputs(hidden).to(bias.dtype)
@@ -277,9 +311,13 @@ class FastDecoder:
             here_ctf = None if ctf is None else ctf[images, pixels, None]
             residual = outputs if here_ctf is None else outputs * here_ctf
             residual = residual - work.target[images, pixels]
-            errors[images] += work.weight * residual.square().sum((1, 2))
+            own = work.weight * residual.square().sum((1, 2))
+            if single:
+                errors = own
+            else:
+                errors[images] += own
             if work.by_target is not None:
-                work.by_target[images, pixels] = -2 * work.weight * residual
+                work.by_target[images, pixels] = -2 * work.weight * work.scale * residual
             if any(work.wanted):
                 slope = 2 * work.weight * work.scale * residual
                 slope = slope if here_ctf is None else slope * here_ctf
@@ -288,8 +326,19 @@ class FastDecoder:
                     by_feature = torch.mm(grad, layers.first)
                     by_phase = self._encoding.by_phase(encoded, by_feature)
                     by_phase = by_phase.view(count, -1, features).to(bias.dtype)
-                    sums.frequencies[images] += signed.mT @ by_phase
+                    sums.add_frequencies(images, signed.mT @ by_phase)
         return errors, sums
+
+    def _phases(self, coords: Tensor, frequencies: Tensor, out: Tensor) -> None:
+        """Multiply coordinates `(..., pixels, 2)` with frequencies `(B, 2, n)`.
+
+        On a GPU without a matrix product, which may be allowed to round to TF32.
+        """
+        if self._cpu:
+            torch.matmul(coords, frequencies, out=out)
+            return
+        torch.mul(coords[..., :1], frequencies[:, :1], out=out)
+        out.addcmul_(coords[..., 1:], frequencies[:, 1:])
 
     def _by_rot(self, frequencies: Tensor) -> Tensor:
         """Return gradients by rotations `(B, 3, 3)`, of those by turned frequencies.
@@ -314,6 +363,10 @@ class FastDecoder:
         return torch.stack([near + far, far - near], 2).mul_(0.5)
 
 
+def _slices(count: int, step: int) -> list[slice]:
+    return [slice(a, min(a + step, count)) for a in range(0, count, step)]
+
+
 class _SquaredErrors(torch.autograd.Function):
     """``FastDecoder.run`` for autograd: the gradients are ready when the forward pass is."""
 
@@ -330,10 +383,15 @@ class _SquaredErrors(torch.autograd.Function):
         _, by_rot, by_target, _, by_latent, *by_parameter = ctx.needs_input_grad
         wanted = _Wanted(by_rot, by_target, by_latent, any(by_parameter))
         errors, ctx.gradients = decoder.run(rot, target, ctf, z, wanted)
+        ctx.scale = decoder.gradient_scale
         ctx.mark_non_differentiable(errors)
         return errors.sum(), errors
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:  # type: ignore[override]
-        rot, target, *others = (None if g is None else g * grad for g in ctx.gradients)
+        gradients, ctx.gradients = ctx.gradients, None  # theirs alone: nobody copies them
+        found = [g for g in gradients if g is not None]
+        if found:
+            multiply(found, grad / ctx.scale)
+        rot, target, *others = gradients
         return None, rot, target, None, *others

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from cryodrgn_amort.models.synthetic import SyntheticBatch
@@ -39,20 +38,27 @@ class Encoder(nn.Module, ABC):
         Names of buffers, and of tensors in ``epoch_state``, with one row per particle. When several
         processes train, each holds the rows of its own particles: those of a batch are at
         ``batch.rows``.
+    replays
+        Whether every step in training is the same work on a GPU, whatever the batch: the same
+        kernels with the same Python numbers, what changes being in tensors there, random numbers
+        drawn there, positions being ``batch.device_index`` or ``batch.device_rows``, and no number
+        asked for. Then steps are recorded once and replayed, and ``after_backward`` is given
+        ``lost``, a scalar of truth, where nothing must change. False: every step is run as written.
     decoder
         The decoder of the model that it is part of, for encoders that compare images; the model
         puts it here.
     """
 
     per_particle: ClassVar[frozenset[str]] = frozenset()
+    replays: ClassVar[bool] = False
     decoder: FastDecoder | None = None
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the posterior's mean and log variance, each `(B, zdim)`."""
 
-    def after_backward(self) -> None:
-        """Take the step of an own optimizer."""
+    def after_backward(self, lost: Tensor | None = None) -> None:
+        """Take the step of an own optimizer; ``lost`` is given if the encoder ``replays``."""
 
     def epoch_start(self, done: float) -> None:
         """Be told that an epoch begins, and what share of the training is done: 0 to below 1."""
@@ -117,9 +123,9 @@ class Encoder(nn.Module, ABC):
         assert latents is not None
         assert decoder is not None
         together = max(1, _VALUES // (len(latents) * batch.y.shape[1]))
-        for places in torch.arange(len(batch.index)).split(together):
-            part = batch.of(places)
+        for first in range(0, len(batch.index), together):
+            part = batch.of(slice(first, first + together))
             assert part.rot is not None
-            images = decoder.images(part.rot, latents.expand(len(places), -1, -1))
+            images = decoder.images(part.rot, latents.expand(len(part.index), -1, -1))
             images[:, 1:] -= images[:, :1]
             yield part, images

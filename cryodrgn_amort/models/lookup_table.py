@@ -5,206 +5,34 @@ Edelberg & Lederman, arXiv 2303.07487, Section 3.2.
 
 from __future__ import annotations
 
-import functools
 import logging
-import math
 import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cryodrgn_amort.core import InputError, latest_z, odd_rows, odd_text, read_z, without_odd
+from cryodrgn_amort.core import (
+    InputError,
+    latest_z,
+    odd_rows,
+    odd_text,
+    read_z,
+    without_odd,
+)
 from cryodrgn_amort.models.encoders import Encoder
+from cryodrgn_amort.models.lazy_adam import LazyAdam
 from cryodrgn_amort.models.objective import falling_rate
 from cryodrgn_amort.options import TableFlags
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from cryodrgn_amort.data import Batch, Particles
+    from cryodrgn_amort.models.lazy_adam import Begun
     from cryodrgn_amort.options import TrainSettings
 
 
-__all__ = ["LazyAdam", "LookupTable", "build_table"]
+__all__ = ["LookupTable", "build_table"]
 logger = logging.getLogger("cryodrgn_amort")
-
-_AT_REST = 1e-12  # of what momentum moves a row: so little is neglected
-_NODES = 8
-_CHUNK_ROWS = 1024  # fit the cache; too few for torch to split among threads
-
-
-class LazyAdam(nn.Module):
-    """Adam over all rows of a table at the cost of the rows that are used.
-
-    Dense Adam moves every row at every step: momentum keeps moving the rows that are not in the
-    batch. Without a gradient ``m`` and ``v`` only decay, so the place where such a row comes to
-    rest is known when it takes its step. The table holds that place; a row that is read before it
-    has come to rest is moved back by the way that is left (``_way``). The result equals dense Adam.
-
-    Parameters
-    ----------
-    n, width
-        Shape of the table.
-    lr, betas, eps
-        As in Kingma & Ba, arXiv 1412.6980, Algorithm 1. beta1^2 < beta2, as in their Theorem 4.1:
-        else rows do not come to rest.
-
-    Attributes
-    ----------
-    t
-        Steps taken.
-    m, v
-        Moments `(n, width)` of each row when it took its last step.
-    last
-        That step's number `(n,)`, from 1; 0: none yet.
-    """
-
-    m: Tensor
-    v: Tensor
-    last: Tensor
-
-    def __init__(
-        self,
-        n: int,
-        width: int,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
-        super().__init__()
-        if not 0 <= betas[0] ** 2 < betas[1] < 1:
-            raise ValueError(f"betas {betas}: beta1^2 < beta2 < 1 is needed")
-        self.lr, self.betas, self.eps = lr, betas, eps
-        self.t = 0
-        self.register_buffer("m", torch.zeros(n, width))
-        self.register_buffer("v", torch.zeros(n, width))
-        self.register_buffer("last", torch.zeros(n, dtype=torch.int32))
-        self._settled = True
-
-    def get_extra_state(self) -> dict[str, float]:
-        """Return the number of steps taken, the rate, and that the table holds places of rest."""
-        return {"t": self.t, "lr": self.lr, "at_rest": True}
-
-    def set_extra_state(self, state: dict[str, float]) -> None:
-        """Restore the number of steps taken, and the rate at which they were."""
-        self.t = int(state["t"])
-        self.lr = float(state.get("lr", self.lr))
-        self._settled = "at_rest" in state
-
-    def read(self, weight: Tensor, rows: Tensor) -> Tensor:
-        """Return where ``rows`` `(B,)` of ``weight`` are at the present step, `(B, width)`."""
-        way = self._way(*self._moments(rows, self.t + 1), self.t + 1)
-        return (weight.index_select(0, rows) + way).to(weight.dtype)
-
-    def read_all(self, weight: Tensor) -> Tensor:
-        """Return a copy of ``weight`` with every row where it is at the present step."""
-        present = weight.clone()
-        for rows in self._moving():
-            present.index_copy_(0, rows, self.read(weight, rows))
-        return present
-
-    def change_rate(self, weight: Tensor, lr: float) -> None:
-        """Change the learning rate.
-
-        Rows that momentum still moves go the rest of their way at the new rate: their places of
-        rest, which ``weight`` holds, change.
-        """
-        before, self.lr = self.lr, lr
-        if before == lr:
-            return
-        for rows in self._moving():
-            further = self._way(*self._moments(rows, self.t + 1), self.t + 1) * (1 - before / lr)
-            weight[rows] -= further.to(weight.dtype)
-
-    def step(self, weight: Tensor, rows: Tensor, present: Tensor, grad: Tensor) -> None:
-        """Take one step: ``grad`` `(B, width)` on ``rows``, momentum alone on all others.
-
-        The rows must be distinct, ``present`` what ``read`` returned for them.
-        """
-        self.t += 1
-        m, v = self._moments(rows, self.t)
-        m += (1 - self.betas[0]) * grad
-        v += (1 - self.betas[1]) * grad.double().square()
-        rest = present - self._way(m, v, self.t)
-        for held, new in ((weight, rest), (self.m, m), (self.v, v)):
-            held.index_copy_(0, rows, new.to(held.dtype))
-        self.last.index_fill_(0, rows, self.t)
-
-    def settle(self, weight: Tensor) -> None:
-        """Make ``weight`` hold places of rest if it comes from an older checkpoint.
-
-        That holds where each row was at step ``last``.
-        """
-        if self._settled:
-            return
-        for t in self.last.unique().tolist():
-            for rows in (self.last == t).nonzero()[:, 0].split(_CHUNK_ROWS):
-                weight[rows] -= self._way(*self._moments(rows, t + 1), t + 1).to(weight.dtype)
-        self._settled = True
-
-    def _moving(self) -> Iterator[Tensor]:
-        """Yield the rows that are not at rest yet, in pieces."""
-        resting = max(0, self.t - _horizon(*self.betas))
-        yield from (self.last > resting).nonzero()[:, 0].split(_CHUNK_ROWS)
-
-    def _moments(self, rows: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """Decay the moments of ``rows`` to step ``t``: `(B, width)` each, in double precision."""
-        steps = (t - self.last.index_select(0, rows)).double()[:, None]
-        m, v = self.m.index_select(0, rows), self.v.index_select(0, rows)
-        return m * self.betas[0] ** steps, v * self.betas[1] ** steps
-
-    def _way(self, m: Tensor, v: Tensor, t: int) -> Tensor:
-        """Return how far momentum moves rows against ``m``: in step ``t`` and all later ones.
-
-        Parameters
-        ----------
-        m, v
-            Moments at step ``t``, `(B, width)` in double precision.
-        """
-        size, way = v.sqrt(), torch.zeros_like(m)
-        for weight, spread in _rule(t, *self.betas):
-            way.addcdiv_(m, size + self.eps / spread, value=self.lr * weight / spread)
-        return way
-
-
-def _horizon(beta1: float, beta2: float) -> int:
-    """Return after how many steps without a gradient a row is at rest."""
-    return math.ceil(math.log(_AT_REST) / math.log(max(beta1, 1e-9) / math.sqrt(beta2)))
-
-
-@functools.lru_cache(maxsize=4)
-def _rule(t: int, beta1: float, beta2: float) -> list[tuple[float, float]]:
-    """Return few pairs (weight, spread) that stand for the many steps from ``t`` on.
-
-    With the moments m and v at step t, the updates of steps t + j, j = 0, 1, ..., add up to
-    lr * m * sum of weight_j / (sqrt(v) * spread_j + eps), where weight_j = beta1^j / (1 -
-    beta1^(t + j)) and spread_j^2 = beta2^j / (1 - beta2^(t + j)).
-    """
-    first = min(t, 2 * _horizon(beta1, beta2))  # from then on the weights are beta1^j
-    weights, decays = _quadrature(first, beta1, beta2)
-    spreads = np.sqrt(decays / (1 - beta2**t * decays))
-    return list(zip(weights.tolist(), spreads.tolist(), strict=True))
-
-
-@functools.lru_cache(maxsize=4)
-def _quadrature(t: int, beta1: float, beta2: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the weights and the beta2^j of few j, not integer, that stand for all j.
-
-    Gauss quadrature (Golub & Welsch 1969) of the discrete measure weight_j in the variable
-    log spread_j, in which the updates are smooth at any t. Eight nodes agree with the sum over
-    all j to 1e-11, and for betas further from the usual ones to 1e-6.
-    """
-    j = np.arange(_horizon(beta1, beta2), dtype=float)
-    weights, decays = beta1**j / (1 - beta1 ** (t + j)), beta2**j
-    if beta1 > beta2**2:  # the updates differ too much: all j
-        return weights, decays
-    logs = np.log(decays / (1 - beta2**t * decays)) / 2
-    powers = np.vander(logs, _NODES, increasing=True)
-    basis, _ = np.linalg.qr(np.sqrt(weights)[:, None] * powers)
-    nodes, vectors = np.linalg.eigh(basis.T * logs @ basis)
-    return weights.sum() * vectors[0] ** 2, 1 / (np.exp(-2 * nodes) + beta2**t)
 
 
 class LookupTable(Encoder):
@@ -225,6 +53,7 @@ class LookupTable(Encoder):
         Where each row comes to rest, `(N, 2 zdim)`; ``latents`` tells where it is.
     """
 
+    replays = True
     per_particle = frozenset({"weight", "adam.m", "adam.v", "adam.last", "start"})
     weight: Tensor
 
@@ -237,30 +66,31 @@ class LookupTable(Encoder):
         self.adam = None if lr is None else LazyAdam(len(mean), 2 * self.zdim, lr)
         self._rates = (lr, lr if lr_end is None else lr_end)
         self.register_load_state_dict_post_hook(_settle)  # type: ignore[no-untyped-call] # torch's
-        self._rows: Tensor | None = None
-        self._index: Tensor | None = None
+        self._begun: Begun | None = None
         self._epoch_start: Tensor | None = None
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Look up the batch's rows; in training they are leaves whose gradient moves the table."""
-        index = batch.rows.to(self.weight.device)
+        index = batch.device_rows
         if self.adam is None:
             rows = self.weight[index]
         else:
-            rows = self.adam.read(self.weight, index)
+            begun = self.adam.begin(self.weight, index)
+            rows = begun.present
             if self.training and torch.is_grad_enabled():
                 rows.requires_grad_()
-                self._rows, self._index = rows, index
+                self._begun = begun
         return rows[:, : self.zdim], rows[:, self.zdim :]
 
-    def after_backward(self) -> None:
-        """Move the rows of the last batch."""
-        if self.adam is None or self._rows is None or self._index is None:
+    def after_backward(self, lost: Tensor | None = None) -> None:
+        """Move the rows of the last batch, unless it is ``lost``."""
+        begun, self._begun = self._begun, None
+        if self.adam is None or begun is None:
             return
-        rows, index = self._rows, self._index
-        self._rows = self._index = None
-        assert rows.grad is not None, "after_backward before backward"
-        self.adam.step(self.weight, index, rows.detach(), rows.grad)
+        grad = begun.present.grad
+        assert grad is not None, "after_backward before backward"
+        with torch.no_grad():
+            self.adam.step(self.weight, begun, grad, lost)
 
     def latents(self) -> tuple[Tensor, Tensor]:
         """Return all means and log variances, each `(N, zdim)`."""

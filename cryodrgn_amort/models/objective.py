@@ -32,7 +32,11 @@ class Losses:
     total: Tensor
     gen_loss: Tensor
     kld: Tensor
-    beta: float
+    beta: float | Tensor
+
+    def clone(self) -> Losses:
+        """Return copies that stay as they are."""
+        return Losses(self.total.clone(), self.gen_loss.clone(), self.kld.clone(), self.beta)
 
     def detach(self) -> Losses:
         """Return the values without their graph."""
@@ -65,7 +69,7 @@ def losses(
     error: Tensor,
     pixels: int,
     size: int,
-    beta: float,
+    beta: float | Tensor,
     beta_control: float | None = None,
 ) -> Losses:
     """Compute the objective of one batch, or one process's share of it, which are to be added up.

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from cryodrgn_amort.core import free_memory, on_gpu
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -20,7 +22,8 @@ _T = TypeVar("_T")
 
 Piece: TypeAlias = tuple[slice, slice]
 """Some images, and some of their pixels."""
-_ROWS = {"cpu": 1 << 12, "cuda": 1 << 18}  # pixels at a time: a cache's worth, a GPU's worth
+_CPU_ROWS, _GPU_ROWS = 1 << 12, 1 << 18  # pixels at a time: a cache's worth, a GPU's worth
+_GPU_SHARE = 4  # of a GPU's free memory, what buffers take: one part of so many
 _FEWEST_ROWS = 256  # below, products are slow
 _WORTH = 5e7  # multiplications in a product that is worth a thread of its own
 
@@ -41,40 +44,51 @@ class Buffers:
             self._held[key] = found
         return found[:rows]
 
+    def held(self) -> list[Tensor]:
+        """Return all that is held now."""
+        return list(self._held.values())
 
-def rows_at_once(device: torch.device) -> int:
-    """Return how many pixels to work on at a time."""
-    return _ROWS.get(device.type, _ROWS["cuda"])
+
+def rows_at_once(device: torch.device, row_bytes: int) -> int:
+    """Return how many pixels to work on at a time, each of which takes ``row_bytes`` of buffers."""
+    if not on_gpu(device):
+        return _CPU_ROWS
+    free = free_memory(device)
+    if free is None:
+        return _GPU_ROWS
+    return max(_CPU_ROWS, min(_GPU_ROWS, free // _GPU_SHARE // row_bytes))
 
 
-def shares(images: int, pixels: int, width: int, device: torch.device) -> list[list[Piece]]:
+def shares(images: int, pixels: int, width: int, most: int, *, cpu: bool) -> list[list[Piece]]:
     """Cut `(images, pixels)` into pieces, and give each thread that works its share, in order.
 
-    ``width``: that of the layers, on which it depends whether several threads are worth it.
+    Parameters
+    ----------
+    width
+        Of the layers: on it depends whether several threads are worth it.
+    most
+        How many pixels at a time, ``rows_at_once``.
     """
-    threads = _threads(images, pixels, width, device)
-    pieces = list(_pieces(images, pixels, threads, device))
+    threads = _threads(images, pixels, width) if cpu else 1
+    pieces = list(_pieces(images, pixels, threads, most))
     threads = min(threads, len(pieces))
     ends = [len(pieces) * k // threads for k in range(threads + 1)] if threads else []
     return [pieces[a:b] for a, b in itertools.pairwise(ends)]
 
 
-def _threads(images: int, pixels: int, width: int, device: torch.device) -> int:
-    """Return how many threads work side by side, each on pieces of its own.
+def _threads(images: int, pixels: int, width: int) -> int:
+    """Return how many threads of a processor work side by side, each on pieces of its own.
 
     That is faster than several threads for each product, which the rest has to wait for, once
     products take so long that the threads do not wait for the interpreter.
     """
-    if device.type != "cpu":
-        return 1
     threads = torch.get_num_threads()
-    rows = min(_ROWS["cpu"], images * pixels // threads)
+    rows = min(_CPU_ROWS, images * pixels // threads)
     return threads if rows * width**2 >= _WORTH else 1
 
 
-def _pieces(images: int, pixels: int, threads: int, device: torch.device) -> Iterator[Piece]:
+def _pieces(images: int, pixels: int, threads: int, most: int) -> Iterator[Piece]:
     """Cut `(images, pixels)` into several whole images, or parts of one, at a time."""
-    most = rows_at_once(device)
     most = max(min(most, -(-images * pixels // threads)), min(most, _FEWEST_ROWS))
     together = max(1, most // pixels)
     parts = -(-pixels // most)

@@ -58,9 +58,11 @@ class SecondStage(Encoder):
         Number of values that it sees.
     """
 
+    replays = True
     centre: Tensor
     spread: Tensor
     usual_defocus: Tensor
+    _defocus: Tensor
 
     def __init__(self, seen: int, settings: TrainSettings, particles: Particles) -> None:
         super().__init__()
@@ -68,7 +70,7 @@ class SecondStage(Encoder):
         defocus = torch.zeros(particles.n)
         if particles.ctf_params is not None:
             defocus = particles.ctf_params[:, 1:3].mean(1).cpu()
-        self._defocus = defocus
+        self.register_buffer("_defocus", defocus, persistent=False)
         self.register_buffer("usual_defocus", defocus.mean())
         self.register_buffer("centre", torch.zeros(self.zdim))
         self.register_buffer("spread", torch.ones(self.zdim))
@@ -82,8 +84,11 @@ class SecondStage(Encoder):
         self.spread.copy_(mean.std(0).clamp(min=1e-3))
 
     def answer(self, seen: Tensor, view: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the posterior by what is seen `(B, ...)`, the view `(B, 3, 3)`, and defocus."""
-        defocus = self._defocus[index].to(self.centre) - self.usual_defocus
+        """Return the posterior by what is seen `(B, ...)`, the view `(B, 3, 3)`, and defocus.
+
+        ``index`` is on the device.
+        """
+        defocus = self._defocus[index] - self.usual_defocus
         parts = (seen, 3 * view.flatten(1), defocus[:, None] / _DEFOCUS_SCALE)
         both = self.network(torch.cat([part.to(self.centre) for part in parts], 1))
         mean, logvar = both[:, : self.zdim], both[:, self.zdim :]
@@ -104,7 +109,7 @@ class SleepEncoder(SecondStage):
         assert batch.image is not None
         assert batch.rot is not None
         turn, view = split_pose(batch.rot.float())
-        return self.answer(self._turned(batch.image.float(), turn), view, batch.index)
+        return self.answer(self._turned(batch.image.float(), turn), view, batch.device_index)
 
     def _turned(self, image: Tensor, turn: Tensor) -> Tensor:
         """Turn Hartley images `(B, P)` back by in-plane rotations `(B, 2, 2)`."""
@@ -128,10 +133,8 @@ def split_pose(rot: Tensor) -> tuple[Tensor, Tensor]:
         `(B, 3, 3)`: ``rot`` is ``turn``, with the third axis left as it is, times this.
     """
     third = rot[:, 2]
-    aside = torch.zeros_like(third)
-    aside[:, 2] = 1.0
-    pole = third[:, 2].abs() > 1 - 1e-6
-    aside[pole] = aside.new_tensor([0.0, 1.0, 0.0])
+    pole = (third[:, 2].abs() > 1 - 1e-6).to(third)
+    aside = torch.stack([torch.zeros_like(pole), pole, 1 - pole], 1)
     first = torch.nn.functional.normalize(torch.linalg.cross(aside, third), dim=1)
     view = torch.stack([first, torch.linalg.cross(third, first), third], 1)
     turn = rot @ view.transpose(1, 2)
@@ -181,7 +184,9 @@ class AnchoredEncoder(SecondStage):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compare the batch with the anchors, and encode that."""
         assert batch.rot is not None
-        return self.answer(self._compared(batch), split_pose(batch.rot.float())[1], batch.index)
+        return self.answer(
+            self._compared(batch), split_pose(batch.rot.float())[1], batch.device_index
+        )
 
     @torch.no_grad()
     def _compared(self, batch: Batch) -> Tensor:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryodrgn_amort.core import generator
 from cryodrgn_amort.data import Agreement, Batch, BatchLoader, NoiseModel, Shells, optics_groups
-from cryodrgn_amort.models.base import Objective
 from cryodrgn_amort.models.objective import Losses, kl_divergence
+from cryodrgn_amort.models.step import Objective
 
 if TYPE_CHECKING:
     from cryodrgn_amort.data import Particles
@@ -35,6 +36,7 @@ _POOL_BYTES = 1 << 29
 _USES = 4  # of a signal, each time with other noise and CTF, before its pose is replaced
 _NOISE_SAMPLE = 512  # particles of each optics group
 _CHUNK = 64
+_TOGETHER = 64  # poses, while a pool is made
 
 
 @dataclass
@@ -136,45 +138,62 @@ class SyntheticImages(Objective):
         self._rots = torch.empty(size, 3, 3, device=mean.device)
         self._z = torch.empty(size, signals, mean.shape[1], device=mean.device)
         self._made = torch.full((size,), -1)
-        self._generator = torch.Generator().manual_seed(seed)
-        self._error, self._count = torch.zeros((), dtype=torch.float64, device=mean.device), 0
+        self.generator: torch.Generator = generator(mean.device, seed)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=mean.device)  # errors, images
+        self._last = torch.zeros_like(self._sums)  # of the last batch
         self._variance = float(mean.var(0).sum() + self._spread.square().mean(0).sum())
 
     def epoch_start(self, epoch: int) -> None:
         """Make the signals of an epoch."""
-        self._error.zero_()
-        self._count = 0
+        self._sums.zero_()
         state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)
-        self._generator.manual_seed(int(state[0] >> np.uint64(1)))
+        self.generator.manual_seed(int(state[0] >> np.uint64(1)))
         size = self.poses
         each = min(size, -(-self.particles.n // (self.signals * _USES)))
         replaced = (epoch - 1) * each - torch.arange(size)
         generation = torch.div(replaced + size - 1, size, rounding_mode="floor").clamp(min=0)
-        for place in (generation != self._made).nonzero()[:, 0].tolist():
-            self._make(place, int(generation[place]))
+        places = (generation != self._made).nonzero()[:, 0]
+        for some in places.split(_TOGETHER) if len(places) else ():
+            self._make(some, generation[some].tolist())
         self._made = generation
 
-    def _make(self, place: int, generation: int) -> None:
+    def _make(self, places: Tensor, generations: list[int]) -> None:
+        """Fill places of the pool, each with random numbers of its own."""
+        drawn = [self._drawn(*at) for at in zip(places.tolist(), generations, strict=True)]
+        planes, poses, rows, normal = (
+            torch.from_numpy(np.stack(parts)).to(self._z.device)
+            for parts in zip(*drawn, strict=True)
+        )
+        rots = self.particles.rots[poses]
+        rots = planes.to(rots) @ rots
+        z = self._mean[rows] + self._spread[rows] * normal
+        latents = torch.cat([z, self.templates.expand(len(z), -1, -1)], 1)
+        images = self.decoder.images(rots, latents)
+        images[:, self.signals + 1 :] -= images[:, self.signals : self.signals + 1]
+        places = places.to(self._z.device)
+        for pool, new in ((self._images, images), (self._rots, rots), (self._z, z)):
+            pool.index_copy_(0, places, new.to(pool.dtype))
+
+    def _drawn(self, place: int, generation: int) -> tuple[np.ndarray, ...]:
+        """Draw a turn in the plane, whose pose it turns, whose posteriors, and noise for these."""
         rng = np.random.default_rng([self.seed, place, generation])
         turn = rng.uniform(0, 2 * math.pi)
         cos, sin = math.cos(turn), math.sin(turn)
-        plane = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
-        pose = self.particles.rots[int(rng.integers(self.particles.n))]
-        rot = plane.to(pose) @ pose
-        rows = torch.from_numpy(rng.integers(len(self._mean), size=self.signals)).to(rot.device)
+        plane = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]], np.float32)
+        pose = np.asarray(rng.integers(self.particles.n))
+        rows = rng.integers(len(self._mean), size=self.signals)
         normal = rng.standard_normal((self.signals, self._mean.shape[1]), dtype=np.float32)
-        z = self._mean[rows] + self._spread[rows] * torch.from_numpy(normal).to(rot.device)
-        latents = torch.cat([z, self.templates])
-        images = self.decoder.images(rot[None], latents[None])[0]
-        images[self.signals + 1 :] -= images[self.signals : self.signals + 1]
-        self._images[place] = images
-        self._rots[place], self._z[place] = rot, z
+        return plane, pose, rows, normal
 
     def draw(self, batch: Batch) -> SyntheticBatch:
         """Make up an image in place of each particle of a batch, with its CTF and translation."""
-        own = torch.arange(batch.size) if batch.share is None else batch.share.places
-        place = torch.randint(self.poses, (batch.size,), generator=self._generator)[own]
-        signal = torch.randint(self.signals, (batch.size,), generator=self._generator)[own]
+        place, signal = (
+            torch.randint(n, (batch.size,), generator=self.generator, device=self._z.device)
+            for n in (self.poses, self.signals)
+        )
+        if batch.share is not None:
+            own = batch.share.places.to(place.device)
+            place, signal = place[own], signal[own]
         return self._images_of(batch, place, signal)
 
     def draw_apart(self, batch: Batch, number: int) -> SyntheticBatch:
@@ -182,25 +201,26 @@ class SyntheticImages(Objective):
 
         For at most ``poses`` of them at a time; another ``number`` gives others.
         """
-        for place in range(batch.size):
-            self._make(place, number)
+        for some in torch.arange(batch.size).split(_TOGETHER):
+            self._make(some, [number] * len(some))
         self._made.fill_(-1)  # an epoch makes its own again
-        return self._images_of(batch, torch.arange(batch.size), torch.zeros(batch.size).long())
+        place = torch.arange(batch.size, device=self._z.device)
+        return self._images_of(batch, place, torch.zeros_like(place))
 
     def _images_of(self, batch: Batch, place: Tensor, signal: Tensor) -> SyntheticBatch:
         """Make images of what is at places of the pool, with new noise."""
-        index, ctf, device = batch.index, batch.ctf, self._rots.device
-        place, signal = place.to(device), signal.to(device)
+        index, ctf = batch.device_index, batch.ctf
         y = with_ctf(self._images[place, signal], ctf)
-        y += self.noise.draw(index, self._generator, batch.share)
+        y += self.noise.draw(index, self.generator, batch.share)
         image = y if ctf is None else y * whole_ctf(ctf).sign()
         compared = self._images[place, self.signals :] if len(self.templates) else None
         return SyntheticBatch(
-            index, y, image, self._rots[place], ctf, z=self._z[place, signal], templates=compared
-        )
+            batch.index, y, image, self._rots[place], ctf, sent=index, z=self._z[place, signal],
+            templates=compared,
+        )  # fmt: skip
 
     def loss(
-        self, model: LatentModel, batch: Batch, beta: float, beta_control: float | None
+        self, model: LatentModel, batch: Batch, beta: float | Tensor, beta_control: float | None
     ) -> tuple[Losses, Tensor]:
         """Return -log q(z | image), in nats, of images made up in place of a batch, and the means.
 
@@ -214,27 +234,33 @@ class SyntheticImages(Objective):
         each = 0.5 * (math.log(2 * math.pi) + logvar + error * torch.exp(-logvar)).sum(1)
         total = each.sum() / batch.size
         kld = kl_divergence(mean, logvar).sum() / batch.size
-        self._error += error.detach().sum().double()
-        self._count += len(error)
+        self._last[0] = error.detach().sum()
+        self._last[1] = len(error)
         return Losses(total, total, kld, 0.0), mean.detach()
+
+    def count(self, lost: Tensor | None) -> None:
+        """Count the last images, unless they are ``lost``."""
+        self._sums += self._last if lost is None else self._last.masked_fill(lost, 0.0)
 
     def epoch_metrics(self) -> dict[str, float]:
         """Return how much of the latents' variance the means explain, of this epoch's images."""
-        return {"latent_r2": 1 - float(self._error) / max(self._count, 1) / self._variance}
+        error, count = self._sums.tolist()
+        return {"latent_r2": 1 - error / max(count, 1) / self._variance}
 
     def epoch_state(self) -> dict[str, Any]:
         """Return the state of the random numbers, and the sums of the metrics so far."""
         return {
-            "generator": self._generator.get_state(),
-            "error": self._error.clone(),
-            "count": self._count,
+            "generator": self.generator.get_state(),
+            "error": self._sums[0].clone(),
+            "count": int(self._sums[1]),
         }
 
     def set_epoch_state(self, state: dict[str, Any]) -> None:
-        """Go on in an epoch."""
-        self._generator.set_state(state["generator"])
-        self._error.copy_(state["error"])
-        self._count = int(state["count"])
+        """Go on in an epoch; on another kind of device, with other random numbers."""
+        if len(state["generator"]) == len(self.generator.get_state()):
+            self.generator.set_state(state["generator"])
+        self._sums[0] = state["error"].to(self._sums)
+        self._sums[1] = int(state["count"])
 
     def agreement(self, count: int = 512) -> Agreement:
         """Compare preprocessed particles with images made up in their place."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cryodrgn_amort import host
-from cryodrgn_amort.core import InputError
+from cryodrgn_amort.core import InputError, on_gpu
 from cryodrgn_amort.models.base import LatentModel
 from cryodrgn_amort.models.decoder import DTYPES, FastDecoder
 
@@ -62,9 +62,10 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
                 nn.init.constant_(parameter, float("nan"))
         self.amort = amort
         self.decoder_fixed = False
+        self.narrow = precision == "fp16"
         mask = lattice.get_circular_mask(lattice.D // 2)
         coords = lattice.coords[mask] / lattice.extent / 2
-        self.fast = FastDecoder(self.decoder, coords, DTYPES[precision])
+        self.fast = FastDecoder(self.decoder, coords, DTYPES[precision], tf32=precision == "tf32")
         if amort is not None:
             amort.decoder = self.fast
         # where the encoder's pixels stand among the stored ones; None: they are the same
@@ -125,9 +126,10 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
         coords = plane + torch.stack([half * 0, half * 0, half], 1)[:, None]
         coords = coords.view(-1, 3)[: size**3 // 2 + 1]
         kept = (coords.square().sum(1) <= lattice.extent**2).nonzero()[:, 0]
+        rows = max(_VOLUME_ROWS, self.fast.most) if on_gpu(z.device) else _VOLUME_ROWS
         for some in z.split(max(1, _VOXELS_AT_ONCE // size**3)):
             volumes = torch.zeros(len(some), size**3, device=plane.device)
-            for part in kept.split(_VOLUME_ROWS):
+            for part in kept.split(rows):
                 values = self.fast.values(coords[part], some)
                 for volume, of_volume in zip(volumes, values, strict=True):
                     real, imag = of_volume.float().unbind(1)

@@ -23,8 +23,20 @@ if TYPE_CHECKING:
 
     T = TypeVar("T", bound="Options")
 
-__all__ = ["Flag", "Options", "add_flags", "flag", "flags_of", "near", "of_host", "of_kind"]
+__all__ = [
+    "PRECISIONS",
+    "Flag",
+    "Options",
+    "add_flags",
+    "flag",
+    "flags_of",
+    "near",
+    "of_host",
+    "of_kind",
+]
 
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
+"""Of matrix products. TF32 is float32 that a GPU rounds as it multiplies."""
 HUGE = 2**63 - 1
 """Numbers of this size fit what keeps them."""
 _KEY = "flag"

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from cryodrgn_amort.core import InputError
-from cryodrgn_amort.options.fields import Options, flag
+from cryodrgn_amort.options.fields import PRECISIONS, Options, flag
 
 __all__ = ["InferOptions"]
 
@@ -79,6 +79,12 @@ class InferOptions(Options):
     batch_size: int = flag(
         "--batch-size", default=256, least=1, group=_HOW, metavar="N",
         help="Particles that are fitted at once",
+    )  # fmt: skip
+    precision: str | None = flag(
+        "--precision", default=None, choices=PRECISIONS[:-1], group=_HOW,
+        metavar="|".join(PRECISIONS[:-1]),
+        help="Of the decoder's matrix products (default: fp32 on CPUs; on GPUs as in a training\n"
+        "with RUN's flags)",
     )  # fmt: skip
     seed: int = flag(
         "--seed", default=0, least=0, most=2**31 - 1, wanted="must not be negative, nor huge",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cryodrgn_amort.core import InputError
-from cryodrgn_amort.options.fields import HUGE, Options, flag, flags_of, of_host
+from cryodrgn_amort.options.fields import HUGE, PRECISIONS, Options, flag, flags_of, of_host
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -129,10 +129,11 @@ class TrainSettings(Options):
     )  # fmt: skip
     amp: bool = of_host("--no-amp")
     precision: str | None = flag(
-        "--precision", default=None, choices=("fp64", "fp32", "bf16", "fp16"), group=_SPEED,
-        metavar="fp32|bf16|fp16|fp64",
+        "--precision", default=None, choices=PRECISIONS, group=_SPEED,
+        metavar="|".join(PRECISIONS),
         help="Of the decoder's matrix products; coordinates, losses, sums, tables and optimizers\n"
-        "keep at least fp32 (default: fp32 on CPUs; on GPUs bf16, or fp32 with --no-amp)",
+        "keep at least fp32. tf32 is for GPUs, elsewhere it is fp32 (default: fp32 on CPUs, and\n"
+        "with --no-amp; on GPUs bf16, or fp16 where a card has no fast bf16)",
     )  # fmt: skip
     on_nan: str = flag(
         "--on-nan", default="stop", choices=("stop", "skip", "rollback"), group=_ENCODER,
@@ -143,9 +144,13 @@ class TrainSettings(Options):
     memory: float | None = flag(
         "--memory", default=None, above=0, wanted="gigabytes are needed, above 0", group=_SPEED,
         metavar="GB",
-        help="How much preprocessed particles may take in each process: in fp32 if they fit, else\n"
-        "in fp16, else from a temporary file beside the run (default: half of the free\n"
-        "memory)",
+        help="How much preprocessed particles may take in each process, of a GPU's memory and of\n"
+        "the machine's: on the GPU if they fit, else in memory, in fp32 or else in fp16, else\n"
+        "from a temporary file beside the run (default: half of what is free of either)",
+    )  # fmt: skip
+    graph: bool = flag(
+        "--no-graph", default=True, group=_SPEED,
+        help="On a GPU: do not record a step to replay it (CUDA graph), but launch each anew",
     )  # fmt: skip
     ntilts: int = of_host("--ntilts", least=1)
     random_tilts: bool = of_host("--random-tilts")
@@ -206,11 +211,17 @@ class TrainSettings(Options):
         """Whether the particles are tilt series."""
         return self.encode_mode == "tilt"
 
-    def matmul_precision(self, device: str) -> str:
-        """Return the precision to use: single on CPUs; bfloat16 on GPUs, where --amp is on."""
+    def matmul_precision(self, half: str | None) -> str:
+        """Return the precision to use: single, but where --amp is on the half that a GPU has.
+
+        Parameters
+        ----------
+        half
+            As ``half_precision`` says: "bf16" or "fp16"; None: on a CPU.
+        """
         if self.precision is not None:
             return self.precision
-        return "bf16" if device == "cuda" and self.amp else "fp32"
+        return half if half is not None and self.amp else "fp32"
 
     def beta_value(self) -> float | str:
         """Return the KL weight: 1/zdim unless given; one of the host's schedules a-d by name."""

@@ -17,6 +17,7 @@ from cryodrgn_amort.core import (
     InputError,
     __version__,
     check_place,
+    device_name,
     locked,
     naming,
     odd_text,
@@ -352,6 +353,9 @@ def _table_of_facts(evaluation: Evaluation) -> list[tuple[str, str]]:
     ]  # fmt: skip
     given = [(flag, options.facts()[flag]) for flag in ("labels", "coordinate")]
     rows += [(flag.capitalize(), path) for flag, path in given if path]
-    rows.append(("Versions", f"cryodrgn_amort {__version__}, cryodrgn {host.VERSION}"))
+    device, precision = device_name(evaluation.run.device), evaluation.run.precision
+    versions = f"cryodrgn_amort {__version__}, cryodrgn {host.VERSION}"
+    rows.append(("Versions", versions))
+    rows.append(("Computed", f"on {device}, the decoder's matrix products in {precision}"))
     rows.append(("Written", facts["created"]))
     return rows

@@ -4,7 +4,6 @@ from .config import (
     INPUT_FILES as INPUT_FILES,
     INPUTS as INPUTS,
     TRAINED as TRAINED,
-    default_device as default_device,
     model_args as model_args,
     source_of as source_of,
     write_config as write_config,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from cryodrgn_amort import host
@@ -16,9 +16,9 @@ from cryodrgn_amort.options import TrainSettings, of_kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from cryodrgn_amort.data import Particles
+    from cryodrgn_amort.runs.origins import Origin
 
 
 __all__ = [
@@ -28,17 +28,12 @@ __all__ = [
     "INPUT_FILES",
     "MODEL_ARGS",
     "TRAINED",
-    "default_device",
     "model_args",
+    "settings_of",
     "source_of",
     "with_defaults",
     "write_config",
 ]
-
-
-def default_device() -> torch.device:
-    """Return the device that the host would use: the first GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def source_of(settings: TrainSettings) -> ParticleSource:
@@ -107,3 +102,41 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     missing = [f for f in needed if f.name not in values]
     defaults = host.train_vae_defaults() if missing else {}
     return {**values, **{f.name: of_kind(f, defaults[f.name]) for f in missing}}
+
+
+def settings_of(config: dict[str, Any], origin: Origin, folder: Path, poses: Path) -> TrainSettings:
+    """Return what a run was trained with. A damaged config raises whatever it raises.
+
+    Parameters
+    ----------
+    poses
+        File of the poses that it has found, if its origin is to find them.
+    """
+    args, data = origin.model_args(config), origin.dataset_args(config)
+    missing = MODEL_ARGS - args.keys()
+    if missing:
+        raise ValueError(f"model_args lacks {', '.join(sorted(missing))}")
+    known = {f.name for f in fields(TrainSettings)}
+    if OWN_KEY in config:
+        values = {k: v for k, v in config[OWN_KEY]["settings"].items() if k in known}
+    else:  # a run of the host's
+        together = {**args.get("tilt_params", {}), **data, **args}
+        values = {k: v for k, v in together.items() if k in known}
+        values.update(seed=config.get("seed", 0))
+        if not origin.encoder:
+            values.update(encoder="vlt", encode_mode="resid")
+        else:
+            values.update(encoder=args["encode_mode"])
+        if origin.finds_poses:
+            values.update(poses=str(poses), do_pose_sgd=True)
+    values.update(outdir=str(folder), load=None, overwrite=False)
+    if values.get("holdout") and (folder / HOLDOUT).is_file():  # else as it was given
+        values["holdout"] = str(folder / HOLDOUT)
+    moved = folder / CHOSEN
+    if Path(values.get("ind") or "").name == CHOSEN and moved.is_file():
+        values["ind"] = str(moved)
+    values["norm"] = tuple(map(float, data["norm"]))
+    settings = TrainSettings(**with_defaults(values))
+    if args["activation"] not in ("relu", "leaky_relu") or args["zdim"] != settings.zdim:
+        raise ValueError(f"activation {args['activation']}, zdim {args['zdim']}")
+    return settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,9 @@ from cryodrgn_amort import host
 from cryodrgn_amort.core import (
     OWN_KEY,
     InputError,
+    default_device,
     epochs,
+    half_precision,
     odd_rows,
     odd_text,
     read_ind,
@@ -29,13 +31,9 @@ from cryodrgn_amort.data import load_particles
 from cryodrgn_amort.models import AmortVAE, EncoderSpec, build_model, resolve
 from cryodrgn_amort.options import TrainSettings, flag_name
 from cryodrgn_amort.runs.config import (
-    CHOSEN,
-    HOLDOUT,
-    MODEL_ARGS,
     TRAINED,
-    default_device,
+    settings_of,
     source_of,
-    with_defaults,
 )
 from cryodrgn_amort.runs.origins import Origin, origin_of
 
@@ -50,46 +48,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "load_run"]
 logger = logging.getLogger("cryodrgn_amort")
-
-
-def _settings_of(
-    config: dict[str, Any], origin: Origin, folder: Path, poses: Path
-) -> TrainSettings:
-    """Return what a run was trained with. A damaged config raises whatever it raises.
-
-    Parameters
-    ----------
-    poses
-        File of the poses that it has found, if its origin is to find them.
-    """
-    args, data = origin.model_args(config), origin.dataset_args(config)
-    missing = MODEL_ARGS - args.keys()
-    if missing:
-        raise ValueError(f"model_args lacks {', '.join(sorted(missing))}")
-    known = {f.name for f in fields(TrainSettings)}
-    if OWN_KEY in config:
-        values = {k: v for k, v in config[OWN_KEY]["settings"].items() if k in known}
-    else:  # a run of the host's
-        together = {**args.get("tilt_params", {}), **data, **args}
-        values = {k: v for k, v in together.items() if k in known}
-        values.update(seed=config.get("seed", 0))
-        if not origin.encoder:
-            values.update(encoder="vlt", encode_mode="resid")
-        else:
-            values.update(encoder=args["encode_mode"])
-        if origin.finds_poses:
-            values.update(poses=str(poses), do_pose_sgd=True)
-    values.update(outdir=str(folder), load=None, overwrite=False)
-    if values.get("holdout") and (folder / HOLDOUT).is_file():  # else as it was given
-        values["holdout"] = str(folder / HOLDOUT)
-    moved = folder / CHOSEN
-    if Path(values.get("ind") or "").name == CHOSEN and moved.is_file():
-        values["ind"] = str(moved)
-    values["norm"] = tuple(map(float, data["norm"]))
-    settings = TrainSettings(**with_defaults(values))
-    if args["activation"] not in ("relu", "leaky_relu") or args["zdim"] != settings.zdim:
-        raise ValueError(f"activation {args['activation']}, zdim {args['zdim']}")
-    return settings
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,6 +72,8 @@ class Run:
         The kind of its encoder, and of what that is shown; None: of nothing.
     plugins
         Those that it was opened with.
+    asked_precision
+        What ``--precision`` of another command asks for; None: see ``precision``.
     """
 
     folder: Path
@@ -125,6 +85,7 @@ class Run:
     encoder: EncoderSpec
     shown: InputSpec | None
     plugins: Registry
+    asked_precision: str | None = None
 
     @property
     def name(self) -> str:
@@ -135,6 +96,22 @@ class Run:
     def device(self) -> torch.device:
         """Where models and particles are put."""
         return default_device()
+
+    def multiplying(self, precision: str | None) -> Run:
+        """Return this run with a decoder that multiplies as asked for; None: as it would."""
+        return self if precision is None else replace(self, asked_precision=precision)
+
+    @property
+    def precision(self) -> str:
+        """Of the decoder's matrix products: what was asked for; else single, but on a GPU as there.
+
+        That is what a training with the run's flags has there.
+        """
+        if self.asked_precision is not None:
+            return self.asked_precision
+        half = half_precision(self.device)
+        found = self.settings.matmul_precision(half) if half else "fp32"
+        return "fp32" if found == "fp64" else found
 
     @property
     def autodecoder(self) -> bool:
@@ -331,7 +308,7 @@ class Run:
         path = self.file("weights")
         checkpoint = read_weights(path, "RUN")
         own = checkpoint.get(OWN_KEY, {})
-        model = build_model(self.origin.model_args(self.config), lattice, amort)
+        model = build_model(self.origin.model_args(self.config), lattice, amort, self.precision)
         try:
             state = self.origin.state(checkpoint, model.state_dict())
         except (KeyError, AttributeError):
@@ -380,7 +357,7 @@ def load_run(
             raise InputError(f"--epoch {epoch}: {folder} does not have it; it has {listed}")
         epoch = known[-1] if epoch is None else epoch
         poses = _file(path, "pose", None if final else epoch)
-        settings = _settings_of(config, origin, path, poses)
+        settings = settings_of(config, origin, path, poses)
     except InputError:
         raise
     except Exception as err:

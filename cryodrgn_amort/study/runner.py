@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cryodrgn_amort.core import InputError, alone, forgive, locked
+from cryodrgn_amort.core import InputError, alone, default_device, forgive, locked, on_gpu
 from cryodrgn_amort.data import load_particles
 from cryodrgn_amort.options import EvalOptions
-from cryodrgn_amort.runs import default_device, settings_from_flags, source_of
+from cryodrgn_amort.runs import settings_from_flags, source_of
 from cryodrgn_amort.simulation import load_known
 from cryodrgn_amort.study.progress import Progress
 from cryodrgn_amort.study.steps import parse
@@ -54,7 +54,7 @@ _PRELOADED = [
 
 def default_jobs() -> int:
     """Return how many steps to run at a time: one on a GPU, else as many as there are cores."""
-    return 1 if default_device().type == "cuda" else min(os.cpu_count() or 1, _MOST_JOBS)
+    return 1 if on_gpu(default_device()) else min(os.cpu_count() or 1, _MOST_JOBS)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cryodrgn_amort import host
-from cryodrgn_amort.data import Batch, Rotation
+from cryodrgn_amort.data import ASTIGMATISM_ANGLE, Batch, sheared_turn
 from cryodrgn_amort.models import Losses, Objective, divergence
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Augmented(Objective):
         self.particles, self.roll_px, self.consistency = particles, roll_px, consistency
 
     def loss(
-        self, model: LatentModel, batch: Batch, beta: float, beta_control: float | None
+        self, model: LatentModel, batch: Batch, beta: float | Tensor, beta_control: float | None
     ) -> tuple[Losses, Tensor]:
         """Return the losses of copies, and their posterior means, detached."""
         copy = self.copied(batch)
@@ -58,36 +58,75 @@ class Augmented(Objective):
         return result, mean.detach()
 
     def copied(self, batch: Batch) -> Batch:
-        """Turn and roll a batch; draws from the global generator, for the whole of it."""
-        angle_deg = float(360 * torch.rand(()))
-        shifts = torch.randint(-self.roll_px, self.roll_px + 1, (batch.size, 2))
-        shifts = shifts if batch.share is None else shifts[batch.share.places]
-        return self.copy(batch, Rotation(angle_deg), shifts)
+        """Turn and roll a batch; draws from the device's generator, for the whole of it."""
+        device, most = self.particles.device, self.roll_px
+        angle_deg = 360 * torch.rand((), device=device)
+        shifts = torch.randint(-most, most + 1, (batch.size, 2), device=device)
+        if batch.share is not None:
+            shifts = shifts[batch.share.places.to(device)]
+        return self.copy(batch, angle_deg, shifts)
 
-    def copy(self, batch: Batch, turn: Rotation, shift_px: Tensor) -> Batch:
-        """Turn a batch, and roll what the network is shown by ``shift_px`` `(B, 2)`, x and y."""
-        p, index = self.particles, batch.index
-        if not len(index):  # all of the batch is other processes'
+    def copy(self, batch: Batch, angle_deg: Tensor, shift_px: Tensor) -> Batch:
+        """Turn a batch clockwise, and roll what the network is shown.
+
+        Parameters
+        ----------
+        angle_deg
+            A scalar on the device.
+        shift_px
+            `(B, 2)`, x and y.
+        """
+        p = self.particles
+        if not len(batch.index):  # all of the batch is other processes'
             return batch
         assert batch.rot is not None
-        rot, _ = turn.pose(batch.rot, batch.rot.new_zeros(len(index), 2))
-        params = None if p.ctf_params is None else turn.ctf(p.ctf_params[index])
+        turn, index = _Turn(angle_deg.double()), batch.device_index
+        params = None
+        if p.ctf_params is not None:
+            params = p.ctf_params[index]
+            params[:, ASTIGMATISM_ANGLE] += angle_deg
         ctf = p.ctf_of(params)
         whole = batch.y.new_zeros(len(index), p.D**2)
         if batch.image is not None and p.whole:  # the corners are wanted, too
             whole = p.flip(batch.image, p.ctf(index))
         whole[:, p.mask] = batch.y
-        y = Rotation(90 * turn.quarters).hartley(whole.view(-1, p.D, p.D))
-        assert y is not None
-        if turn.rest_deg:
-            real = Rotation(turn.rest_deg).image(host.iht2_center(y[:, :-1, :-1]))
-            y = host.symmetrize_ht(host.ht2_center(real)).view(-1, p.D, p.D)
+        y = turn.hartley(whole.view(-1, p.D, p.D))
         rolled = p.centre(y, shift_px.to(y))
         return Batch(
-            index,
-            p.masked(p.centre(y, None)),
-            p.flip(rolled, ctf),
-            rot,
-            p.half(ctf, index),
-            batch.share,
-        )
+            batch.index, p.masked(p.centre(y, None)), p.flip(rolled, ctf),
+            turn.matrix.to(batch.rot) @ batch.rot, p.half(ctf, index), batch.share, sent=index,
+        )  # fmt: skip
+
+
+class _Turn:
+    """A clockwise turn of images by an angle that is on the device, as ``Rotation`` turns them.
+
+    Attributes
+    ----------
+    matrix
+        That of rotations, `(3, 3)`.
+    """
+
+    def __init__(self, angle_deg: Tensor) -> None:
+        quarters = torch.round(angle_deg / 90)
+        self._quarters = quarters.long().remainder(4).view(1)
+        self._rest = torch.deg2rad(angle_deg - 90 * quarters)
+        cos, sin = torch.cos(self._rest), torch.sin(self._rest)
+        none, one = torch.zeros_like(cos), torch.ones_like(cos)
+        matrices = [  # exact, unlike the cosine of a right angle
+            torch.stack([c, -s, none, s, c, none, none, none, one])
+            for c, s in ((cos, sin), (-sin, cos), (-cos, -sin), (sin, -cos))
+        ]
+        self.matrix = torch.stack(matrices).index_select(0, self._quarters).view(3, 3)
+
+    def hartley(self, y: Tensor) -> Tensor:
+        """Turn preprocessed images `(B, D, D)`: by index permutation, the rest by shears."""
+        size = y.shape[-1]
+        places = torch.arange(size**2, device=y.device).view(size, size)
+        turns = torch.stack([torch.rot90(places, -k).flatten() for k in range(4)])
+        at = turns.index_select(0, self._quarters)[0]
+        y = y.flatten(1).index_select(1, at).view_as(y)
+        along_x, along_y = -torch.tan(self._rest / 2), torch.sin(self._rest)
+        real = sheared_turn(host.iht2_center(y[:, :-1, :-1]), along_x, along_y)
+        found: Tensor = host.symmetrize_ht(host.ht2_center(real)).view(-1, size, size)
+        return torch.where(self._rest == 0, y, found)  # whose edge shears do not keep

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from cryodrgn_amort.core import INTERRUPTED, InputError, recorded, write_weights, write_z
+from cryodrgn_amort.models import plain_state
 from cryodrgn_amort.runs import METRICS
 from cryodrgn_amort.training.epoch_metrics import EpochProgress
 
@@ -107,7 +108,7 @@ class Checkpoints:
         more |= {} if self.poses is None else {"poses": self.poses.state_dict()}
         write_weights(
             self.files.path / name, epoch, self.model.host_state_dict(),
-            self.optimizer.state_dict(), encoder=self.settings.encoder, random=random,
+            plain_state(self.optimizer), encoder=self.settings.encoder, random=random,
             norm=list(self.particles.norm), encoder_state_dict=encoder_state,
             input_state={} if self.shown is None else self.shown.state_dict(), **more,
         )  # fmt: skip

@@ -13,8 +13,8 @@ from cryodrgn_amort.core import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cryodrgn_amort.data import Batch, Particles
-    from cryodrgn_amort.models import Encoder, Losses, Objective
+    from cryodrgn_amort.data import Particles
+    from cryodrgn_amort.models import Encoder, Objective
     from cryodrgn_amort.options import TrainSettings
 
 
@@ -113,21 +113,9 @@ class EpochProgress:
             encoder.set_epoch_state(self.encoder)
         objective.set_epoch_state(self.lesson)
 
-    def add(self, batch: Batch, losses: Losses, mean: Tensor) -> None:
-        """Count a batch: its losses, and the posterior means `(B, zdim)` of its own particles."""
-        self._count(batch)
-        each = torch.stack([losses.gen_loss, losses.kld, losses.total])
-        self.sums += batch.size * each.double()
-        self.moments[0] += mean.sum(0)
-        self.moments[1] += mean.square().sum(0)
-
-    def leave_out(self, batch: Batch) -> None:
-        """Count a batch that has no loss."""
-        self._count(batch)
-        self.left_out += batch.size
-
-    def _count(self, batch: Batch) -> None:
-        self.seen += batch.size
+    def count(self, size: int) -> None:
+        """Count a batch of so many particles."""
+        self.seen += size
         self.batches += 1
 
     @property

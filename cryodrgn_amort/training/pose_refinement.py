@@ -59,7 +59,7 @@ class RefinedPoses:
 
         All can be differentiated by the poses, unless gradients are disabled.
         """
-        rows = (batch.index if batch.images is None else batch.images).to(self._rots.device)
+        rows = batch.device_images
         y, image = batch.y, batch.image
         if self._tracker.trans_emb is not None:
             trans = self._tracker.trans_emb(rows)

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from cryodrgn_amort import host
-from cryodrgn_amort.core import __version__
+from cryodrgn_amort.core import __version__, device_name, half_precision
 from cryodrgn_amort.runs import HOLDOUT
 
 if TYPE_CHECKING:
@@ -26,7 +26,12 @@ logger = logging.getLogger("cryodrgn_amort")
 def log_start(trainer: Trainer, progress: EpochProgress | None) -> None:
     """Say what is trained on what, and where it goes on: after ``progress`` in an epoch."""
     logger.info(" ".join(sys.argv))
-    logger.info(f"cryodrgn_amort {__version__}, cryodrgn {host.VERSION}, {trainer.device}")
+    device = trainer.device
+    precision = trainer.settings.matmul_precision(half_precision(device))
+    logger.info(
+        f"cryodrgn_amort {__version__}, cryodrgn {host.VERSION}, {device_name(device)}, "
+        f"matrix products in {precision}"
+    )
     logger.info(trainer.settings)
     particles, model, files = trainer.particles, trainer.model, trainer.files
     each = "" if particles.tilts is None else f" in {particles.ntilts} tilts each"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cryodrgn_amort.core import InputError, available_memory, bar
+from cryodrgn_amort.core import InputError, available_memory, bar, free_memory, half_precision
 from cryodrgn_amort.data import BatchLoader
 from cryodrgn_amort.models import AmortVAE, Objective, build_model
 from cryodrgn_amort.runs import model_args
@@ -55,7 +55,7 @@ def make_model(
     random_state = RandomState(settings.seed, particles.device, tilts=tilts)
     poses = RefinedPoses(particles, settings.pose_lr) if settings.do_pose_sgd else None
     args = model_args(settings, spec, particles.D)
-    precision = settings.matmul_precision(particles.device.type)
+    precision = settings.matmul_precision(half_precision(particles.device))
     return random_state, poses, build_model(args, particles.lattice, amort, precision)
 
 
@@ -73,16 +73,21 @@ def open_loader(
     InputError
         If images cannot be read, or have pixels that are not finite.
     """
-    half = available_memory() // 2 // processes.local_size
-    memory = half if settings.memory is None else int(settings.memory * 1e9)
+    free = available_memory(), free_memory(particles.device) or 0
+    memory, on_device = (
+        part // 2 // processes.local_size if settings.memory is None else int(settings.memory * 1e9)
+        for part in free
+    )
 
     def progress(items: Iterable[Any], total: int) -> Iterator[Any]:
         return bar(items, "preprocessing", total, silent=not processes.leads)
 
     memory = 0 if settings.lazy else memory
+    on_device = min(on_device, free[1])
     return BatchLoader(
-        particles, shown, memory=memory, folder=folder, processes=processes, progress=progress
-    )
+        particles, shown, memory=memory, device_memory=on_device, folder=folder,
+        processes=processes, progress=progress,
+    )  # fmt: skip
 
 
 def shuffled_batches(

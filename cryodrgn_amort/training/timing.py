@@ -13,20 +13,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from cryodrgn_amort.core import InputError, text_table, write_json
-from cryodrgn_amort.runs import default_device, source_of
+from cryodrgn_amort.core import (
+    InputError,
+    default_device,
+    matrix_products,
+    text_table,
+    write_json,
+)
+from cryodrgn_amort.runs import source_of
 from cryodrgn_amort.training.trainer import Trainer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from cryodrgn_amort.data import Particles, ParticleSource
     from cryodrgn_amort.options import TimingOptions
     from cryodrgn_amort.runs import Run
 
 
-__all__ = ["time_epochs", "times_table", "write_times"]
+__all__ = ["endless_steps", "time_epochs", "times_table", "write_times"]
 
 
 def time_epochs(runs: Sequence[Run], options: TimingOptions) -> dict[str, np.ndarray]:
@@ -59,7 +65,7 @@ def time_epochs(runs: Sequence[Run], options: TimingOptions) -> dict[str, np.nda
         settings = replace(run.settings, overwrite=True)  # which it says, but does not do
         trainer = Trainer(settings, run.plugins, opened.get(source))
         trainers[str(run.folder)], opened[source] = trainer, trainer.particles
-    steps = {name: trainer.endless_steps() for name, trainer in trainers.items()}
+    steps = {name: endless_steps(trainer) for name, trainer in trainers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for turn in range(options.rounds + 1):
         for name, trainer in trainers.items():
@@ -72,6 +78,24 @@ def time_epochs(runs: Sequence[Run], options: TimingOptions) -> dict[str, np.nda
             if turn:
                 seconds[name].append(took * len(trainer.batches))
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def endless_steps(trainer: Trainer) -> Iterator[None]:
+    """Take optimizer steps of a training, epoch after epoch, and keep nothing."""
+    trainer.prepare_particles(None)
+    trainer.model.train()
+    trainer.epoch = trainer.settings.pretrain  # poses move, if they are refined
+    lost = trainer.steps.lost
+    while True:
+        if trainer.model.amort is not None:
+            trainer.model.amort.epoch_start(0.0)
+        trainer.objective.epoch_start(1)
+        for loaded in trainer.batches.loaded():
+            with matrix_products():
+                trainer.steps.take(loaded, trainer.beta(0), moving=trainer.moving)
+            if lost is not None and lost.due:
+                lost.look()
+            yield
 
 
 def _wait(device: torch.device) -> None:

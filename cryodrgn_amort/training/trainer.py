@@ -18,6 +18,7 @@ from cryodrgn_amort.core import (
     OWN_KEY,
     InputError,
     bar,
+    default_device,
     join,
     locked,
     logging_to,
@@ -33,17 +34,14 @@ from cryodrgn_amort.models import (
     adam,
     resolve,
     set_rate,
-    train_step,
 )
 from cryodrgn_amort.runs import (
     HOLDOUT,
     TRAINED,
     RunFolder,
-    default_device,
-    settings_from_flags,
-    with_run,
     write_config,
 )
+from cryodrgn_amort.training.analysis import analyze_run
 from cryodrgn_amort.training.checkpoints import Checkpoints
 from cryodrgn_amort.training.epoch_metrics import EpochProgress
 from cryodrgn_amort.training.interrupts import StopSignals
@@ -64,20 +62,18 @@ from cryodrgn_amort.training.setup import (
     open_loader,
     shuffled_batches,
 )
+from cryodrgn_amort.training.stepper import Stepper
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     import numpy as np
-    from torch import Tensor
 
     from cryodrgn_amort.core import Registry
-    from cryodrgn_amort.data import Batch, Particles
-    from cryodrgn_amort.models import Losses
+    from cryodrgn_amort.data import Batch, Loaded, Particles
     from cryodrgn_amort.options import TrainSettings
+    from cryodrgn_amort.training.stepper import Before
 
 
-__all__ = ["Trainer", "train_run"]
+__all__ = ["Trainer"]
 logger = logging.getLogger("cryodrgn_amort")
 
 _ENCODE_BATCH = 256
@@ -146,6 +142,7 @@ class Trainer:
         self.epoch = self.seen = self._rollbacks = 0
         self._random: dict[str, Any] = {}  # states to go on from, before the next batch
         self._progress: EpochProgress | None = None  # of the next epoch, to go on with
+        self.steps: Stepper
         self._checkpoints = Checkpoints(
             settings, self.files, self.processes, self.particles, self.model, self.optimizer,
             self.shown, self.poses, self.random_state,
@@ -170,7 +167,7 @@ class Trainer:
             If a signal asked for it, after a checkpoint within the epoch.
         """
         beside = (self.folder, *self.folder.absolute().parents)
-        self._prepare_particles(next(path for path in beside if path.is_dir()))
+        self.prepare_particles(next(path for path in beside if path.is_dir()))
         self.processes.wait()  # until all have seen what the folder holds
         with contextlib.ExitStack() as held:
             if self.processes.leads:
@@ -187,23 +184,9 @@ class Trainer:
                 if self.processes.leads:
                     self.files.put_back()
         if self.settings.do_analysis and self.processes.leads:
-            _analyze(self.folder, self.epoch, self.particles.n, self.settings.zdim)
+            analyze_run(self.folder, self.epoch, self.particles.n, self.settings.zdim)
 
-    def endless_steps(self) -> Iterator[None]:
-        """Take optimizer steps, epoch after epoch, and keep nothing: for whoever times them."""
-        self._prepare_particles(None)
-        self.model.train()
-        self.epoch = self.settings.pretrain  # poses move, if they are refined
-        while True:
-            if self.model.amort is not None:
-                self.model.amort.epoch_start(0.0)
-            self.objective.epoch_start(1)
-            for batch in self.batches:
-                with matrix_products():
-                    self._step(batch, self.beta(0))
-                yield
-
-    def _prepare_particles(self, folder: Path | None) -> None:
+    def prepare_particles(self, folder: Path | None) -> None:
         """Preprocess the particles, perhaps into a file in ``folder``, and make the batches."""
         settings = self.settings
         given = self.particles if self.poses is None else self.poses.particles
@@ -212,6 +195,8 @@ class Trainer:
         self.objective = make_objective(
             settings, self.particles, self.model, self.stage, begins=not self.epoch
         )
+        parts = self.model, self.optimizer, self.objective, self.loader, self.poses, self.processes
+        self.steps = Stepper(settings, *parts)
 
     def _train(self) -> None:
         settings = self.settings
@@ -255,17 +240,20 @@ class Trainer:
         progress = self._begin_epoch()
         started = time.monotonic() - progress.seconds
         what, total = f"epoch {self.epoch}/{self.settings.num_epochs}", len(self.batches)
-        with contextlib.closing(iter(self.batches)) as coming:  # if need be, before its end
-            for number, batch in enumerate(
+        with contextlib.closing(self.batches.loaded()) as coming:  # if need be, before its end
+            for number, loaded in enumerate(
                 bar(coming, what, total, silent=not self.processes.leads)
             ):
                 if number < progress.batches:  # done before training was stopped
                     continue
-                self._train_batch(batch, progress)
+                self._train_batch(loaded, progress)
                 progress.seconds = time.monotonic() - started
-                if progress.batches < total and signals.came(self.processes):
+                asks = progress.batches < total and self.steps.asks(progress.batches)
+                if asks and signals.came(self.processes):
+                    self._look(progress)
                     self._checkpoints.write_within(self.epoch, progress, self.objective)
                     raise signals.stopped(self.epoch, progress.batches, total)
+        self._look(progress)
         self.processes.sum_([progress.sums, progress.moments])
         if not progress.counted or not math.isfinite(progress.averages()[2]):
             raise InputError(diverged(self.folder, self.epoch))
@@ -286,58 +274,73 @@ class Trainer:
         set_rate(self.optimizer, settings.lr, settings.lr_end, done, self._rollbacks)
         if progress is None:
             self._random = {}
-            return EpochProgress.new(self.random_state.state(), settings, self.particles)
+            progress = EpochProgress.new(self.random_state.state(), settings, self.particles)
+            self.steps.begin(progress)
+            return progress
         # after the batches that are done, but for what the loader draws itself, ahead
         self._random = {k: v for k, v in stopped_at.items() if k not in ("shuffle", "tilts")}
         self.random_state.restore(progress.begin)  # it draws what it drew
         progress.hand_over(self.model.amort, self.objective)
+        self.steps.begin(progress)
         return progress
 
-    def _train_batch(self, batch: Batch, progress: EpochProgress) -> None:
+    def _train_batch(self, loaded: Loaded, progress: EpochProgress) -> None:
         """Take a step, and add what it found to the epoch's sums."""
-        settings = self.settings
+        settings, steps = self.settings, self.steps
         if self._random:  # the first one after training was stopped
             self.random_state.restore(self._random)
             self._random = {}
-        self.seen = self.particles.n * (self.epoch - 1) + progress.seen + batch.size
-        beta = self.beta(self.seen)
-        random, objective = self.random_state.state(), self.objective.epoch_state()
+        steps.remember(loaded, self.random_state.state(), progress)
+        self.seen = self.particles.n * (self.epoch - 1) + progress.seen + loaded.size
         try:
-            losses, mean = self._step(batch, beta)
+            losses = steps.take(loaded, self.beta(self.seen), moving=self.moving)
         except NotFiniteError:
-            self.objective.set_epoch_state(objective)
-            self._no_loss(batch, progress, random)
-            progress.leave_out(batch)
+            self._no_loss(steps.before[-1], progress)
+            progress.left_out += loaded.size
+            losses = None
+        progress.count(loaded.size)
+        if steps.lost is None:
+            steps.before.clear()
+        elif steps.lost.due:
+            self._look(progress)
+        if losses is None:
             return
-        progress.add(batch, losses, mean)
-        self._tell("batch_end", losses=losses)
+        if self.plugins.listens("batch_end"):
+            self._tell("batch_end", losses=losses.clone())
         if progress.seen % settings.log_interval < settings.batch_size and not on_terminal():
             log_batch(self, progress.seen, losses)
 
-    def _step(self, batch: Batch, beta: float) -> tuple[Losses, Tensor]:
-        moving = self.poses if self.epoch >= self.settings.pretrain else None
-        with torch.set_grad_enabled(moving is not None):
-            batch = self._posed(batch)
-        found = train_step(
-            self.model, self.optimizer, batch, beta, self.settings.beta_control, self.processes,
-            self.objective, check=True,
-        )  # fmt: skip
-        if moving is not None:
-            moving.step()
-        return found
+    @property
+    def moving(self) -> bool:
+        """Whether poses move by now."""
+        return self.poses is not None and self.epoch >= self.settings.pretrain
+
+    def _look(self, progress: EpochProgress) -> None:
+        """See whether the last steps had losses that could be used, if nobody has yet."""
+        lost = self.steps.lost
+        if lost is None:
+            return
+        for step in lost.look():
+            before = self.steps.before[step]
+            self._no_loss(before, progress)
+            progress.left_out += before.loaded.size
+        self.steps.before.clear()
 
     def _posed(self, batch: Batch) -> Batch:
         """Give a batch the poses that its images have by now."""
         return batch if self.poses is None else self.poses.posed(batch)
 
     @torch.no_grad()
-    def _no_loss(self, batch: Batch, progress: EpochProgress, random: dict[str, Any]) -> None:
+    def _no_loss(self, before: Before, progress: EpochProgress) -> None:
         """Do what ``--on-nan`` says about a batch without a loss, before which all is as it was."""
         settings, particles = self.settings, self.particles
-        named = without_loss(self.model, self._posed(batch), particles, self.processes)
+        named = without_loss(self.model, self.steps.again(before), particles, self.processes)
         why = f"{named}, in epoch {self.epoch}" if named else diverged(self.folder, self.epoch)
         if named and settings.on_nan == "stop":
-            self.random_state.restore(random)
+            self.random_state.restore(before.random)
+            if before.generator is not None and self.objective.generator is not None:
+                self.objective.generator.set_state(before.generator)
+            progress.batches, progress.seen = before.batches, before.seen
             self._checkpoints.write_within(self.epoch, progress, self.objective)
             why += "; --load latest goes on before this batch, with --on-nan skip without it"
         leave_out(settings.on_nan, why, progress.left_out, particles.n)
@@ -347,6 +350,7 @@ class Trainer:
         self._rollbacks += 1
         checkpoint = last_checkpoint(self.folder, self._rollbacks, why)
         self._restore(checkpoint, checkpoint[OWN_KEY])
+        self.steps.forget()
         self.random_state.restore(self._random)
         settings, done = self.settings, self.epoch / self.settings.num_epochs
         set_rate(self.optimizer, settings.lr, settings.lr_end, done, self._rollbacks)
@@ -374,26 +378,3 @@ class Trainer:
             self.epoch, z, before if extra else self.random_state.state()
         )
         self._tell("checkpoint_written", path=path)
-
-
-def _analyze(folder: Path, epoch: int, n: int, zdim: int) -> None:
-    """Let the host analyze a run, which is complete whatever comes of it."""
-    try:
-        left_out = host.analyze(str(folder), epoch, n, zdim)
-    except Exception as err:  # whatever its own libraries raise
-        left_out = f"{type(err).__name__}: {err}".splitlines()[0]
-    if left_out is not None:
-        logger.warning(f"cryodrgn analyze, not all of it: {left_out}")
-
-
-def train_run(given: Mapping[str, Any], plugins: Registry) -> Trainer:
-    """Train from the flags that were given, and no others, as ``train_amort`` does.
-
-    Raises
-    ------
-    InputError
-        If a flag does not apply, or inputs do not fit; nothing has been written then.
-    """
-    trainer = Trainer(settings_from_flags(with_run(given, plugins), plugins), plugins)
-    trainer.fit()
-    return trainer

@@ -154,12 +154,21 @@ def test_full_memory_is_one_line_and_other_errors_keep_their_traceback(capsys):
     for err in (
         MemoryError("Unable to allocate 3 TiB"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nmore"),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB"),
     ):
         with pytest.raises(SystemExit) as stop:
             run(err)
         assert stop.value.code == 2
         said = capsys.readouterr().err
         assert said == f"cryodrgn c: error: out of memory: {str(err).splitlines()[0]}\n"
+    with pytest.raises(SystemExit) as stop:
+        run(torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 "
+            "GiB of which 1.21 GiB is free. Process 7 has"
+        ))  # fmt: skip
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "cryodrgn c: error: the GPU has no memory left: 2.00 GiB more were asked for, 1.21 GiB are "
+        "free; a smaller --batch-size, or --precision bf16 helps\n"
+    )
     with pytest.raises(RuntimeError, match="a bug"):
         run(RuntimeError("a bug"))

@@ -237,17 +237,19 @@ def evaluation(folder, plugins):
 def stop(trainer):
     """Train until a signal that one process gets."""
     from cryodrgn_amort.core import Stopped
+    from cryodrgn_amort.training.stepper import Stepper
 
-    step, count = trainer._step, iter(range(1, 100))
+    step, count = Stepper.take, iter(range(1, 100))
 
-    def counted(batch, beta):
+    def counted(self, *args, **kwargs):
         if next(count) == _STOPPED_AFTER and not trainer.processes.leads:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(batch, beta)
+        return step(self, *args, **kwargs)
 
-    trainer._step = counted
+    Stepper.take = counted
     with pytest.raises(Stopped, match="SIGTERM in epoch 2 after 2 of 4 batches") as stopped:
         trainer.fit()
+    Stepper.take = step
     assert stopped.value.number == signal.SIGTERM
     trainer.processes.wait()
 

@@ -180,7 +180,7 @@ def _stop_within_an_epoch(folder: Path) -> None:
     if not child:
         import signal
 
-        from cryodrgn_amort.training import trainer as training
+        from cryodrgn_amort.training import stepper as training
 
         step, count = training.train_step, iter(range(100))
 

@@ -231,7 +231,7 @@ def test_what_is_done_is_not_done_again(runs, tmp_path, monkeypatch):
 
     options = InferOptions(steps=10, batch_size=10)
     whole = infer_run(runs["table"], options, tmp_path / "whole")
-    fit, calls = fitter.Fitter.fit, []
+    fit, calls = fitter.Fitter.fit_batch, []
 
     def killed(self, index, *rest):
         calls.append(index)
@@ -239,7 +239,7 @@ def test_what_is_done_is_not_done_again(runs, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return fit(self, index, *rest)
 
-    monkeypatch.setattr(fitter.Fitter, "fit", killed)
+    monkeypatch.setattr(fitter.Fitter, "fit_batch", killed)
     with pytest.raises(KeyboardInterrupt):
         infer_run(runs["table"], options, tmp_path / "out")
     again = infer_run(runs["table"], options, tmp_path / "out")
@@ -256,7 +256,7 @@ def _interrupted(run, options, out, monkeypatch, after=4):
     """Fit until some parts are done."""
     from cryodrgn_amort.inference import fitter
 
-    fit, calls = fitter.Fitter.fit, []
+    fit, calls = fitter.Fitter.fit_batch, []
 
     def killed(self, index, *rest):
         calls.append(index)
@@ -265,7 +265,7 @@ def _interrupted(run, options, out, monkeypatch, after=4):
         return fit(self, index, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fitter.Fitter, "fit", killed)
+        patch.setattr(fitter.Fitter, "fit_batch", killed)
         with pytest.raises(KeyboardInterrupt):
             infer_run(run, options, out)
 
@@ -420,7 +420,7 @@ def test_killed_while_it_is_written_it_goes_on(runs, tmp_path, monkeypatch):
         infer_run(runs["table"], options, tmp_path / "out")
     assert (tmp_path / "out/config.yaml").exists()
     monkeypatch.setattr(table_run, "write_weights", write)
-    monkeypatch.setattr(fitter.Fitter, "fit", lambda *_: fits.append(1))
+    monkeypatch.setattr(fitter.Fitter, "fit_batch", lambda *_: fits.append(1))
     found = infer_run(runs["table"], options, tmp_path / "out")
     assert fits == []
     np.testing.assert_array_equal(read_z(tmp_path / "out/z.pkl", "")[0], found.mean)

@@ -118,7 +118,7 @@ def assert_same_step(mine, other, rtol):
 @given(data=st.data())
 def test_a_step_is_the_hosts(data, stacks, double, monkeypatch):
     draw = data.draw
-    monkeypatch.setitem(pieces._ROWS, "cpu", draw(st.sampled_from([7, 60, 100, 4096])))
+    monkeypatch.setattr(pieces, "_CPU_ROWS", draw(st.sampled_from([7, 60, 100, 4096])))
     monkeypatch.setattr(pieces, "_FEWEST_ROWS", 7)
     monkeypatch.setattr(pieces, "_WORTH", draw(st.sampled_from([0, 5e7])))  # several threads
     domain = draw(st.sampled_from(["fourier", "hartley"]))
@@ -244,7 +244,7 @@ def test_gradients_by_rotations_and_pixels(
     domain, pe_type, activation, stacks, double, monkeypatch
 ):
     """Against finite differences, and autograd through the host's decoder where it allows that."""
-    monkeypatch.setitem(pieces._ROWS, "cpu", 60)
+    monkeypatch.setattr(pieces, "_CPU_ROWS", 60)
     monkeypatch.setattr(pieces, "_FEWEST_ROWS", 7)
     monkeypatch.setattr(pieces, "_WORTH", 0)
     particles = opened(stacks(10), torch.float64, True, True)

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from cryodrgn_amort.core import InputError, read_z, write_z
 from cryodrgn_amort.data import Batch
 from cryodrgn_amort.models import LookupTable
-from cryodrgn_amort.models.lookup_table import LazyAdam
+from cryodrgn_amort.models.lazy_adam import LazyAdam
 
 
 def batch_of(index):
@@ -89,7 +89,7 @@ def test_a_gap_of_any_length_equals_its_steps(betas, eps, tolerance):
     for i, start in enumerate(starts.tolist()):
         lazy, weight = LazyAdam(1, 14, 1.0, betas, eps).double(), torch.zeros(1, 14).double()
         lazy.t = start - 1
-        lazy.step(weight, rows, weight, torch.from_numpy(grad)[None])
+        lazy.step(weight, lazy.begin(weight, rows), torch.from_numpy(grad)[None])
         for gap, moved in wanted.items():
             lazy.t = start + (10**6 if gap == at_rest else gap)
             for found in (lazy.read(weight, rows), lazy.read_all(weight)):
@@ -186,7 +186,6 @@ def test_a_step_never_waits_for_the_device():
         for _ in range(2):
             visit(table, [1, 2], torch.ones(2, 4))
     assert table.weight.is_meta
-    assert table.adam.t == 2
 
 
 def test_only_the_rows_of_the_batch_get_a_gradient():

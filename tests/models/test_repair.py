@@ -67,7 +67,7 @@ def second(first, plugins, tmp_path):
 def learning(second):
     """Return a trainer whose first epoch has begun, and a batch of particles."""
     trainer = second()
-    trainer._prepare_particles(None)
+    trainer.prepare_particles(None)
     trainer.objective.epoch_start(1)
     trainer.model.eval()
     return trainer, next(iter(trainer.batches))
@@ -225,9 +225,9 @@ def test_a_batch_that_is_left_out_leaves_no_trace_in_the_metrics(second, monkeyp
 def test_the_loss_is_the_density_of_the_latents(learning):
     trainer, batch = learning
     objective, model = trainer.objective, trainer.model
-    state = objective._generator.get_state()
+    state = objective.generator.get_state()
     made = objective.draw(batch)
-    objective._generator.set_state(state)
+    objective.generator.set_state(state)
     result, mean = objective.loss(model, batch, 1.0, None)
     expected_mean, logvar = model.posterior(made)
     q = torch.distributions.Normal(expected_mean, torch.exp(0.5 * logvar))
@@ -308,7 +308,7 @@ def test_a_pose_is_a_turn_in_the_plane_of_its_view(stack):
 def test_a_particle_that_is_turned_with_its_pose_has_the_same_latent(encoder, second):
     """By a right angle, which moves pixels of the Hartley image onto others: exactly."""
     trainer = second(encoder)
-    trainer._prepare_particles(None)
+    trainer.prepare_particles(None)
     batch = trainer.loader.read(torch.arange(7))
     batch.ctf, side = None, trainer.particles.D
     batch.image = batch.y
@@ -343,13 +343,13 @@ def test_any_turn_of_the_decoders_images_is_undone(second):
 @pytest.mark.parametrize("encoder", ["anchored", "sleep", "resid"])
 def test_latents_of_clear_images_are_learnt(encoder, second):
     trainer = second(encoder, batch_size=64, lr=1e-2)
-    trainer._prepare_particles(None)
+    trainer.prepare_particles(None)
     objective, explained = trainer.objective, []
     objective.noise._gains *= 0.02
     for epoch in (1, 2):
         objective.epoch_start(epoch)
         for _ in range(120):
-            trainer._step(next(iter(trainer.batches)), 0.0)
+            trainer.steps.take(next(trainer.batches.loaded()), 0.0)
         explained.append(objective.epoch_metrics()["latent_r2"])
     assert explained[1] > max(explained[0], 0.15), explained
 

@@ -39,7 +39,7 @@ def test_a_quarter_turn_is_that_of_the_particle(stack, angle, whole):
     particles, index = opened(stack, whole), torch.arange(5)
     turn = Rotation(angle)
     copy = Augmented(particles, 0, 0.0).copy(
-        batch_of(particles, index), turn, torch.zeros(5, 2, dtype=torch.long)
+        batch_of(particles, index), torch.tensor(float(angle)), torch.zeros(5, 2, dtype=torch.long)
     )
     wanted = batch_of(particles, index, turn)
     torch.testing.assert_close(copy.y, wanted.y, atol=2e-5, rtol=0)
@@ -66,7 +66,8 @@ def test_any_angle_moves_what_is_seen_as_it_moves_the_decoder(tmp_path):
     batch = Batch(torch.arange(4), y, y, particles.rots[:4], None)
     for angle in (25.0, 200.0):
         turn = Rotation(angle)
-        copy = Augmented(particles, 0, 0.0).copy(batch, turn, torch.zeros(4, 2, dtype=torch.long))
+        still = torch.zeros(4, 2, dtype=torch.long)
+        copy = Augmented(particles, 0, 0.0).copy(batch, torch.tensor(angle), still)
         wanted = particles.masked(particles.centre(particles.hartley(turn.image(raw)), None))
         other = particles.masked(
             particles.centre(particles.hartley(Rotation(-angle).image(raw)), None)
@@ -81,7 +82,7 @@ def test_only_what_is_shown_is_rolled(stack):
     particles, index = opened(stack), torch.arange(6)
     shift = torch.tensor([[1, 0], [0, 1], [-1, 1], [2, -2], [0, 0], [1, 1]])
     batch = batch_of(particles, index)
-    copy = Augmented(particles, 2, 0.0).copy(batch, Rotation(0.0), shift)
+    copy = Augmented(particles, 2, 0.0).copy(batch, torch.tensor(0.0), shift)
     torch.testing.assert_close(copy.y, batch.y, atol=2e-5, rtol=0)
     wanted = batch_of(particles, index, extra_px=shift.float())
     torch.testing.assert_close(copy.image, wanted.image, atol=1e-4, rtol=0)
@@ -97,12 +98,12 @@ def test_rolls_are_whole_pixels_within_bounds_and_turns_are_any(stack, monkeypat
     particles = opened(stack)
     seen = []
     monkeypatch.setattr(
-        Augmented, "copy", lambda self, batch, turn, shift: seen.append((turn, shift))
+        Augmented, "copy", lambda self, batch, angle, shift: seen.append((angle, shift))
     )
     batch = batch_of(particles, torch.arange(40))
     for _ in range(30):
         Augmented(particles, 2, 0.0).copied(batch)
-    angles = torch.tensor([turn.angle_deg for turn, _ in seen])
+    angles = torch.stack([angle for angle, _ in seen])
     shifts = torch.stack([shift for _, shift in seen])
     assert angles.min() < 60
     assert angles.max() > 300

@@ -28,18 +28,18 @@ from cryodrgn_amort.core import (
 @pytest.fixture
 def stop_after(monkeypatch):
     """Let a signal arrive while the n-th batch is worked on."""
-    from cryodrgn_amort.training import Trainer
+    from cryodrgn_amort.training.stepper import Stepper
 
     def arrange(number, signum=signal.SIGTERM):
-        step, count = Trainer._step, iter(range(1, 10_000))
+        step, count = Stepper.take, iter(range(1, 10_000))
 
-        def counted(self, batch, beta):
+        def counted(self, *args, **kwargs):
             if next(count) == number:
                 os.kill(os.getpid(), signum)
-            return step(self, batch, beta)
+            return step(self, *args, **kwargs)
 
-        monkeypatch.setattr(Trainer, "_step", counted)
-        return lambda: monkeypatch.setattr(Trainer, "_step", step)
+        monkeypatch.setattr(Stepper, "take", counted)
+        return lambda: monkeypatch.setattr(Stepper, "take", step)
 
     return arrange
 
@@ -329,7 +329,7 @@ def test_a_loss_beyond_all_bounds_is_caught_before_the_step(train, flags):
 
 def test_rolling_back_halves_the_rate_until_it_works(train, flags, tmp_path, monkeypatch):
     from cryodrgn_amort.models import NotFiniteError
-    from cryodrgn_amort.training import trainer as training
+    from cryodrgn_amort.training import stepper as training
 
     step, count = training.train_step, iter(range(1, 1000))
 

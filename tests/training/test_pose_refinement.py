@@ -169,7 +169,7 @@ def test_epochs_that_are_trained_again_lose_their_poses(train, flags, tmp_path, 
 
 def test_rolling_back_takes_poses_back(train, flags, monkeypatch):
     from cryodrgn_amort.models import NotFiniteError
-    from cryodrgn_amort.training import trainer as training
+    from cryodrgn_amort.training import stepper as training
 
     step, count, checked = training.train_step, iter(range(1, 1000)), []
 

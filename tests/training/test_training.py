@@ -248,7 +248,7 @@ def test_images_that_vanish_leave_no_run(flags, train, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"precision": "half"}, "--precision half: not one of fp64, fp32, bf16, fp16"),
+        ({"precision": "half"}, "--precision half: not one of fp32, tf32, bf16, fp16, fp64"),
         ({"memory": 0.0}, "--memory 0.0: gigabytes are needed"),
         ({"memory": float("nan")}, "--memory nan"),
         ({"memory": 1.0, "lazy": True}, "--memory and --lazy exclude each other"),

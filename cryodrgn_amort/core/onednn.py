@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cryodrgn_amort.core.devices import default_device, on_gpu
 from cryodrgn_amort.core.machine import read_fact
 
 if TYPE_CHECKING:
@@ -56,9 +57,11 @@ def onednn_error() -> float | None:
 def matrix_products() -> Iterator[None]:
     """Multiply float32 matrices by the faster of PyTorch's libraries, as exactly as before.
 
-    On AMD's processors that is oneDNN, where PyTorch by itself takes MKL.
+    On AMD's processors that is oneDNN, where PyTorch by itself takes MKL. Beside a GPU nothing is
+    changed: its switch to TF32 and this one are not meant to be mixed.
     """
     amd = read_fact("/proc/cpuinfo", "vendor_id") == "AuthenticAMD"
+    amd = amd and not on_gpu(default_device())
     before = use_onednn() if amd and (onednn_error() or 1.0) < _EXACT else None
     try:
         yield
