@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 __all__ = ["Bench", "main"]
 
 BENCHES = ("step", "command", "table", "memory", "fit")
-STAGES = ("parity", "step", "table", "second", "infer", "eval")  # of gpu.py
+STAGES = ("parity", "syncs", "step", "table", "second", "infer", "eval")  # of gpu.py
 _FEW = 1000
 """Particles of the commands that ``--epochs`` is for."""
 _TUNED = {  # the allocator keeps what is freed, instead of faulting it in again
@@ -305,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", metavar="OUT.md", type=Path, help="Default: stdout")
     parser.add_argument(
         "--gpu", action="store_true",
-        help="On the GPU, in this process: parity, steps, table, second stage, infer, eval",
+        help="On the GPU, in this process: parity, waits, steps, table, second stage, fits, eval",
     )  # fmt: skip
     every = dict.fromkeys((*BENCHES, *STAGES))
     parser.add_argument("--only", nargs="+", choices=every, help="Parts (default: all)")

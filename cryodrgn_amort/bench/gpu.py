@@ -6,10 +6,12 @@ are a toy's and all runs on the CPU, to see that it works.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,10 +76,6 @@ class GpuBench:
         logging.disable(logging.WARNING)  # what trainings say of themselves
         self._folder = tempfile.TemporaryDirectory(prefix="cryodrgn-amort-bench-")
         self._count = 0
-
-    def close(self) -> None:
-        """Remove all files."""
-        self._folder.cleanup()
 
     def facts(self) -> dict[str, str]:
         """Return what the numbers depend on."""
@@ -161,32 +159,19 @@ class GpuBench:
             device=self.device, amp=amp and self.device.type == "cuda",
         )  # fmt: skip
 
-    def floor(self, shape: Shape, *, half: bool) -> float:
-        """Return how many images per second the card's own products of our decoder alone allow."""
-        dtype = torch.bfloat16 if half else torch.float32
+    def floor(self, shape: Shape) -> float:
+        """Return how many images per second the card's bf16 products of our decoder alone allow."""
         rows = half_plane(shape.box) * min(shape.batch, max(1, (1 << 18) // half_plane(shape.box)))
-        encoded, width = features(shape.box), shape.width
-        images = rows / half_plane(shape.box)
-
-        def product(a: int, b: int, c: int) -> Callable[[], torch.Tensor]:
-            first, second = (
-                torch.randn(*size, device=self.device).to(dtype) for size in ((a, b), (b, c))
-            )
-            out = torch.empty(a, c, device=self.device, dtype=dtype)
-            return functools.partial(torch.mm, first, second, out=out)
-
-        layers = [product(rows, width, width)] * (2 * shape.layers)  # forward, and by its input
-        layers += [product(width, rows, width)] * shape.layers  # by its weight
-        layers += [product(rows, encoded, width), product(width, rows, encoded)]
+        products = _products(rows, shape, self.device)
 
         def steps() -> Iterator[int]:
             while True:
-                for multiply in layers:
+                for multiply in products:
                     multiply()
                 yield 1
 
         found = self.timed(steps)
-        return 0.0 if found is None else found.steps * images
+        return 0.0 if found is None else found.steps * rows / half_plane(shape.box)
 
     def parity(self) -> list[Section]:
         """Compare a step's loss and gradients with those of the host's ``train_batch``."""
@@ -216,6 +201,25 @@ class GpuBench:
             section.rows.append((precision, f"{of_loss:.1e}", f"{apart:.1e}"))
         return [section]
 
+    def syncs(self) -> list[Section]:
+        """Count how often a step that is not replayed waits for the GPU, as PyTorch warns of it."""
+        section = Section("Waits in a training step, launched anew", ("encoder", "waits", "where"))
+        for encoder in ("resid", "vlt"):
+            steps = self.ours(self.sizes.shapes[0], encoder=encoder, graph=False)
+            for _ in range(_WARM):
+                next(steps)
+            if self.device.type != "cuda":
+                section.rows.append((encoder, "–", "no GPU"))
+                continue
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                next(steps)
+                torch.cuda.set_sync_debug_mode("default")
+            where = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in caught})
+            section.rows.append((encoder, str(len(caught)), " ".join(where)))
+        return [section]
+
     def step(self) -> list[Section]:
         """Measure training steps."""
         names = (*_HOST, *_OURS)
@@ -238,7 +242,7 @@ class GpuBench:
             rates |= {
                 n: self.timed(functools.partial(self.ours, shape, **f)) for n, f in _OURS.items()
             }
-            floor, best = self.floor(shape, half=True), rates["ours, bf16"]
+            floor, best = self.floor(shape), rates["ours, bf16"]
             speed.rows.append(
                 (str(shape), *("no memory" if r is None else str(r) for r in rates.values()))
             )
@@ -338,7 +342,9 @@ class GpuBench:
         trainer.fit()
         trained = time.perf_counter()
         run = load_run(trainer.settings.outdir, load_plugins())
-        evaluate(run, EvalOptions(transforms=("roll:1", "rotate:37"), umap=False, fit=0))
+        said: list[str] = []
+        with _told(said):
+            evaluate(run, EvalOptions(transforms=("roll:1", "rotate:37"), umap=False, fit=0))
         self.wait()
         ended = time.perf_counter()
         section = Section(
@@ -349,4 +355,41 @@ class GpuBench:
             ),
         )
         section.rows.append((f"{trained - began:.1f}", f"{ended - trained:.1f}"))
+        section.notes = [line for line in said if line.startswith("Evaluated")]
         return [section]
+
+
+def _products(rows: int, shape: Shape, device: torch.device) -> list[Callable[[], torch.Tensor]]:
+    """Return the decoder's products in bf16, forward and backward, for so many pixels."""
+    encoded, width = features(shape.box), shape.width
+
+    def product(a: int, b: int, c: int) -> Callable[[], torch.Tensor]:
+        first, second, out = (
+            torch.randn(*size, device=device).to(torch.bfloat16)
+            for size in ((a, b), (b, c), (a, c))
+        )
+        return functools.partial(torch.mm, first, second, out=out)
+
+    found = [product(rows, width, width)] * (2 * shape.layers)  # forward, and by its input
+    found += [product(width, rows, width)] * shape.layers  # by its weight
+    return [*found, product(rows, encoded, width), product(width, rows, encoded)]
+
+
+@contextlib.contextmanager
+def _told(lines: list[str]) -> Iterator[None]:
+    """Collect what our commands say meanwhile."""
+    logger, before = logging.getLogger("cryodrgn_amort"), logging.root.manager.disable
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.disable(logging.NOTSET)
+    logger.addHandler(handler)
+    level, propagates = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = propagates
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+        logging.disable(before)

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import io
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -237,3 +238,23 @@ def test_a_quick_run(tmp_path):
     assert all("–" not in row for row in rows)
     assert "host, tuned" in text
     assert "cryodrgn " + host.VERSION in text
+
+
+def test_the_bench_of_gpus_runs_without_one():
+    """At toy sizes: the step is the host's, and every variant takes its turn."""
+    from cryodrgn_amort.bench.gpu import GpuBench
+
+    found = GpuBench(0.01)
+    try:
+        (parity,) = found.parity()
+        apart = {row[0]: float(row[2]) for row in parity.rows}
+        speed, shares = found.step()
+        sections = [*found.syncs(), *found.table()]
+    finally:
+        logging.disable(logging.NOTSET)
+    assert apart["fp32"] < 1e-5
+    assert apart["fp64"] < 1e-6
+    assert apart["bf16"] < 0.1
+    assert all(float(cell.split()[0].replace(",", "")) > 0 for cell in speed.rows[0][1:])
+    assert "×" in shares.rows[0][1]
+    assert all(section.rows for section in sections)
