@@ -11,6 +11,7 @@ from cryodrgn_amort.evaluation.calibration import calibrate
 from cryodrgn_amort.evaluation.fits import encoding_cost
 from cryodrgn_amort.evaluation.truth_measures import noise_swap, truth_measures
 from cryodrgn_amort.measures import (
+    OF_LATENTS,
     Measure,
     Neighbours,
     aggregate_kl,
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["calibrated", "run_measures"]
 
-_ACTIVE_VARIANCE = 0.01
-
 
 def run_measures(subject: Subject, own: Own) -> tuple[dict[str, Measure], dict[str, np.ndarray]]:
     """Measure latent use, the fit to the images and, where it is known, the heterogeneity.
@@ -41,8 +40,7 @@ def run_measures(subject: Subject, own: Own) -> tuple[dict[str, Measure], dict[s
     Returns measures by name, and arrays of values per particle `(N,)`.
     """
     z, logvar, near, known = own.z, own.logvar, own.near, subject.known
-    active = int((z.var(0, dtype=np.float64) > _ACTIVE_VARIANCE).sum())
-    found = [single("active_units", active, len(z))]
+    found = [single(name, of(z), len(z)) for name, of in OF_LATENTS.items()]
     if np.isfinite(logvar).all():  # train_dec has no posteriors
         kl = kl_by_dimension(z, logvar).sum(1)
         aggregate = aggregate_kl(z, logvar, subject.options.seed)

@@ -27,6 +27,7 @@ from .gaps import (
 )
 from .latents import (
     MOST_QUERIES as MOST_QUERIES,
+    OF_LATENTS as OF_LATENTS,
     K as K,
     Neighbours as Neighbours,
     class_knn as class_knn,

@@ -18,11 +18,12 @@ from sklearn.neighbors import NearestNeighbors
 from cryodrgn_amort.measures.bootstrap import centred, ratio, resampled_by, resampled_means
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 __all__ = [
     "MOST_QUERIES",
+    "OF_LATENTS",
     "Neighbours",
     "class_knn",
     "coordinate_r2",
@@ -33,6 +34,7 @@ __all__ = [
     "nuisances",
 ]
 
+_ACTIVE_VARIANCE = 0.01  # Burda et al., arXiv 1509.00519
 K = 15
 """Neighbours in all kNN measures."""
 NEIGHBOURHOOD = 0.05
@@ -223,3 +225,12 @@ def _to_others(points: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray
     distances: np.ndarray = cdist(points[rows], points)
     distances[np.arange(len(rows)), rows] = np.inf
     return distances, np.partition(distances, k - 1, axis=1)[:, k - 1, None]
+
+
+def active_units(z: np.ndarray) -> int:
+    """Count the dimensions in which latents `(N, zdim)` vary (by 0.01 or more)."""
+    return int((z.var(0, dtype=np.float64) > _ACTIVE_VARIANCE).sum())
+
+
+OF_LATENTS: dict[str, Callable[[np.ndarray], float]] = {"active_units": active_units}
+"""Measures that are taken of the latents `(N, zdim)` of every run, and need nothing else."""
