@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ __all__ = [
 
 CHECKSUMS = "checksums.sha256"
 """File of a folder with the checksums of its others, as ``sha256sum --check`` reads it."""
+_SURELY_NS = 2_000_000_000  # after so long a further change shows in a file's times
+_intact: dict[Path, tuple[Any, ...]] = {}  # files that were seen to be intact, and their states
 _LOCK = ".lock"
 _OWN_SUM = "sha256"  # key in JSON
 _MOST_TEXT = 1 << 26  # bytes
@@ -191,11 +194,16 @@ def check_intact(path: str | os.PathLike[str], flag: str) -> None:
     known = _checksums(path.parent).get(path.name)
     while known is not None:
         try:
+            state = _state(path)
+            if state is not None and _intact.get(path.absolute()) == (known, *state):
+                return
             found = digest(path)
         except OSError as err:
             raise InputError(f"{flag} {path}: {err.strerror}") from None
         before, known = known, _checksums(path.parent).get(path.name)
         if found in (before, known):
+            if state is not None:
+                _intact[path.absolute()] = (found, *state)
             return
         if before != known:  # it is being written
             continue
@@ -203,6 +211,14 @@ def check_intact(path: str | os.PathLike[str], flag: str) -> None:
             f"{flag} {path}: damaged: it is not what {CHECKSUMS} beside it says (if you changed it "
             "yourself, remove its line there)"
         )
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file does; None: it has just been changed, and could be unseen."""
+    stat = path.stat()
+    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) < _SURELY_NS:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def check_plain(value: Any, size: int, what: str) -> None:

@@ -15,6 +15,7 @@ from cryodrgn_amort.cli import command_line as cli
 from cryodrgn_amort.core import (
     InputError,
     check_place,
+    files,
     replacing,
     write_json,
     write_text,
@@ -172,3 +173,27 @@ def test_full_memory_is_one_line_and_other_errors_keep_their_traceback(capsys):
     )
     with pytest.raises(RuntimeError, match="a bug"):
         run(RuntimeError("a bug"))
+
+
+def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
+    """Of a file that has just been written nothing is remembered: a change might not show."""
+    path, hashed = tmp_path / "z.pkl", []
+    digest = files.digest
+    monkeypatch.setattr(files, "digest", lambda p: hashed.append(p) or digest(p))
+    with files.recorded(tmp_path, "z.pkl"):
+        path.write_bytes(b"latents")
+    hashed.clear()
+    for _ in range(2):
+        files.check_intact(path, "RUN")
+    assert len(hashed) == 2
+    monkeypatch.setattr(files, "_SURELY_NS", 0)
+    for _ in range(3):
+        files.check_intact(path, "RUN")
+    assert len(hashed) == 3
+    os.utime(path)
+    path.write_bytes(b"latentt")
+    with pytest.raises(InputError, match="damaged"):
+        files.check_intact(path, "RUN")
+    with files.recorded(tmp_path, "z.pkl"):
+        path.write_bytes(b"latents")
+    files.check_intact(path, "RUN")
