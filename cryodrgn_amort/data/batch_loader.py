@@ -104,7 +104,8 @@ class BatchLoader:
             new_ctfs = shared is None and p.ctf_params is not None
             values = len(rows) * size * ((shared is None) + others)
             ctfs = len(rows) * (4 * half + -(-size // 8)) if new_ctfs else 0
-            room = Room.find(values, ctfs, memory, device_memory, folder, p.device)
+            there = device_memory if shared is None or shared.on_device else 0
+            room = Room.find(values, ctfs, memory, there, folder, p.device)
             if shared is None or shared.on_device == (room.device is not None):
                 break
         self.description = room.description
@@ -225,7 +226,8 @@ class BatchLoader:
         if seen is not None:
             parts["seen"] = seen
         if self._store is not None:
-            parts |= self._store.read(rows.numpy(), None if seen is None else seen.numpy())
+            others = None if seen is None else seen.numpy()
+            parts |= self._store.read(rows.numpy(), others, flips=self.shown is not None)
         else:
             parts |= self._read_stack(rows, seen, raw)
         if self.particles.device.type == "cuda":  # else a copy would wait for the device
@@ -269,10 +271,9 @@ class BatchLoader:
         parts = dict(parts)
         for name in {"y", "image", "seen_y"} & parts.keys():
             parts[name] = parts[name].float()
-        if "flips" in parts and self.shown is not None:
+        if "flips" in parts:
             shown = parts.pop("seen_y") if "seen_y" in parts else parts["y"]
-            parts["image"] = flipped(shown, parts["flips"])
-        parts.pop("flips", None)
+            parts["image"] = flipped(shown, parts.pop("flips"))
         return parts
 
     def _sent(self, loaded: Loaded) -> Loaded:
@@ -298,7 +299,7 @@ class BatchLoader:
                 at = {"at": parts.get("at", parts.get("rows", parts["index"]))}
                 if "seen" in parts and self._store.shown is None:
                     at["seen_at"] = parts.get("seen_at", parts["seen"])
-                parts = {**parts, **self._store.pick(at)}
+                parts = {**parts, **self._store.pick(at, flips=self.shown is not None)}
             parts = self._widened(parts)
         index = parts["index"]
         rows, share = parts.get("rows", index), None

@@ -60,7 +60,7 @@ class Store:
         """Return the rows of images by their positions in the data set."""
         return index if self.where is None else self.where[index]
 
-    def read(self, index: np.ndarray, seen: np.ndarray | None) -> dict[str, Tensor]:
+    def read(self, index: np.ndarray, seen: np.ndarray | None, *, flips: bool) -> dict[str, Tensor]:
         """Return what ``pick`` needs: rows if all is on a GPU and they differ, else what is there.
 
         Parameters
@@ -69,15 +69,17 @@ class Store:
             Positions of images in the data set, `(M,)`.
         seen
             Of others that a network is shown; None: it is shown none, or the same.
+        flips
+            Whether there is a network, which is shown flipped phases.
         """
         at = {"at": torch.from_numpy(self.rows(index))}
         if seen is not None and self.shown is None:
             at["seen_at"] = torch.from_numpy(self.rows(seen))
         if not self.on_device:
-            return self.pick(at)
+            return self.pick(at, flips=flips)
         return {name: value for name, value in at.items() if self.where is not None}
 
-    def pick(self, at: dict[str, Tensor]) -> dict[str, Tensor]:
+    def pick(self, at: dict[str, Tensor], *, flips: bool) -> dict[str, Tensor]:
         """Return ``y`` as it is kept, and as far as it is known ``ctf`` and what is shown.
 
         That is ``image``, or ``flips`` of the particles, or ``seen_y`` with its ``flips``.
@@ -90,7 +92,7 @@ class Store:
             return found
         if "seen_at" in at:
             found["seen_y"] = _rows(self.images, at["seen_at"])
-        if self.flips is not None:
+        if flips and self.flips is not None:
             found["flips"] = _rows(self.flips, at.get("seen_at", at["at"]))
         return found
 
@@ -177,7 +179,7 @@ class Room:
             for extra in (ctfs, 0)
         ]
         places = (device, device_memory, f"on {device}"), (None, memory, "in memory")
-        for place, most, where in places:
+        for place, most, where in places if device_memory else places[1:]:
             for kind, with_ctf, needed in choices:
                 if needed <= most:
                     text = _described(where, kind, needed, most, with_ctf=with_ctf)

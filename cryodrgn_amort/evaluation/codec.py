@@ -59,13 +59,13 @@ class Images:
 
     def of(self, some: slice) -> Images:
         """Return those of some of the particles."""
-        tilts = len(self.rows) // max(1, len(self.index))
-        rows = slice(some.start * tilts, some.stop * tilts)
-        parts = self.rows, self.sent_rows, self.raw
         if some.stop - some.start == len(self.index):
             return self
-        of_images, sent_rows, raw = (part[rows] for part in parts)
-        return Images(self.index[some], of_images, self.sent[some], sent_rows, raw)
+        tilts = len(self.rows) // len(self.index)
+        at = slice(some.start * tilts, some.stop * tilts)
+        return Images(
+            self.index[some], self.rows[at], self.sent[some], self.sent_rows[at], self.raw[at]
+        )
 
 
 class Codec:

@@ -39,8 +39,8 @@ class Network:
         self._residual = [hasattr(module, "linear") for module in modules]
         self._slope = float(getattr(network.main[1], "negative_slope", 0.0))
         self._buffers = buffers
-        self._identity: Tensor | None = None
         self.width = len(self._layers[0].weight)
+        self._identity = torch.eye(self.width)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -78,12 +78,7 @@ class Network:
 
     def _eye(self, weight: Tensor) -> Tensor:
         """Return the identity matrix that a residual layer adds."""
-        if (
-            self._identity is None
-            or self._identity.shape != weight.shape
-            or (self._identity.dtype != weight.dtype or self._identity.device != weight.device)
-        ):
-            self._identity = torch.eye(*weight.shape, dtype=weight.dtype, device=weight.device)
+        self._identity = self._identity.to(weight)
         return self._identity
 
     def gradients(self, sums: Sums, z: Tensor, columns: Tensor) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from cryodrgn_amort.options.fields import PRECISIONS, Options, flag
+from cryodrgn_amort.options.fields import Options, flag, of_run_precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,12 +70,7 @@ class EvalOptions(Options):
         "--batch-size", default=256, least=1, group=_MUCH, metavar="N",
         help="Images that are encoded at once",
     )  # fmt: skip
-    precision: str | None = flag(
-        "--precision", default=None, choices=PRECISIONS[:-1], group=_MUCH,
-        metavar="|".join(PRECISIONS[:-1]),
-        help="Of the decoder's matrix products (default: fp32 on CPUs; on GPUs as in a training\n"
-        "with RUN's flags)",
-    )  # fmt: skip
+    precision: str | None = of_run_precision(_MUCH)
     seed: int = flag(
         "--seed", default=0, least=0, group=_MUCH, metavar="N",
         help="Seed of samples, intervals and UMAP",

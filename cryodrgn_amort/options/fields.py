@@ -33,6 +33,7 @@ __all__ = [
     "near",
     "of_host",
     "of_kind",
+    "of_run_precision",
 ]
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp64")
@@ -140,6 +141,16 @@ def flag(
 def of_host(name: str, default: Any = MISSING, **bounds: Any) -> Any:
     """Declare a field that is a flag of ``train_vae``, whose parser has its help and default."""
     return field(default=default, metadata={_KEY: Flag((name,), "", of_host=True, **bounds)})
+
+
+def of_run_precision(group: str) -> Any:
+    """Declare the field by which a command on a run says how its decoder multiplies."""
+    known = PRECISIONS[:-1]
+    return flag(
+        "--precision", default=None, choices=known, group=group, metavar="|".join(known),
+        help="Of the decoder's matrix products (default: fp32 on CPUs; on GPUs as in a training\n"
+        "with RUN's flags)",
+    )  # fmt: skip
 
 
 def flags_of(options: Any) -> dict[str, Flag]:

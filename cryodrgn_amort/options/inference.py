@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from cryodrgn_amort.core import InputError
-from cryodrgn_amort.options.fields import PRECISIONS, Options, flag
+from cryodrgn_amort.options.fields import Options, flag, of_run_precision
 
 __all__ = ["InferOptions"]
 
@@ -80,12 +80,7 @@ class InferOptions(Options):
         "--batch-size", default=256, least=1, group=_HOW, metavar="N",
         help="Particles that are fitted at once",
     )  # fmt: skip
-    precision: str | None = flag(
-        "--precision", default=None, choices=PRECISIONS[:-1], group=_HOW,
-        metavar="|".join(PRECISIONS[:-1]),
-        help="Of the decoder's matrix products (default: fp32 on CPUs; on GPUs as in a training\n"
-        "with RUN's flags)",
-    )  # fmt: skip
+    precision: str | None = of_run_precision(_HOW)
     seed: int = flag(
         "--seed", default=0, least=0, most=2**31 - 1, wanted="must not be negative, nor huge",
         group=_HOW, metavar="N", help="Seed of the noise",

@@ -42,6 +42,9 @@ class Augmented(Objective):
 
     def __init__(self, particles: Particles, roll_px: int, consistency: float) -> None:
         self.particles, self.roll_px, self.consistency = particles, roll_px, consistency
+        places = torch.arange(particles.D**2, device=particles.device)
+        places = places.view(particles.D, particles.D)
+        self._quarters = torch.stack([torch.rot90(places, -k).flatten() for k in range(4)])
 
     def loss(
         self, model: LatentModel, batch: Batch, beta: float | Tensor, beta_control: float | None
@@ -90,7 +93,7 @@ class Augmented(Objective):
         if batch.image is not None and p.whole:  # the corners are wanted, too
             whole = p.flip(batch.image, p.ctf(index))
         whole[:, p.mask] = batch.y
-        y = turn.hartley(whole.view(-1, p.D, p.D))
+        y = turn.hartley(whole.view(-1, p.D, p.D), self._quarters)
         rolled = p.centre(y, shift_px.to(y))
         return Batch(
             batch.index, p.masked(p.centre(y, None)), p.flip(rolled, ctf),
@@ -119,12 +122,13 @@ class _Turn:
         ]
         self.matrix = torch.stack(matrices).index_select(0, self._quarters).view(3, 3)
 
-    def hartley(self, y: Tensor) -> Tensor:
-        """Turn preprocessed images `(B, D, D)`: by index permutation, the rest by shears."""
+    def hartley(self, y: Tensor, quarters: Tensor) -> Tensor:
+        """Turn preprocessed images `(B, D, D)`: by index permutation, the rest by shears.
+
+        ``quarters``: where pixels come from in each number of quarter turns, `(4, D * D)`.
+        """
         size = y.shape[-1]
-        places = torch.arange(size**2, device=y.device).view(size, size)
-        turns = torch.stack([torch.rot90(places, -k).flatten() for k in range(4)])
-        at = turns.index_select(0, self._quarters)[0]
+        at = quarters.index_select(0, self._quarters)[0]
         y = y.flatten(1).index_select(1, at).view_as(y)
         along_x, along_y = -torch.tan(self._rest / 2), torch.sin(self._rest)
         real = sheared_turn(host.iht2_center(y[:, :-1, :-1]), along_x, along_y)

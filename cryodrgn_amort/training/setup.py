@@ -73,17 +73,16 @@ def open_loader(
     InputError
         If images cannot be read, or have pixels that are not finite.
     """
-    free = available_memory(), free_memory(particles.device) or 0
-    memory, on_device = (
-        part // 2 // processes.local_size if settings.memory is None else int(settings.memory * 1e9)
-        for part in free
-    )
+    memory = available_memory() // 2 // processes.local_size
+    on_device = (free_memory(particles.device) or 0) // 2  # a card is this process's alone
+    if settings.memory is not None:
+        memory = int(settings.memory * 1e9)
+        on_device = min(memory, on_device)
 
     def progress(items: Iterable[Any], total: int) -> Iterator[Any]:
         return bar(items, "preprocessing", total, silent=not processes.leads)
 
     memory = 0 if settings.lazy else memory
-    on_device = min(on_device, free[1])
     return BatchLoader(
         particles, shown, memory=memory, device_memory=on_device, folder=folder,
         processes=processes, progress=progress,

@@ -57,7 +57,7 @@ class Stepper:
     """Takes the steps of a training.
 
     On a GPU no step waits for it. Whether a loss can be used is asked for of many steps at once,
-    ``due``; and steps of full batches are one CUDA graph, for encoders that ``replay``.
+    ``lost``; and steps of full batches are one CUDA graph, for encoders that ``replay``.
 
     Attributes
     ----------
@@ -85,7 +85,7 @@ class Stepper:
         first = [p for p in trained if id(p) in of_decoder]  # known when the loss is
         self.processes = Overlapping(processes, [first] if 0 < len(first) < len(trained) else [])
         self.poses = poses
-        self.device = device = loader.particles.device
+        device = loader.particles.device
         amort = model.amort
         self.lost: Lost | None = None
         self.before: deque[Before] = deque()
@@ -133,7 +133,10 @@ class Stepper:
 
     def batch(self, loaded: Loaded) -> Batch:
         """Make a batch of what was read, with the poses that its images have by now."""
-        batch = self.loader.finish(loaded)
+        return self.posed(self.loader.finish(loaded))
+
+    def posed(self, batch: Batch) -> Batch:
+        """Give a batch the poses that its images have by now."""
         return batch if self.poses is None else self.poses.posed(batch)
 
     def again(self, before: Before) -> Batch:

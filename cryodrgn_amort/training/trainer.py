@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cryodrgn_amort.core import Registry
-    from cryodrgn_amort.data import Batch, Loaded, Particles
+    from cryodrgn_amort.data import Loaded, Particles
     from cryodrgn_amort.options import TrainSettings
     from cryodrgn_amort.training.stepper import Before
 
@@ -326,10 +326,6 @@ class Trainer:
             progress.left_out += before.loaded.size
         self.steps.before.clear()
 
-    def _posed(self, batch: Batch) -> Batch:
-        """Give a batch the poses that its images have by now."""
-        return batch if self.poses is None else self.poses.posed(batch)
-
     @torch.no_grad()
     def _no_loss(self, before: Before, progress: EpochProgress) -> None:
         """Do what ``--on-nan`` says about a batch without a loss, before which all is as it was."""
@@ -366,7 +362,7 @@ class Trainer:
         # a loader draws a seed from the global generator, as the host's eval_z does
         size = max(1, _ENCODE_BATCH // self.particles.ntilts)
         batches = self.loader.batches(size, shuffle=False, rng=self.random_state.tilts)
-        both = self.model.eval().posteriors(map(self._posed, batches))
+        both = self.model.eval().posteriors(map(self.steps.posed, batches))
         both = self.processes.collect(both, self.particles.n).cpu().numpy()
         return both[:, : self.settings.zdim], both[:, self.settings.zdim :]
 

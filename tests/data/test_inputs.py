@@ -140,3 +140,18 @@ def test_run_keeps_its_twins(train, flags):
     trainer = train(flags, encoder="twin", qdim=16)
     kept = read_weights(trainer.folder / "weights.pkl", "")["amort"]["input_state"]
     assert torch.equal(kept["permutation"], trainer.shown.permutation)
+
+
+def test_particles_are_preprocessed_once_for_several_loaders(particles, monkeypatch):
+    """For a network and for a table of the same particles; noise is made in addition."""
+    from cryodrgn_amort.data import Particles
+
+    read, raw = [], Particles.raw
+    monkeypatch.setattr(
+        Particles, "raw", lambda self, rows: read.append(len(rows)) or raw(self, rows)
+    )
+    for shown in (EncoderInput(), None, EncoderInput(), Noise(particles.box, 0.0, 1.0, 0)):
+        loader = BatchLoader(particles, shown, memory=10**9)
+        batch = next(iter(loader.batches(16, shuffle=False)))
+        assert (batch.image is None) == (shown is None)
+    assert sum(read) == particles.n
