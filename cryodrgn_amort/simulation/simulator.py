@@ -37,6 +37,7 @@ from cryodrgn_amort.core import (
 )
 from cryodrgn_amort.options import MOST_CLASSES, SimulateOptions
 from cryodrgn_amort.simulation.draw import Drawn, draw, most_shift_px
+from cryodrgn_amort.simulation.noise_spectrum import noise_power
 from cryodrgn_amort.simulation.specimens import BlobModel, VolumeModel, clean_images, read_volume
 
 if TYPE_CHECKING:
@@ -121,14 +122,13 @@ class _Imager:
         )
 
     def noise(self, count: int, colour: str, stream: np.random.Generator) -> Tensor:
-        """Return noise `(B, D, D)` of variance 1; coloured: it falls with the frequency."""
+        """Return noise `(B, D, D)` of variance 1, with the spectrum that ``colour`` names."""
         white = torch.from_numpy(stream.standard_normal((count, self.D, self.D), np.float32))
-        if colour == "white":
+        power = noise_power(colour, self.D)
+        if power is None:
             return white
-        k = torch.fft.fftfreq(self.D)
-        power = 1 / (1 + (k[:, None] ** 2 + k**2) * 36)  # half at a sixth of the sampling frequency
-        gain = (power / power.mean()).sqrt()[:, : self.D // 2 + 1]
-        coloured: Tensor = torch.fft.irfft2(torch.fft.rfft2(white) * gain, s=(self.D, self.D))
+        fourier = torch.fft.rfft2(white) * power.sqrt()
+        coloured: Tensor = torch.fft.irfft2(fourier, s=(self.D, self.D))
         return coloured
 
     def signal_variance(self, stream: np.random.Generator) -> float:
