@@ -42,6 +42,8 @@ CASES = {
     "lazy": ({**NETWORK, "lazy": True}, 260),
     "sleep": ({"encoder": "sleep", "from_run": "first"}, 195),
     "anchored": ({"encoder": "anchored", "anchors": 4, "from_run": "first"}, 215),
+    "alternate": ({"encoder": "alternate", "anchors": 4, "num_epochs": 4}, 230),
+    "its encoder": ({"encoder": "alternate", "from_run": "first", "rounds": 1}, 230),
 }
 TILTS = {"encode_mode": "tilt", "ntilts": 3, "dose_per_tilt": 2.93}
 CASES |= {
@@ -55,7 +57,7 @@ LEFT = 200_000_000  # of memory, in bytes
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Few synthetic images; one thread, whose sums are those of the device."""
-    monkeypatch.setattr(synthetic.SyntheticImages.__init__, "__defaults__", (16, 16))
+    monkeypatch.setattr(synthetic.SyntheticImages.__init__, "__defaults__", (16, 16, 1, None))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 

@@ -103,6 +103,15 @@ class ProcessGroup:
             return rows.new_empty(0, *rows.shape[1:])
         return torch.stack(parts, 1).flatten(0, 1)[:n]
 
+    def spread(self, rows: Tensor, n: int) -> Tensor:
+        """Put the rows of all processes together as ``collect`` does, in every process."""
+        if self.size == 1:
+            return rows
+        whole = rows.new_zeros(n, *rows.shape[1:])
+        whole[self.rank :: self.size] = rows
+        self.sum_([whole])
+        return whole
+
     def split(self, module: Module, names: AbstractSet[str]) -> None:
         """Of the buffers ``names``, which have a row per particle, keep this process's rows."""
         if self.size == 1:

@@ -80,6 +80,19 @@ class Batch:
         sent = None if self.sent is None else self.sent[places]
         return Batch(self.index[known], y, image, rot, ctf, images=images, sent=sent)
 
+    def repeated(self, times: int) -> Batch:
+        """Return each particle so many times in a row, but for its image: for others in its place.
+
+        Waits for no GPU.
+        """
+        index, sent, rot, ctf = (
+            None if part is None else part.repeat_interleave(times, 0)
+            for part in (self.index, self.device_index, self.rot, self.ctf)
+        )
+        assert index is not None
+        share = None if self.share is None else self.share.repeated(times)
+        return Batch(index, self.y[:0], None, rot, ctf, share, sent=sent)
+
     @property
     def tilts(self) -> int:
         """Number of images of each particle."""
@@ -130,6 +143,12 @@ class Share:
     rows: Tensor
     places: Tensor
     size: int
+
+    def repeated(self, times: int) -> Share:
+        """Return that of a batch with each particle so many times in a row."""
+        each = torch.arange(times, device=self.places.device)
+        places = (self.places[:, None] * times + each).flatten()
+        return Share(self.rows.repeat_interleave(times), places, self.size * times)
 
 
 class Particles:

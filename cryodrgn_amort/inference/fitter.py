@@ -112,6 +112,8 @@ class Fitter:
             return ElboScale(float(beta) * tilts)
         settings = self.run.settings
         value = settings.beta_value()
+        if value == "implied":
+            return ElboScale.implied(self.variance)
         if settings.beta_control is not None or isinstance(value, str):
             raise InputError(
                 f"--beta train: RUN {self.run.folder} was trained with --beta-control, which "

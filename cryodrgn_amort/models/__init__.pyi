@@ -1,3 +1,4 @@
+from .alternating import AlternatingEncoder as AlternatingEncoder
 from .base import LatentModel as LatentModel
 from .encoders import Encoder as Encoder
 from .lookup_table import LookupTable as LookupTable

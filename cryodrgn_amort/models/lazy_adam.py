@@ -147,6 +147,11 @@ class LazyAdam(nn.Module):
             held.index_copy_(0, rows, new)
         self.steps += 1 if lost is None else ~lost
 
+    def rest(self) -> None:
+        """Forget all momentum: every row is where ``weight`` has it."""
+        self.m.zero_()
+        self.v.zero_()
+
     def settle(self, weight: Tensor) -> None:
         """Make ``weight`` hold places of rest if it comes from an older checkpoint.
 

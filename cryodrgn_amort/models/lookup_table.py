@@ -51,6 +51,8 @@ class LookupTable(Encoder):
     ----------
     weight
         Where each row comes to rest, `(N, 2 zdim)`; ``latents`` tells where it is.
+    fixed
+        Whether rows stay where they are for now, all at rest.
     """
 
     replays = True
@@ -68,11 +70,12 @@ class LookupTable(Encoder):
         self.register_load_state_dict_post_hook(_settle)  # type: ignore[no-untyped-call] # torch's
         self._begun: Begun | None = None
         self._epoch_start: Tensor | None = None
+        self.fixed = self.adam is None
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Look up the batch's rows; in training they are leaves whose gradient moves the table."""
         index = batch.device_rows
-        if self.adam is None:
+        if self.adam is None or self.fixed:
             rows = self.weight[index]
         else:
             begun = self.adam.begin(self.weight, index)
@@ -96,6 +99,17 @@ class LookupTable(Encoder):
         """Return all means and log variances, each `(N, zdim)`."""
         rows = self.weight if self.adam is None else self.adam.read_all(self.weight)
         return rows[:, : self.zdim], rows[:, self.zdim :]
+
+    def put(self, mean: Tensor, logvar: Tensor) -> None:
+        """Let all rows be at rest at a mean and a log variance, each `(N, zdim)`."""
+        self.weight.copy_(torch.cat([mean, logvar], 1))
+        if self.adam is not None:
+            self.adam.rest()
+
+    def sized(self, count: int) -> LookupTable:
+        """Return a table with so many rows, whose state is to be loaded."""
+        rows = self.weight.new_zeros(count, self.zdim)
+        return LookupTable(rows, rows, *self._rates)
 
     def epoch_start(self, done: float) -> None:
         """Set the learning rate, and remember where the means are."""

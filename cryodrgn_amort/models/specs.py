@@ -46,8 +46,11 @@ class EncoderSpec:
         Whether, with ``--from``, it learns from images that the decoder makes up, the decoder
         staying as it is. Else both are trained on the particles. The encoder may have the methods
         for a second stage: ``Encoder.learn_from`` and so on.
+    in_turns
+        Whether it and the decoder are trained in turns; with ``--from`` they start from the run's.
     defaults
-        With ``--from``: argument name -> value, where it is not that of ``train_vae``.
+        Argument name -> value, where it is not that of ``train_vae``: with ``--from``, and
+        ``in_turns``.
     """
 
     name: str
@@ -58,6 +61,7 @@ class EncoderSpec:
     flags: frozenset[str] = frozenset()
     second_stage: bool = False
     sleeps: bool = False
+    in_turns: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -130,6 +134,12 @@ def _anchored(settings: TrainSettings, particles: Particles) -> Encoder:
     from cryodrgn_amort.models.second_stage import AnchoredEncoder
 
     return AnchoredEncoder(settings, particles)
+
+
+def _alternate(settings: TrainSettings, particles: Particles) -> Encoder:
+    from cryodrgn_amort.models.alternating import AlternatingEncoder
+
+    return AlternatingEncoder(settings, particles)
 
 
 def _semi(settings: TrainSettings, particles: Particles) -> Encoder:
@@ -210,6 +220,16 @@ ENCODERS = (
         shown_images=False,
         second_stage=True,
         flags=VLT.flags | {"from_run"},
+    ),
+    EncoderSpec(
+        "alternate",
+        "decoder and encoder in turns: a table, then an encoder that has seen no particle, ...",
+        build=_alternate,
+        in_turns=True,
+        defaults={"qdim": 256, "beta": "implied"},
+        flags=frozenset(
+            {"from_run", "qlayers", "qdim", "anchors", "rounds", "table_lr", "table_lr_end"}
+        ),
     ),
 )
 INPUTS = (

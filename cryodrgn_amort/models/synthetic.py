@@ -108,6 +108,10 @@ class SyntheticImages(Objective):
         What ``Encoder.template_latents`` returns, `(K, zdim)` or None.
     poses, signals
         At most so many poses are in the pool at a time, and so many latents at each.
+    copies
+        How many images are made up in place of each particle of a batch.
+    each_epoch
+        How many in an epoch; None: one for each particle.
 
     Attributes
     ----------
@@ -125,9 +129,12 @@ class SyntheticImages(Objective):
         seed: int,
         poses: int = _POSES,
         signals: int = _SIGNALS,
+        copies: int = 1,
+        each_epoch: int | None = None,
     ) -> None:
         self.decoder, self.particles, self.seed = decoder, particles, seed
-        self.signals = signals
+        self.signals, self.copies = signals, copies
+        self._each_epoch = particles.n if each_epoch is None else each_epoch
         self._mean, self._spread = mean, torch.exp(0.5 * logvar)
         self.templates = mean[:0] if templates is None else templates
         self.noise = measure_noise(decoder, particles, mean, seed)
@@ -149,7 +156,7 @@ class SyntheticImages(Objective):
         state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)
         self.generator.manual_seed(int(state[0] >> np.uint64(1)))
         size = self.poses
-        each = min(size, -(-self.particles.n // (self.signals * _USES)))
+        each = min(size, -(-self._each_epoch // (self.signals * _USES)))
         replaced = (epoch - 1) * each - torch.arange(size)
         generation = torch.div(replaced + size - 1, size, rounding_mode="floor").clamp(min=0)
         places = (generation != self._made).nonzero()[:, 0]
@@ -186,7 +193,11 @@ class SyntheticImages(Objective):
         return plane, pose, rows, normal
 
     def draw(self, batch: Batch) -> SyntheticBatch:
-        """Make up an image in place of each particle of a batch, with its CTF and translation."""
+        """Make up images in place of each particle of a batch, with its CTF and translation."""
+        return self._one_each(batch if self.copies == 1 else batch.repeated(self.copies))
+
+    def _one_each(self, batch: Batch) -> SyntheticBatch:
+        """Make up an image in place of each particle of a batch."""
         place, signal = (
             torch.randint(n, (batch.size,), generator=self.generator, device=self._z.device)
             for n in (self.poses, self.signals)
@@ -232,11 +243,12 @@ class SyntheticImages(Objective):
         logvar = logvar.clamp(*_LOGVAR_RANGE)
         error = (mine.z.to(mean) - mean).square()
         each = 0.5 * (math.log(2 * math.pi) + logvar + error * torch.exp(-logvar)).sum(1)
-        total = each.sum() / batch.size
-        kld = kl_divergence(mean, logvar).sum() / batch.size
+        size = batch.size * self.copies
+        total = each.sum() / size
+        kld = kl_divergence(mean, logvar).sum() / size
         self._last[0] = error.detach().sum()
         self._last[1] = len(error)
-        return Losses(total, total, kld, 0.0), mean.detach()
+        return Losses(total, total, kld, 0.0), mean[:: self.copies].detach()
 
     def count(self, lost: Tensor | None) -> None:
         """Count the last images, unless they are ``lost``."""
@@ -271,6 +283,6 @@ class SyntheticImages(Objective):
         for index in sample.split(_CHUNK):
             batch = loader.read(index)
             real.append(shells.power(batch.y).cpu())
-            synthetic.append(shells.power(self.draw(batch).y).cpu())
+            synthetic.append(shells.power(self._one_each(batch).y).cpu())
         frequency = (np.arange(shells.count) + 1) / self.particles.box
         return Agreement(frequency, torch.cat(real).numpy(), torch.cat(synthetic).numpy())

@@ -1,6 +1,10 @@
 from .comparison import CompareOptions as CompareOptions, TimingOptions as TimingOptions
 from .digits import METHODS as METHODS, MnistSettings as MnistSettings
-from .encoder_flags import AnchorFlags as AnchorFlags, TableFlags as TableFlags
+from .encoder_flags import (
+    AnchorFlags as AnchorFlags,
+    TableFlags as TableFlags,
+    TurnFlags as TurnFlags,
+)
 from .evaluation import EvalOptions as EvalOptions
 from .fields import add_flags as add_flags, near as near, of_kind as of_kind
 from .inference import InferOptions as InferOptions

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cryodrgn_amort.core import InputError
 from cryodrgn_amort.options.fields import Options, flag
 
-__all__ = ["AnchorFlags", "TableFlags"]
+__all__ = ["AnchorFlags", "TableFlags", "TurnFlags"]
 
 _TABLE = "Lookup table (--encoder vlt)"
 
@@ -64,3 +64,17 @@ class AnchorFlags(Options):
         group="Second stage (--from)", metavar="K",
         help="Latents that --encoder anchored compares with",
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TurnFlags(Options):
+    """Of ``--encoder alternate``, beside its anchors and its table's rates."""
+
+    rounds: int = flag(
+        "--rounds", default=2, least=1, group="Decoder and encoder in turns (--encoder alternate)",
+        metavar="R",
+        help="How often the encoder has its turn; between two, the decoder is trained on its\n"
+        "answers. Fewer if particles held out (--holdout) say that it does not help",
+    )  # fmt: skip
+    table_lr: float = 0.1
+    table_lr_end: float = 1e-3

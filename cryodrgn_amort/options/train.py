@@ -224,15 +224,22 @@ class TrainSettings(Options):
         return half if half is not None and self.amp else "fp32"
 
     def beta_value(self) -> float | str:
-        """Return the KL weight: 1/zdim unless given; one of the host's schedules a-d by name."""
+        """Return the KL weight: 1/zdim unless given; "implied", or a schedule of the host, a-d."""
         if self.beta is None:
             return 1.0 / self.zdim
         try:
             beta = float(self.beta)
         except ValueError:
+            if self.beta == "implied":
+                if self.beta_control is not None:
+                    raise InputError(
+                        "--beta implied and --beta-control exclude each other"
+                    ) from None
+                return self.beta
             if self.beta not in ("a", "b", "c", "d"):
                 raise InputError(
-                    f"--beta {self.beta}: neither a number nor a schedule of the host (a, b, c, d)"
+                    f"--beta {self.beta}: neither a number, nor implied, nor a schedule of "
+                    "the host (a, b, c, d)"
                 ) from None
             if self.beta_control is None:
                 raise InputError(f"--beta {self.beta}: a schedule needs --beta-control") from None

@@ -74,8 +74,9 @@ def transforms() -> list[TransformSpec]:
 
 @hookimpl
 def train_args(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the lookup table and of the second stage."""
-    from cryodrgn_amort.options import AnchorFlags, TableFlags, add_flags
+    """Add the flags of the lookup table, of the second stage, and of turns."""
+    from cryodrgn_amort.options import AnchorFlags, TableFlags, TurnFlags, add_flags
 
     add_flags(parser, TableFlags)
     add_flags(parser, AnchorFlags)
+    add_flags(parser, TurnFlags)

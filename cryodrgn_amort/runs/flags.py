@@ -102,14 +102,14 @@ def _with_encoder(
         named = plugins.encoder("tilt")  # of the host's networks, the one that can read them
         assert isinstance(named, EncoderSpec)
         values["encoder"] = named.name
-    if tilted and named.sleeps and named.host_mode is None:
+    if tilted and (named.sleeps or named.in_turns) and named.host_mode is None:
         raise InputError(
             f"--encoder {named.name}: learns from single images made up, and cannot read tilt "
             "series"
         )
     if named.second_stage and not values.get("from_run"):
         raise InputError(f"--encoder {named.name}: needs a finished run, --from RUN")
-    if values.get("from_run"):
+    if values.get("from_run") or named.in_turns:
         values = {**named.defaults, **values}
     if named.host_mode is not None:
         mode = values.setdefault("encode_mode", named.host_mode)
@@ -237,6 +237,9 @@ def inherited(
             f"meant (pose.EPOCH.pkl there {which})"
         )
     recipe = plugins.recipe(values["recipe"]).flags if values.get("recipe") else {}
+    spec = plugins.encoder(values.get("encoder", recipe.get("encoder", "resid")))
+    if isinstance(spec, EncoderSpec) and spec.in_turns:
+        values.setdefault("beta", spec.defaults["beta"])
     for name in _OF_DECODER:
         own = getattr(had, name)
         if values.setdefault(name, own) != own:
@@ -246,7 +249,6 @@ def inherited(
     for name in (*_OF_PARTICLES, *(_TILTS_OF_RUN if had.tilted else ())):
         if (known := getattr(had, name)) is not None:
             values.setdefault(name, known)
-    spec = plugins.encoder(values.get("encoder", recipe.get("encoder", "resid")))
     if isinstance(spec, EncoderSpec) and spec.sleeps:
         if n < 2:
             raise InputError(f"--from {values['from_run']}: has one latent, which is too few to "

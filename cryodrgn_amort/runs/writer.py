@@ -122,6 +122,12 @@ class RunFolder:
         """Remove what waits: there is a new checkpoint."""
         shutil.rmtree(self.replaced, ignore_errors=True)
 
+    def drop_after(self, epoch: int) -> None:
+        """Remove the checkpoints of later epochs."""
+        for path in self.present(epoch):
+            forget(self.path, path.name)
+            path.unlink()
+
     def latest(self) -> tuple[str, dict[str, Any]]:
         """Read the newest checkpoint that is whole; returns its path, too.
 

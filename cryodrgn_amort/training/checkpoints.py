@@ -11,6 +11,7 @@ from cryodrgn_amort.core import INTERRUPTED, InputError, recorded, write_weights
 from cryodrgn_amort.models import plain_state
 from cryodrgn_amort.runs import METRICS
 from cryodrgn_amort.training.epoch_metrics import EpochProgress
+from cryodrgn_amort.training.implied_beta import ImpliedBeta
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,6 +54,7 @@ class Checkpoints:
     shown: EncoderInput | None
     poses: RefinedPoses | None
     random_state: RandomState
+    beta: Any
 
     def write(self, epoch: int, z: tuple[np.ndarray, np.ndarray], random: dict[str, Any]) -> Path:
         """Write a checkpoint after an epoch; returns the path of its weights.
@@ -106,6 +108,7 @@ class Checkpoints:
     ) -> None:
         """Write the state after ``epoch`` epochs, and whatever more there is to keep."""
         more |= {} if self.poses is None else {"poses": self.poses.state_dict()}
+        more |= {"beta": self.beta.value} if isinstance(self.beta, ImpliedBeta) else {}
         write_weights(
             self.files.path / name, epoch, self.model.host_state_dict(),
             plain_state(self.optimizer), encoder=self.settings.encoder, random=random,
@@ -140,6 +143,8 @@ class Checkpoints:
                 self.shown.load_state_dict(own["input_state"])
             except InputError as err:
                 raise InputError(f"{name}: {err}") from None
+        if isinstance(self.beta, ImpliedBeta):
+            self.beta.value = float(own.get("beta", 0.0))
         if self.poses is not None:
             self.poses.restore(own.get("poses"), name)
         random, epoch = own.get("random", {}), int(checkpoint["epoch"])

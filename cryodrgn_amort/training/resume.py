@@ -105,7 +105,8 @@ def check_start(
         If they are others.
     """
     flag, start = "--table-init", settings.extra.get("table_init")
-    if start is None and encoder.second_stage and not encoder.shown_images:
+    table = encoder.second_stage and not encoder.shown_images
+    if start is None and (table or encoder.in_turns):
         flag, start = "--from", settings.from_run
     if start is None or not (Path(start) / "config.yaml").is_file():
         return

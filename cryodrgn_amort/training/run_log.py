@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from cryodrgn_amort import host
 from cryodrgn_amort.core import __version__, device_name, half_precision
+from cryodrgn_amort.models import SyntheticImages
 from cryodrgn_amort.runs import HOLDOUT
+from cryodrgn_amort.training.second_stage import compare_images
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,8 +21,14 @@ if TYPE_CHECKING:
     from cryodrgn_amort.training.trainer import Trainer
 
 
-__all__ = ["log_batch", "log_epoch", "log_start"]
+__all__ = ["log_batch", "log_epoch", "log_stage", "log_start"]
 logger = logging.getLogger("cryodrgn_amort")
+
+_TURNS = {
+    "table": "table and decoder are trained on the particles",
+    "encoder": "the encoder is trained on images that the decoder makes up",
+    "decoder": "the decoder is trained on the particles, with the encoder's answers",
+}
 
 
 def log_start(trainer: Trainer, progress: EpochProgress | None) -> None:
@@ -55,6 +63,15 @@ def log_start(trainer: Trainer, progress: EpochProgress | None) -> None:
     if files.replaced.is_dir():
         names = ", ".join(sorted(p.name for p in files.replaced.iterdir()))
         logger.info(f"To be replaced once there is a new checkpoint: {names}")
+
+
+def log_stage(trainer: Trainer) -> None:
+    """Say what is trained now, and compare images made up for it with the particles."""
+    stage = trainer.stage
+    if len(trainer.stages) > 1:
+        logger.info(f"Epochs {stage.first} to {stage.last}: {_TURNS[stage.what]}")
+    if trainer.processes.leads and isinstance(trainer.objective, SyntheticImages):
+        compare_images(trainer.objective, trainer.folder, goes_on=not trainer.begins)
 
 
 def log_batch(trainer: Trainer, seen: int, losses: Losses) -> None:

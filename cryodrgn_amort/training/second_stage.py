@@ -9,15 +9,16 @@ import numpy as np
 import torch
 
 from cryodrgn_amort.core import InputError, write_json
-from cryodrgn_amort.models import SyntheticImages
+from cryodrgn_amort.models import AlternatingEncoder, SyntheticImages
 from cryodrgn_amort.runs import NOISE, load_run
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
 
-    from cryodrgn_amort.core import Registry
+    from cryodrgn_amort.core import ProcessGroup, Registry
     from cryodrgn_amort.data import Particles
     from cryodrgn_amort.models import AmortVAE, EncoderSpec
     from cryodrgn_amort.options import TrainSettings
@@ -33,6 +34,7 @@ def take_over(
     encoder: EncoderSpec,
     particles: Particles,
     plugins: Registry,
+    processes: ProcessGroup,
 ) -> tuple[Tensor, Tensor] | None:
     """Give a model the decoder of RUN, and tell the encoder of the latents of RUN.
 
@@ -68,38 +70,53 @@ def take_over(
         if model.amort is not None:
             with torch.no_grad():
                 model.amort.learn_from(mean)
+    if isinstance(model.amort, AlternatingEncoder):
+        own = slice(processes.rank, None, processes.size)
+        with torch.no_grad():
+            model.amort.put(mean[own], logvar[own])
     return mean, logvar
 
 
 def synthetic_images(
-    model: AmortVAE, particles: Particles, stage: tuple[Tensor, Tensor], seed: int, *, begins: bool
+    model: AmortVAE,
+    particles: Particles,
+    latents: tuple[Tensor, Tensor],
+    seed: int,
+    *,
+    begins: bool,
+    made: Mapping[str, int],
 ) -> SyntheticImages:
     """Make what an encoder learns from in place of particles: images that the decoder makes up.
 
     Parameters
     ----------
-    stage
-        Mean and log variance of the latents of RUN, each `(N, zdim)`.
+    latents
+        Mean and log variance of those that images are made up for, each `(N, zdim)`.
     begins
         Whether training begins. One that goes on has the encoder's state from its checkpoint.
+    made
+        ``copies`` and ``each_epoch``, as of ``SyntheticImages``.
     """
     amort = model.amort
+    copies, each_epoch = made.get("copies", 1), made.get("each_epoch")
     templates = None if amort is None else amort.template_latents()
-    images = SyntheticImages(model.fast, particles, *stage, templates, seed)
+    images = SyntheticImages(
+        model.fast, particles, *latents, templates, seed, copies=copies, each_epoch=each_epoch
+    )
     if amort is not None and begins:
         with torch.no_grad():
             amort.learn_noise(images.noise.precision())
     return images
 
 
-def compare_images(images: SyntheticImages, folder: Path, epoch: int, *, goes_on: bool) -> None:
-    """Write how alike images made up for an epoch and the particles are; warn if they are not.
+def compare_images(images: SyntheticImages, folder: Path, *, goes_on: bool) -> None:
+    """Write how alike images made up and the particles are; warn if they are not.
 
     A training that goes on has done so before.
     """
     if goes_on and (folder / NOISE).is_file():
         return
-    images.epoch_start(epoch)
+    images.epoch_start(1)
     found = images.agreement()
     write_json(folder / NOISE, {**images.noise.facts(), **found.facts()})
     ratio = found.power_ratio

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cryodrgn_amort import host
 from cryodrgn_amort.core import InputError, available_memory, bar, free_memory, half_precision
 from cryodrgn_amort.data import BatchLoader
 from cryodrgn_amort.models import AmortVAE, Objective, build_model
 from cryodrgn_amort.runs import model_args
 from cryodrgn_amort.training.augment import Augmented
+from cryodrgn_amort.training.implied_beta import ImpliedBeta
 from cryodrgn_amort.training.pose_refinement import RefinedPoses
 from cryodrgn_amort.training.random_state import RandomState
 from cryodrgn_amort.training.second_stage import synthetic_images
@@ -23,9 +25,17 @@ if TYPE_CHECKING:
     from cryodrgn_amort.data import Batches, EncoderInput, Particles
     from cryodrgn_amort.models import Encoder, EncoderSpec
     from cryodrgn_amort.options import TrainSettings
+    from cryodrgn_amort.training.stages import Stage
 
 
-__all__ = ["check_processes", "make_model", "make_objective", "open_loader", "shuffled_batches"]
+__all__ = [
+    "check_processes",
+    "make_beta",
+    "make_model",
+    "make_objective",
+    "open_loader",
+    "shuffled_batches",
+]
 
 
 def check_processes(settings: TrainSettings, processes: ProcessGroup) -> None:
@@ -42,6 +52,12 @@ def check_processes(settings: TrainSettings, processes: ProcessGroup) -> None:
         raise InputError("--shuffler-size: not with several processes")
     if processes.size > 1 and settings.do_pose_sgd:
         raise InputError("--do-pose-sgd: not with several processes")
+
+
+def make_beta(settings: TrainSettings, particles: Particles) -> Any:
+    """Make the weight of the KL divergence: what tells it of the number of particles seen."""
+    value = settings.beta_value()
+    return ImpliedBeta(particles) if value == "implied" else host.get_beta_schedule(value)
 
 
 def make_model(
@@ -109,13 +125,18 @@ def make_objective(
     settings: TrainSettings,
     particles: Particles,
     model: AmortVAE,
-    stage: tuple[Tensor, Tensor] | None,
+    latents: tuple[Tensor, Tensor] | None,
+    stage: Stage,
     *,
     begins: bool,
 ) -> Objective:
-    """Make what the model learns from; ``stage`` and ``begins`` are as of ``synthetic_images``."""
-    if stage is not None and model.decoder_fixed:
-        return synthetic_images(model, particles, stage, settings.seed, begins=begins)
+    """Make what the model learns from in a stage.
+
+    ``latents`` and ``begins`` are as of ``synthetic_images``.
+    """
+    if latents is not None and (stage.what == "encoder" or model.decoder_fixed):
+        made = stage.images_made(settings.batch_size)
+        return synthetic_images(model, particles, latents, settings.seed, begins=begins, made=made)
     if settings.augment is not None:
         return Augmented(particles, settings.augment, settings.consistency)
     return Objective()

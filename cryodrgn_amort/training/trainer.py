@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cryodrgn_amort import host
 from cryodrgn_amort.core import (
     OWN_KEY,
     InputError,
@@ -43,7 +42,10 @@ from cryodrgn_amort.runs import (
 )
 from cryodrgn_amort.training.analysis import analyze_run
 from cryodrgn_amort.training.checkpoints import Checkpoints
+from cryodrgn_amort.training.encoding import encode, end_turn
 from cryodrgn_amort.training.epoch_metrics import EpochProgress
+from cryodrgn_amort.training.held_out import take_back
+from cryodrgn_amort.training.implied_beta import ImpliedBeta
 from cryodrgn_amort.training.interrupts import StopSignals
 from cryodrgn_amort.training.on_nan import (
     RollbackError,
@@ -53,30 +55,27 @@ from cryodrgn_amort.training.on_nan import (
     without_loss,
 )
 from cryodrgn_amort.training.resume import check_start, checkpoint_of, holdout_of, source_for
-from cryodrgn_amort.training.run_log import log_batch, log_epoch, log_start
-from cryodrgn_amort.training.second_stage import compare_images, take_over
+from cryodrgn_amort.training.run_log import log_batch, log_epoch, log_stage, log_start
+from cryodrgn_amort.training.second_stage import take_over
 from cryodrgn_amort.training.setup import (
     check_processes,
+    make_beta,
     make_model,
-    make_objective,
     open_loader,
     shuffled_batches,
 )
-from cryodrgn_amort.training.stepper import Stepper
+from cryodrgn_amort.training.stages import begin_stage, stages_of
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from cryodrgn_amort.core import Registry
     from cryodrgn_amort.data import Loaded, Particles
     from cryodrgn_amort.options import TrainSettings
-    from cryodrgn_amort.training.stepper import Before
+    from cryodrgn_amort.training.stages import Stage
+    from cryodrgn_amort.training.stepper import Before, Stepper
 
 
 __all__ = ["Trainer"]
 logger = logging.getLogger("cryodrgn_amort")
-
-_ENCODE_BATCH = 256
 
 
 class Trainer:
@@ -97,8 +96,10 @@ class Trainer:
         This process among those that train the run.
     shown
         What a network encoder is shown; None for tables.
-    stage
-        Latents of the run whose decoder this one has: mean and log variance; None: there is none.
+    latents
+        Those of the run whose decoder this one has: mean and log variance; None: there is none.
+    stages, stage, begins
+        What is trained in which epochs, the present stage, and whether it began here.
     poses
         Poses that are refined; None: they stay as given.
     objective
@@ -135,25 +136,30 @@ class Trainer:
 
         made = make_model(settings, self.particles, self.encoder_spec, amort)
         self.random_state, self.poses, self.model = made
-        self.stage = take_over(self.model, settings, self.encoder_spec, self.particles, plugins)
+        self.latents = take_over(
+            self.model, settings, self.encoder_spec, self.particles, plugins, self.processes
+        )
+        self.stages = stages_of(settings, self.particles.n, in_turns=self.encoder_spec.in_turns)
+        self.stage: Stage
+        self.begins = True
         self.optimizer = adam(self.model.trained_parameters(), settings.lr, settings.wd)
         self.objective = Objective()
-        self.beta = host.get_beta_schedule(settings.beta_value())
+        self.beta = make_beta(settings, self.particles)
         self.epoch = self.seen = self._rollbacks = 0
         self._random: dict[str, Any] = {}  # states to go on from, before the next batch
-        self._progress: EpochProgress | None = None  # of the next epoch, to go on with
+        self.progress: EpochProgress | None = None  # of the next epoch, to go on with
         self.steps: Stepper
         self._checkpoints = Checkpoints(
             settings, self.files, self.processes, self.particles, self.model, self.optimizer,
-            self.shown, self.poses, self.random_state,
+            self.shown, self.poses, self.random_state, self.beta,
         )  # fmt: skip
         if checkpoint:
-            self._restore(checkpoint, own)
+            self.restore(checkpoint, own)
 
-    def _restore(self, checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
+    def restore(self, checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
         """Go on from a checkpoint; ``own`` is our part of it."""
-        self.epoch, self._random, self._progress = self._checkpoints.restore(checkpoint, own)
-        done = 0 if self._progress is None else self._progress.seen
+        self.epoch, self._random, self.progress = self._checkpoints.restore(checkpoint, own)
+        done = 0 if self.progress is None else self.progress.seen
         self.seen = self.epoch * self.particles.n + done
 
     def fit(self) -> None:
@@ -192,34 +198,36 @@ class Trainer:
         given = self.particles if self.poses is None else self.poses.particles
         self.loader = open_loader(settings, given, self.shown, self.processes, folder)
         self.batches = shuffled_batches(settings, self.loader, self.random_state)
-        self.objective = make_objective(
-            settings, self.particles, self.model, self.stage, begins=not self.epoch
-        )
-        parts = self.model, self.optimizer, self.objective, self.loader, self.poses, self.processes
-        self.steps = Stepper(settings, *parts)
+        if isinstance(self.beta, ImpliedBeta):
+            self.beta.begin()
+        begin_stage(self, self.epoch + 1)
 
     def _train(self) -> None:
         settings = self.settings
-        log_start(self, self._progress)
-        if self.processes.leads and isinstance(self.objective, SyntheticImages):
-            goes_on = self.epoch > 0 or self._progress is not None
-            compare_images(self.objective, self.folder, self.epoch + 1, goes_on=goes_on)
+        log_start(self, self.progress)
+        log_stage(self)
         self.random_state.restore(self._random)
         self._tell("training_start")
         started, first = time.monotonic(), self.epoch + 1
         with StopSignals(several=self.processes.size > 1) as signals:
             while self.epoch < settings.num_epochs:
                 self.epoch += 1
+                if begin_stage(self, self.epoch):
+                    log_stage(self)
                 try:
                     row = self._train_epoch(signals)
                 except RollbackError as why:
                     self._roll_back(str(why))
                     continue
+                turned = self.stage.what == "encoder" and self.epoch == self.stage.last
+                if turned and (best := end_turn(self)) < self.epoch:
+                    take_back(self, best)
+                    break
                 if self.processes.leads:
                     self.files.write_metrics(row)
                 self._tell("epoch_end", metrics=row)
                 wanted = settings.is_checkpoint(self.epoch)
-                if wanted or self.epoch == settings.num_epochs:
+                if wanted or turned or self.epoch == settings.num_epochs:
                     self._write_checkpoint(extra=not wanted)
         if self.processes.leads:
             self.files.finish(self.epoch)
@@ -239,11 +247,14 @@ class Trainer:
         self.model.train()
         progress = self._begin_epoch()
         started = time.monotonic() - progress.seconds
-        what, total = f"epoch {self.epoch}/{self.settings.num_epochs}", len(self.batches)
+        what = f"epoch {self.epoch}/{self.settings.num_epochs}"
+        total = min(len(self.batches), self.stage.batches or len(self.batches))
         with contextlib.closing(self.batches.loaded()) as coming:  # if need be, before its end
             for number, loaded in enumerate(
                 bar(coming, what, total, silent=not self.processes.leads)
             ):
+                if number == total:
+                    break
                 if number < progress.batches:  # done before training was stopped
                     continue
                 self._train_batch(loaded, progress)
@@ -260,18 +271,21 @@ class Trainer:
         took = time.monotonic() - started
         row = progress.metrics(self.epoch, took, progress.seen * self.particles.ntilts)
         log_epoch(row, took)
+        if isinstance(self.beta, ImpliedBeta) and not isinstance(self.objective, SyntheticImages):
+            self.beta.learn(row["gen_loss"])
         own = {} if self.model.amort is None else self.model.amort.epoch_metrics()
         return row | own | self.objective.epoch_metrics()
 
     def _begin_epoch(self) -> EpochProgress:
         """Begin the epoch, or go on in one that training was stopped in."""
-        settings, progress, self._progress = self.settings, self._progress, None
-        done = (self.epoch - 1) / settings.num_epochs
+        settings, progress, self.progress = self.settings, self.progress, None
+        stage = self.stage
+        done = stage.done(self.epoch)
         stopped_at = self.random_state.state()
-        self.objective.epoch_start(self.epoch)
+        self.objective.epoch_start(self.epoch - stage.first + 1)
         if self.model.amort is not None:
             self.model.amort.epoch_start(done)
-        set_rate(self.optimizer, settings.lr, settings.lr_end, done, self._rollbacks)
+        set_rate(self.optimizer, stage.lr, stage.lr_end, done, self._rollbacks)
         if progress is None:
             self._random = {}
             progress = EpochProgress.new(self.random_state.state(), settings, self.particles)
@@ -345,31 +359,21 @@ class Trainer:
         """Go back to the last checkpoint, with half the learning rate."""
         self._rollbacks += 1
         checkpoint = last_checkpoint(self.folder, self._rollbacks, why)
-        self._restore(checkpoint, checkpoint[OWN_KEY])
-        self.steps.forget()
+        self.restore(checkpoint, checkpoint[OWN_KEY])
+        del self.stage
+        begin_stage(self, self.epoch + 1)
         self.random_state.restore(self._random)
-        settings, done = self.settings, self.epoch / self.settings.num_epochs
-        set_rate(self.optimizer, settings.lr, settings.lr_end, done, self._rollbacks)
+        stage = self.stage
+        set_rate(
+            self.optimizer, stage.lr, stage.lr_end, stage.done(self.epoch + 1), self._rollbacks
+        )
         rate = self.optimizer.param_groups[0]["lr"]
         logger.warning(f"Back to epoch {self.epoch}, learning rate {rate:g}: {why}")
-
-    @torch.no_grad()
-    def encode(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the posterior means and log variances of all particles, each `(N, zdim)`.
-
-        Of several processes, only the leading one gets them.
-        """
-        # a loader draws a seed from the global generator, as the host's eval_z does
-        size = max(1, _ENCODE_BATCH // self.particles.ntilts)
-        batches = self.loader.batches(size, shuffle=False, rng=self.random_state.tilts)
-        both = self.model.eval().posteriors(map(self.steps.posed, batches))
-        both = self.processes.collect(both, self.particles.n).cpu().numpy()
-        return both[:, : self.settings.zdim], both[:, self.settings.zdim :]
 
     def _write_checkpoint(self, *, extra: bool) -> None:
         """Write a checkpoint; an ``extra`` one must not change how the run would go on."""
         before = self.random_state.state()
-        z = self.encode()
+        z = encode(self)
         path = self._checkpoints.write(
             self.epoch, z, before if extra else self.random_state.state()
         )

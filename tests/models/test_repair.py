@@ -111,7 +111,7 @@ def test_noise_has_the_spectrum_that_it_is_to_have(stack):
 
 def test_the_noise_is_what_latents_leave_unexplained(learning):
     trainer, _ = learning
-    mean = trainer.stage[0]
+    mean = trainer.latents[0]
     total = trainer.model.errors(trainer.loader.read(torch.arange(len(mean))), mean)[0]
     found = trainer.objective.noise.spectra[0]
     shells = trainer.objective.noise.shells
@@ -150,7 +150,7 @@ def test_poses_are_those_of_particles_turned_in_the_plane(learning):
 
 def test_latents_are_drawn_from_posteriors(learning):
     trainer, _ = learning
-    objective, (mean, logvar) = trainer.objective, trainer.stage
+    objective, (mean, logvar) = trainer.objective, trainer.latents
     z = objective._z.flatten(0, 1)
     expected = mean.var(0) + logvar.exp().mean(0)
     torch.testing.assert_close(z.mean(0), mean.mean(0), rtol=0, atol=0.1)
@@ -180,7 +180,7 @@ def test_a_pool_is_that_of_its_epoch_whatever_was_before(learning):
     anew = SyntheticImages(
         trainer.model.fast,
         trainer.particles,
-        *trainer.stage,
+        *trainer.latents,
         trainer.model.amort.template_latents(),
         1,
     )
@@ -328,7 +328,7 @@ def test_a_particle_that_is_turned_with_its_pose_has_the_same_latent(encoder, se
 
 def test_any_turn_of_the_decoders_images_is_undone(second):
     trainer = second("sleep")
-    rot, z = trainer.particles.rots[:9], trainer.stage[0][:9, None]
+    rot, z = trainer.particles.rots[:9], trainer.latents[0][:9, None]
     turn, view = split_pose(rot)
     images, expected = (trainer.model.fast.images(r, z)[:, 0] for r in (rot, view))
     low = trainer.particles.lattice.freqs2d[trainer.particles.mask].norm(dim=1) < 0.3

@@ -42,7 +42,7 @@ def test_what_ships_in_the_box(plugins):
         "time_amort", "scores_amort", "study_amort", "mnist_amort", "amort_plugins",
     }  # fmt: skip
     assert names["encoders"] == {
-        "resid", "mlp", "tilt", "vlt", "sleep", "anchored", "semi",
+        "resid", "mlp", "tilt", "vlt", "sleep", "anchored", "semi", "alternate",
     }  # fmt: skip
     assert names["encoder_inputs"] == {"particle", "twin", "noise"}
     assert names["transforms"] == {"roll", "rotate"}

@@ -52,8 +52,10 @@ def stop_after(monkeypatch):
         {"encoder": "vlt", "shuffle_seed": 4, "table_lr_end": 1e-3},
         {"qdim": 16, "augment": 1, "lr_end": 1e-5},
         {"qdim": 16, "do_pose_sgd": True, "pretrain": 2, "pose_lr": 0.01},
+        {"encoder": "alternate", "qdim": 16, "anchors": 4},
+        {"encoder": "alternate", "qdim": 16, "anchors": 4, "rounds": 1},
     ],
-    ids=["resid", "vlt", "augment", "poses"],
+    ids=["resid", "vlt", "augment", "poses", "alternate", "alternate, one round"],
 )
 def test_a_training_that_is_stopped_goes_on_with_the_next_batch(
     train, flags, tmp_path, stop_after, signum, more

@@ -1,0 +1,169 @@
+"""What is trained in which epoch: all of it in one stage, or decoder and encoder in turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from cryodrgn_amort.core import InputError
+from cryodrgn_amort.models import AlternatingEncoder
+from cryodrgn_amort.options import TurnFlags
+from cryodrgn_amort.training.setup import make_objective
+from cryodrgn_amort.training.stepper import Stepper
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cryodrgn_amort.core import ProcessGroup
+    from cryodrgn_amort.models import AmortVAE
+    from cryodrgn_amort.options import TrainSettings
+    from cryodrgn_amort.training.trainer import Trainer
+
+
+__all__ = ["Stage", "begin_stage", "stages_of"]
+
+_IMAGES = 256_000  # made up for a turn of the encoder
+_TOGETHER = 128  # of these in a step
+_LEAST_SHARE = 6  # turns of the encoder take at most a third of all epochs, a round a sixth
+_OF_DECODER = 0.3  # of the other epochs
+_ENCODER_RATES = 1e-3, 2e-5
+_FALLS_TO = 0.1  # of --lr, in turns of the decoder
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Epochs in which the same is trained.
+
+    Attributes
+    ----------
+    what
+        "all" that is trained at all, or what has its turn: "table", "encoder", "decoder".
+    first, last
+        Its epochs.
+    lr, lr_end
+        The common optimizer's learning rate falls from the first to the second; None: it does not.
+    batches
+        How many batches an epoch has at most; None: all.
+    """
+
+    what: str
+    first: int
+    last: int
+    lr: float
+    lr_end: float | None
+    batches: int | None = None
+
+    def done(self, epoch: int) -> float:
+        """Return what share of it is done when an epoch begins."""
+        return (epoch - self.first) / (self.last - self.first + 1)
+
+    def images_made(self, batch_size: int) -> dict[str, int]:
+        """Return ``copies`` and ``each_epoch`` of ``SyntheticImages``, where not one each."""
+        if self.batches is None:
+            return {}
+        copies = _copies(batch_size)
+        return {"copies": copies, "each_epoch": self.batches * batch_size * copies}
+
+
+def _copies(batch_size: int) -> int:
+    """Return how many images are made up for each particle of a batch, in turns of the encoder."""
+    return max(1, _TOGETHER // batch_size)
+
+
+def stages_of(settings: TrainSettings, n: int, *, in_turns: bool) -> list[Stage]:
+    """Plan the epochs of a training.
+
+    In turns: table and decoder, and then in ``--rounds`` the encoder, between two of its turns the
+    decoder. A turn of the encoder has as many epochs as make up 256,000 images, at most a sixth of
+    all; after ``--from`` the first turn is the encoder's.
+
+    Parameters
+    ----------
+    n
+        Number of particles.
+
+    Raises
+    ------
+    InputError
+        If there are too few epochs for as many rounds.
+    """
+    epochs, lr = settings.num_epochs, settings.lr
+    if not in_turns:
+        return [Stage("all", 1, epochs, lr, settings.lr_end)]
+    rounds = TurnFlags.of(settings.extra).rounds
+    size = settings.batch_size
+    steps, each = -(-_IMAGES // (size * _copies(size))), -(-n // size)  # of a turn, of an epoch
+    encoder = min(-(-steps // each), max(1, epochs // (_LEAST_SHARE * rounds) * 2))
+    batches = min(each, -(-steps // encoder))
+    rest = epochs - rounds * encoder
+    decoder = 0 if rounds == 1 else max(1, round(_OF_DECODER * rest / (rounds - 1)))
+    whole = settings.from_run is not None
+    if whole and rounds > 1:
+        decoder = rest // (rounds - 1)
+    table = rest - (rounds - 1) * decoder
+    if (table < 1 and not whole) or rest < 0:
+        raise InputError(f"-n {epochs}: too few epochs for --rounds {rounds}")
+    found: list[Stage] = []
+
+    def add(what: str, count: int, rates: tuple[float, float | None]) -> None:
+        first = found[-1].last + 1 if found else 1
+        if count:
+            most = batches if what == "encoder" else None
+            found.append(Stage(what, first, first + count - 1, *rates, most))
+
+    add("table", 0 if whole else table, (lr, settings.lr_end or lr))
+    for turn in range(rounds):
+        spare = table if whole and turn == rounds - 1 else 0
+        add("encoder", encoder + spare, _ENCODER_RATES)
+        if turn < rounds - 1:
+            add("decoder", decoder, (lr, settings.lr_end or _FALLS_TO * lr))
+    return found
+
+
+@torch.no_grad()
+def _begin_turn(
+    model: AmortVAE, what: str, processes: ProcessGroup, n: int, *, begins: bool
+) -> tuple[Tensor, Tensor]:
+    """Let what has its turn be trained, and nothing else; returns the latents of all particles.
+
+    Parameters
+    ----------
+    begins
+        Whether the turn begins. One that goes on has the encoder's state from its checkpoint.
+
+    Returns
+    -------
+    mean, logvar
+        `(n, zdim)` each, in every process.
+    """
+    encoder = model.amort
+    assert isinstance(encoder, AlternatingEncoder)
+    encoder.begin(what)
+    model.decoder.requires_grad_(what != "encoder")
+    own = torch.cat(encoder.latents(), 1)
+    both = processes.spread(own, n)
+    mean, logvar = both[:, : model.zdim].contiguous(), both[:, model.zdim :].contiguous()
+    if what == "encoder" and begins:
+        encoder.learn_from(mean)
+    return mean, logvar
+
+
+def begin_stage(trainer: Trainer, epoch: int) -> bool:
+    """Begin the stage of an epoch, or go on in it; False: it is the present one."""
+    stage = next((s for s in trainer.stages if epoch <= s.last), trainer.stages[-1])
+    if stage is getattr(trainer, "stage", None):
+        return False
+    settings, particles, model = trainer.settings, trainer.particles, trainer.model
+    trainer.stage, latents = stage, trainer.latents
+    trainer.begins = epoch == stage.first and trainer.progress is None
+    if trainer.encoder_spec.in_turns:
+        processes, begins = trainer.processes, trainer.begins
+        latents = _begin_turn(model, stage.what, processes, particles.n, begins=begins)
+    trainer.objective = make_objective(
+        settings, particles, model, latents, stage, begins=trainer.begins
+    )
+    parts = trainer.optimizer, trainer.objective, trainer.loader, trainer.poses, trainer.processes
+    trainer.steps = Stepper(settings, model, *parts)
+    return True

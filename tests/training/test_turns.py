@@ -1,0 +1,236 @@
+"""Decoder and encoder in turns: ``--encoder alternate``; and ``--beta implied``."""
+
+import csv
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import read_pickles
+
+from cryodrgn_amort.core import InputError, epochs, read_weights
+from cryodrgn_amort.inference import Fitter
+from cryodrgn_amort.models import kl_divergence
+from cryodrgn_amort.runs import load_run, settings_from_flags, with_run
+from cryodrgn_amort.training import Trainer, held_out
+from cryodrgn_amort.training.stages import stages_of
+
+SMALL = {"encoder": "alternate", "anchors": 4, "qdim": 16}
+
+
+@pytest.fixture
+def settings(flags, plugins):
+    return lambda **more: settings_from_flags({**flags, **SMALL, **more}, plugins)
+
+
+@pytest.mark.parametrize("n", [70, 2000, 131_899])
+@pytest.mark.parametrize("more", [{}, {"rounds": 1}, {"rounds": 3}, {"from_run": "first"}])
+@pytest.mark.parametrize("num_epochs", [12, 20, 50, 200])
+def test_every_epoch_is_of_one_stage(settings, n, more, num_epochs):
+    """The first one is the table's, unless a run is given; the last one the encoder's."""
+    given = replace(settings(num_epochs=num_epochs, batch_size=8, **{
+        k: v for k, v in more.items() if k != "from_run"
+    }), from_run=more.get("from_run"))  # fmt: skip
+    found = stages_of(given, n, in_turns=True)
+    assert [e for s in found for e in range(s.first, s.last + 1)] == list(range(1, num_epochs + 1))
+    rounds = more.get("rounds", 2)
+    turns = ["encoder", *["decoder", "encoder"] * (rounds - 1)]
+    assert [s.what for s in found] == ([] if "from_run" in more else ["table"]) + turns
+    for stage in found:
+        if stage.what == "encoder":
+            made = stage.images_made(8)
+            in_all = made["each_epoch"] * (stage.last - stage.first + 1)
+            assert in_all <= 256_000 + made["copies"] * 8 * 20 or n == 2000
+            assert made["copies"] == 16
+            assert stage.batches <= -(-n // 8)
+        else:
+            assert stage.images_made(8) == {}
+    share = sum(s.last - s.first + 1 for s in found if s.what == "encoder") / num_epochs
+    assert "from_run" in more or share <= 0.5
+
+
+def test_too_few_epochs_are_refused(settings):
+    with pytest.raises(InputError, match="-n 3: too few epochs for --rounds 2"):
+        stages_of(settings(num_epochs=3), 70, in_turns=True)
+    with pytest.raises(InputError, match="--rounds 0: must be at least 1"):
+        stages_of(settings(rounds=0), 70, in_turns=True)
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_a_run_holds_the_answers_of_its_encoder(train, flags, plugins):
+    """z.pkl is what the encoder answers, and in each turn the other part stays as it is."""
+    trainer = train({**flags, **SMALL}, num_epochs=4, checkpoint=1)
+    run = load_run(trainer.folder, plugins)
+    fitter = Fitter(run, run.particles(), own=True)
+    with torch.no_grad():
+        answers = fitter.answer(fitter.loader.read(torch.arange(run.n)))
+    for mine, stored in zip(answers, run.z(), strict=True):
+        np.testing.assert_allclose(mine.numpy(), stored, atol=1e-5)
+    states = [read_weights(trainer.folder / f"weights.{e}.pkl", "") for e in range(1, 5)]
+    changed = []
+    for before, after in itertools.pairwise(states):
+        moved = set()
+        for name, value in after["model_state_dict"].items():
+            if name.startswith("decoder") and not torch.equal(
+                before["model_state_dict"][name], value
+            ):
+                moved.add("decoder")
+        own = [s["amort"]["encoder_state_dict"] for s in (before, after)]
+        for name, value in own[1].items():
+            if isinstance(value, torch.Tensor) and not torch.equal(own[0][name], value):
+                moved.add("encoder" if "network.network" in name else name.split(".")[0])
+        changed.append(moved - {"network"})  # its anchors, and the noise that it weighs by
+    assert changed == [{"encoder", "table"}, {"decoder"}, {"encoder", "table"}]
+    assert [r["latent_r2"] != "nan" for r in rows(trainer.folder)] == [False, True, False, True]
+    mean, logvar = read_pickles(trainer.folder / "z.3.pkl", 2)
+    np.testing.assert_array_equal(mean, read_pickles(trainer.folder / "z.2.pkl", 2)[0])
+    assert np.isfinite(logvar).all()
+
+
+def test_new_particles_are_encoded_whatever_their_number(train, flags, plugins, stack, tmp_path):
+    trainer = train({**flags, **SMALL, "holdout": "0.3"}, num_epochs=4)
+    run = load_run(trainer.folder, plugins)
+    held = run.held_out()
+    fitter = Fitter(run, held, own=False)
+    assert fitter.has_answers
+    batch = fitter.loader.read(torch.arange(held.n))
+    mean, _ = fitter.answer(batch)
+    assert mean.shape == (21, 3)
+    assert mean.isfinite().all()
+
+
+@pytest.mark.parametrize("encoder", ["vlt", "resid"])
+def test_turns_go_on_from_a_finished_run(train, flags, plugins, tmp_path, encoder):
+    first = train({**flags, "encoder": encoder, "outdir": str(tmp_path / "first")})
+    given = {**SMALL, "from_run": str(first.folder), "outdir": str(tmp_path / "second"),
+             "num_epochs": 3, "do_analysis": False, "seed": 1, "checkpoint": 1}  # fmt: skip
+    trainer = Trainer(settings_from_flags(with_run(given, plugins), plugins), plugins)
+    assert [s.what for s in trainer.stages] == ["encoder", "decoder", "encoder"]
+    table = torch.cat(trainer.model.amort.latents(), 1)
+    wanted = np.concatenate(read_pickles(first.folder / "z.pkl", 2), 1)
+    np.testing.assert_array_equal(table.numpy(), wanted)
+    trainer.fit()
+    decoders = [
+        {k: v for k, v in read_weights(path, "")["model_state_dict"].items() if "decoder" in k}
+        for path in (first.folder / "weights.pkl", *(
+            trainer.folder / f"weights.{e}.pkl" for e in (1, 2, 3)
+        ))
+    ]  # fmt: skip
+    same = [all(map(torch.equal, a.values(), b.values()))
+            for a, b in itertools.pairwise(decoders)]  # fmt: skip
+    assert same == [True, False, True]
+    assert trainer.settings.beta == "implied"
+
+
+def test_turns_of_other_particles_are_refused(train, flags, plugins, tmp_path):
+    first = train({**flags, "encoder": "vlt", "outdir": str(tmp_path / "first")})
+    given = {**SMALL, "from_run": str(first.folder), "outdir": str(tmp_path / "second"),
+             "holdout": "0.2", "seed": 1}  # fmt: skip
+    with pytest.raises(InputError, match=r"--from .*first: was trained on 70 particles, these are"):
+        Trainer(settings_from_flags(with_run(given, plugins), plugins), plugins)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"num_epochs": 6}, "-n 6: the run's turns were planned for -n 4"),
+        ({"batch_size": 8}, "-b 8: the run's turns were planned for -b 16"),
+        ({"rounds": 1}, "--rounds 1: the run's turns were planned for --rounds 2"),
+    ],
+)
+def test_turns_that_were_planned_are_kept(train, flags, more, says):
+    first = train({**flags, **SMALL}, num_epochs=4, checkpoint=2)
+    load = str(first.folder / "weights.2.pkl")
+    with pytest.raises(InputError, match=says):
+        train({**flags, **SMALL, "num_epochs": 4, **more}, load=load)
+
+
+@pytest.mark.parametrize("gains", [[1.0, -1.0, 5.0], [1.0, 1.0, 1.0]])
+def test_a_round_that_does_not_help_is_taken_back(train, flags, plugins, monkeypatch, gains):
+    """By the ELBO of particles held out; one that went on from there would find the same."""
+    elbo, done = held_out._elbo, []
+
+    def judged(trainer, variance):
+        found, variance = elbo(trainer, variance)
+        done.append(trainer.epoch)
+        return torch.zeros_like(found) + sum(gains[: len(done)]), variance
+
+    monkeypatch.setattr(held_out, "_elbo", judged)
+    more = {"num_epochs": 9, "rounds": 3, "holdout": "0.3", "checkpoint": 1}
+    trainer = train({**flags, **SMALL, **more})
+    ends = [s.last for s in trainer.stages if s.what == "encoder"]
+    worse = gains[1] < 0
+    assert done == (ends[:2] if worse else ends)
+    last = ends[0] if worse else ends[-1]
+    assert trainer.epoch == epochs(trainer.folder)[-1] == last
+    run = load_run(trainer.folder, plugins)
+    assert run.epoch == last
+    final = read_weights(trainer.folder / "weights.pkl", "")
+    of_last = read_weights(trainer.folder / f"weights.{last}.pkl", "")
+    assert all(torch.equal(final["model_state_dict"][k], v)
+               for k, v in of_last["model_state_dict"].items() if not v.isnan().any())  # fmt: skip
+    says = (trainer.folder / "run.log").read_text()
+    assert ("the run ends with epoch" in says) == worse
+
+
+def test_the_elbo_of_particles_held_out(train, flags, plugins):
+    """In nats, of the run's own encoder and decoder; by the mean of draws from its posterior."""
+    trainer = train({**flags, **SMALL, "holdout": "0.4"}, num_epochs=4)
+    found, variance = held_out._elbo(trainer, None)
+    run = load_run(trainer.folder, plugins)
+    held = run.held_out()
+    fitter = Fitter(run, held, own=False)
+    batch = fitter.loader.read(torch.arange(held.n))
+    mean, logvar = fitter.answer(batch)
+    generator, total = torch.Generator().manual_seed(4), 0
+    for _ in range(200):
+        z = mean + torch.randn(mean.shape, generator=generator) * torch.exp(0.5 * logvar)
+        total = total + fitter.model.errors(batch, z)[1].detach() / 200
+    wanted = total / (-2 * variance) - kl_divergence(mean, logvar)
+    assert abs(float(total.mean()) / len(held.mask) / variance - 1) < 0.01
+    assert abs((found - wanted).mean()) < 0.1
+    assert np.corrcoef(found, wanted)[0, 1] > 0.99
+
+
+def test_the_implied_beta_is_twice_what_is_left_of_a_pixel(train, flags, tmp_path):
+    """In the first epoch all of it; a training that goes on has the same one."""
+    trainer = train({**flags, "encoder": "vlt", "beta": "implied"}, num_epochs=3)
+    power = float(trainer.loader.read(torch.arange(70)).y.square().mean())
+    log = (trainer.folder / "run.log").read_text()
+    each = rows(trainer.folder)
+    ratios = [(float(r["loss"]) - float(r["gen_loss"])) * len(trainer.particles.mask)
+              / float(r["kld"]) for r in each]  # fmt: skip
+    wanted, least = [], 2 * power
+    for row in each:
+        wanted.append(least)
+        least = min(least, 2 * float(row["gen_loss"]))
+    np.testing.assert_allclose(ratios, wanted, rtol=1e-4)
+    assert trainer.beta.value == pytest.approx(least, rel=1e-6)
+    assert "beta='implied'" in log
+    part = train({**flags, "encoder": "vlt", "beta": "implied", "outdir": str(tmp_path / "b")},
+                 num_epochs=2)  # fmt: skip
+    again = train({**flags, "encoder": "vlt", "beta": "implied", "outdir": str(tmp_path / "b")},
+                  num_epochs=3, load="latest")  # fmt: skip
+    assert part.beta.value >= again.beta.value == trainer.beta.value
+
+
+def test_with_the_implied_beta_the_loss_is_an_elbo(train, flags, plugins):
+    """Fits of such a run take it, too."""
+    trainer = train({**flags, "encoder": "vlt", "beta": "implied"})
+    fitter = Fitter(load_run(trainer.folder, plugins), trainer.particles, own=True)
+    scale = fitter.elbo_scale("train")
+    assert scale.beta == 2 * scale.variance == 2 * fitter.variance
+
+
+def test_betas_that_contradict_each_other(flags, plugins):
+    for more, says in (
+        ({"beta": "implied", "beta_control": 1.0}, "--beta implied and --beta-control exclude"),
+        ({"beta": "implicit"}, "--beta implicit: neither a number, nor implied, nor a schedule"),
+    ):
+        with pytest.raises(InputError, match=says):
+            settings_from_flags({**flags, **more}, plugins)
