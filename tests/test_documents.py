@@ -45,6 +45,6 @@ def test_the_job_script_is_one():
 
 def test_the_measures_are_those_of_the_catalogue():
     """README has what ``catalogue_table`` returns."""
-    from cryodrgn_amort.measures.catalogue import catalogue_table
+    from cryodrgn_amort.measures.tables import catalogue_table
 
     assert catalogue_table() in (ROOT / "README.md").read_text()

@@ -110,8 +110,10 @@ def _unrounded(matrices: np.ndarray, what: str) -> np.ndarray:
     raise InputError(f"{what}: the matrix of particle {int(np.argmax(bad))} is not a rotation")
 
 
-def load_ctf(path: str, n: int, ind: np.ndarray | None, box: int) -> np.ndarray:
-    """Read and check CTF parameters.
+def load_ctf(
+    path: str, n: int, ind: np.ndarray | None, box: int, flag: str = "--ctf"
+) -> np.ndarray:
+    """Read and check CTF parameters, which ``flag`` names.
 
     Returns
     -------
@@ -125,8 +127,8 @@ def load_ctf(path: str, n: int, ind: np.ndarray | None, box: int) -> np.ndarray:
     InputError
         If the counts do not fit, or a number is not finite or none that it can be in its unit.
     """
-    what = f"--ctf {path}"
-    table = to_array(read_pickle(path, "--ctf"), what)
+    what = f"{flag} {path}"
+    table = to_array(read_pickle(path, flag), what)
     if table.ndim != 2 or table.shape[1] != 9 or table.dtype.kind not in "fiu":
         raise InputError(f"{what}: not CTF parameters (an array of N x 9)")
     table = _select(table, n, ind, what).astype(np.float64)

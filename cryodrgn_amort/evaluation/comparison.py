@@ -217,6 +217,11 @@ def write_comparison(found: Sequence[Comparison], path: str | os.PathLike[str]) 
         path,
         {
             "definitions": {name: DEFINITIONS[name].words() for name in names},
-            "pairs": [asdict(pair) for pair in found],
+            "pairs": [asdict(pair, dict_factory=_known) for pair in found],
         },
     )
+
+
+def _known(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the fields of a pair or a measure; nothing is attainable of agreement."""
+    return {name: value for name, value in fields if name != "attainable"}

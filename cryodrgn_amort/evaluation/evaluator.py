@@ -74,6 +74,7 @@ def evaluate(run: Run, options: EvalOptions, processes: ProcessGroup | None = No
         with clock.stage("calibration"):
             result.calibration, more = calibrated(subject, own)
             result.measures |= {m.name: m for m in more}
+    result.allow()
     with clock.stage("embeddings"):
         moved = {r.key: r.z[labelled] for r in result.mapped}
         result.embeddings = embed(z, labelled, moved, options.seed, umap=options.umap)

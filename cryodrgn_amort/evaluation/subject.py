@@ -15,7 +15,7 @@ from cryodrgn_amort.evaluation.codec import Codec
 from cryodrgn_amort.inference import Fitter
 from cryodrgn_amort.measures import Measure, Neighbours, looked_up, measure
 from cryodrgn_amort.runs import INPUTS
-from cryodrgn_amort.simulation import Known, load_known
+from cryodrgn_amort.simulation import Known, load_imaging, load_known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -85,6 +85,8 @@ class Subject:
         Encodes and decodes.
     known
         What is known of the particles.
+    imaging
+        How their images were made; None without ``--truth``.
     transforms
         Those that were asked for, by name.
     sample, truth_sample
@@ -129,6 +131,8 @@ class Subject:
         count = max(options.volumes, len(self.labelled))
         self.volume_sample = np.concatenate([self.labelled, rest])[:count]
         self.known = load_known(options, particles)
+        truth = options.truth
+        self.imaging = None if truth is None else load_imaging(truth, particles)
         self.codec = Codec(particles, *run.load(particles), options.batch_size, processes)
 
     @property

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from cryodrgn_amort.evaluation.attainable import attainable
 from cryodrgn_amort.measures import (
     latent_correlation,
     neighbourhood,
@@ -43,9 +44,12 @@ def truth_measures(
         subject.measure("per_image_fsc", np.mean, volumes.areas, null=one, ideal=ideal),
     ]
     positions = truth.positions[rows]
+    spreads = None
     if (positions != positions[0]).any():  # there is something to explain
-        parts = volumes.errors, volumes.spreads
-        found.append(subject.measure("volume_fve", volume_fve, *parts))
+        spreads = volumes.spreads
+        found.append(subject.measure("volume_fve", volume_fve, volumes.errors, spreads))
+    with subject.clock.stage("attainable"):
+        found += attainable(subject, truth, spreads)
     arrays = {
         "neighbourhood": spread(overlap, subject.sample, n),
         "per_image_fsc": spread(volumes.areas, rows, n),

@@ -4,6 +4,11 @@ from .agreement import (
     linear_cka as linear_cka,
     procrustes_disparity as procrustes_disparity,
 )
+from .attainable import (
+    StructurePosterior as StructurePosterior,
+    structure_posterior as structure_posterior,
+    with_attainable as with_attainable,
+)
 from .bootstrap import (
     Measure as Measure,
     measure as measure,
@@ -15,8 +20,6 @@ from .catalogue import (
     DEFINITIONS as DEFINITIONS,
     TIMED as TIMED,
     Definition as Definition,
-    measure_facts as measure_facts,
-    text_row as text_row,
 )
 from .embeddings import Embedding as Embedding, embed as embed
 from .gaps import (
@@ -44,6 +47,11 @@ from .losses import (
     kl_by_dimension as kl_by_dimension,
     memorisation as memorisation,
 )
+from .tables import (
+    measure_facts as measure_facts,
+    text_row as text_row,
+    text_share as text_share,
+)
 from .transformed_copies import (
     MovedLosses as MovedLosses,
     moved_arrays as moved_arrays,
@@ -54,6 +62,7 @@ from .transformed_copies import (
 from .volumes import (
     fsc as fsc,
     fve_radius as fve_radius,
+    fve_voxels as fve_voxels,
     volume_change as volume_change,
     volume_errors as volume_errors,
     volume_fve as volume_fve,

@@ -43,6 +43,8 @@ class Measure:
         Its value if the transform destroyed everything, and if it changed nothing.
     n
         Number of particles it was computed from.
+    attainable
+        What the data allow of it; None where that is not known. See ``Definition.attainable``.
     """
 
     name: str
@@ -52,6 +54,13 @@ class Measure:
     null: float | None
     ideal: float | None
     n: int
+    attainable: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """Value over what is attainable, the share of it that is reached; None below 0."""
+        most = self.attainable
+        return None if most is None or not (most > 0 and self.value >= 0) else self.value / most
 
 
 def measure(

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from cryodrgn_amort.core import plain_number
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from cryodrgn_amort.measures.bootstrap import Measure
-
 
 __all__ = [
+    "ATTAINABLE",
     "DEFINITIONS",
     "TIMED",
     "Definition",
-    "catalogue_table",
-    "measure_facts",
-    "text_row",
 ]
 
 
@@ -36,6 +25,8 @@ class Definition:
         where it depends on the data, and is measured with it.
     per_image
         Whether files keep its value for each particle: ``NAME.pkl``.
+    attainable
+        The measure that says what the data allow of it.
     """
 
     title: str
@@ -44,6 +35,7 @@ class Definition:
     null: float | str | None = None
     ideal: float | str | None = None
     per_image: bool = False
+    attainable: str | None = None
 
     def words(self) -> dict[str, str]:
         """Return what files say of it."""
@@ -172,6 +164,7 @@ DEFINITIONS = {
         "nearest to the encoder's latent. Null: guessing by class size.",
         null="class shares",
         ideal=1.0,
+        attainable="attainable_class",
     ),
     "coordinate_r2_held_out": Definition(
         "Coordinate R², held out",
@@ -179,6 +172,7 @@ DEFINITIONS = {
         "particles nearest to the encoder's latents explains.",
         null=0.0,
         ideal=1.0,
+        attainable="attainable_r2",
     ),
     "encoding_cost": Definition(
         "Encoding cost",
@@ -204,12 +198,14 @@ DEFINITIONS = {
         "Class kNN, held out, of the particles that were fitted.",
         null="class shares",
         ideal=1.0,
+        attainable="attainable_class",
     ),
     "class_knn_fitted": Definition(
         "Class kNN, fitted",
         "The same with the fitted latents: what the decoder makes possible.",
         null="class shares",
         ideal=1.0,
+        attainable="attainable_class",
     ),
     "noise_swap_signal": Definition(
         "Noise swap, signal",
@@ -283,6 +279,7 @@ DEFINITIONS = {
         "guessing by class size.",
         null="class shares",
         ideal=1.0,
+        attainable="attainable_class",
     ),
     "knn_overlap": Definition(
         "Neighbour overlap",
@@ -334,6 +331,7 @@ DEFINITIONS = {
         "Share of the coordinate's variance that the mean of the 15 nearest neighbours explains.",
         null=0.0,
         ideal=1.0,
+        attainable="attainable_r2",
     ),
     "neighbourhood": Definition(
         "Neighbourhood",
@@ -359,30 +357,33 @@ DEFINITIONS = {
         "up to 9/32 cycles per pixel. 0 or less: no better than one true volume for all.",
         null=0.0,
         ideal=1.0,
+        attainable="attainable_fve",
+    ),
+    "attainable_class": Definition(
+        "Attainable class accuracy",
+        "Share of the sampled particles whose class is the most probable one by the exact "
+        "posterior, given the true volumes, poses, CTFs and noise: no method is right more often. "
+        "Null: the share of the largest class.",
+        null="largest class share",
+        ideal=1.0,
+    ),
+    "attainable_r2": Definition(
+        "Attainable R²",
+        "Share of the coordinate's variance that its mean by the same posterior explains: no "
+        "method explains more.",
+        null=0.0,
+        ideal=1.0,
+    ),
+    "attainable_fve": Definition(
+        "Attainable variance explained",
+        "Volume variance explained by the mean volume of the same posterior: no method explains "
+        "more.",
+        null=0.0,
+        ideal=1.0,
     ),
 }
 """Measure name -> what it is: the only list of them."""
+ATTAINABLE = {name: d.attainable for name, d in DEFINITIONS.items() if d.attainable}
+"""Measure name -> the measure that says what the data allow of it."""
 TIMED = frozenset({"encoding_cost"})
 """Measures that no second evaluation gives again."""
-
-
-def text_row(m: Measure) -> tuple[str, ...]:
-    """Write name, value, interval, null and ideal of a measure in plain ASCII."""
-    interval = "-" if m.low is None else f"{plain_number(m.low)} to {plain_number(m.high)}"
-    return (m.name, plain_number(m.value), interval, plain_number(m.null), plain_number(m.ideal))
-
-
-def measure_facts(measures: Mapping[str, Measure]) -> dict[str, Any]:
-    """Return what reports write of measures, by name."""
-    columns = ("value", "low", "high", "null", "ideal", "n")
-    return {name: {c: getattr(m, c) for c in columns} for name, m in measures.items()}
-
-
-def catalogue_table() -> str:
-    """Return all measures as a table in Markdown, as README.md has it."""
-    rows = [("number", "unit", "null", "ideal", "meaning")]
-    for name, d in DEFINITIONS.items():
-        null, ideal = (v if isinstance(v, str) else plain_number(v) for v in (d.null, d.ideal))
-        rows.append((f"`{name}`", d.unit or "-", null, ideal, d.text))
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---|---|---|---|---|", *lines[1:]])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from scipy.fft import rfftn
 from scipy.integrate import trapezoid
 
 from cryodrgn_amort.measures.bootstrap import ratio
@@ -20,6 +22,7 @@ __all__ = [
     "fsc",
     "fsc_area",
     "fve_radius",
+    "fve_voxels",
     "volume_change",
     "volume_errors",
     "volume_fve",
@@ -80,6 +83,26 @@ def fourier_radius(box: int) -> np.ndarray:
 def fve_radius(box: int) -> int:
     """Return up to which radius ``volume_fve`` compares: 9 voxels for a box of 32."""
     return round(_FVE_RADIUS * box)
+
+
+def fve_voxels(volume: np.ndarray) -> np.ndarray:
+    """Return those of a volume's Fourier voxels that ``volume_fve`` compares, `(V,)` complex64.
+
+    One of each two opposite voxels is left out, and the other is larger by the square root of 2:
+    squared distances are those of all of them.
+    """
+    inside, counted = _fve_half(len(volume))
+    voxels: np.ndarray = rfftn(volume.astype(np.float32))[inside] * counted
+    return voxels
+
+
+@functools.lru_cache(maxsize=1)
+def _fve_half(box: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which voxels of ``rfftn`` are compared, and by what each of these is multiplied."""
+    inside = (fourier_radius(box) <= fve_radius(box))[:, :, : box // 2 + 1]
+    counted = np.full(inside.shape, np.sqrt(2), np.float32)
+    counted[:, :, [0, -1]] = 1  # the last axis has no opposites here
+    return inside, counted[inside]
 
 
 def volume_fve(errors: np.ndarray, spreads: np.ndarray) -> float:

@@ -30,7 +30,14 @@ from cryodrgn_amort.core import (
     write_text,
     write_z,
 )
-from cryodrgn_amort.measures import DEFINITIONS, MOST_QUERIES, fve_radius, measure_facts, text_row
+from cryodrgn_amort.measures import (
+    DEFINITIONS,
+    MOST_QUERIES,
+    fve_radius,
+    measure_facts,
+    text_row,
+    text_share,
+)
 from cryodrgn_amort.report.evaluation_figures import pictures_of
 from cryodrgn_amort.report.html import Picture, environment, picture
 from cryodrgn_amort.report.plots import RANK_BINS, particle_numbers
@@ -140,7 +147,10 @@ def evaluation_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
     """Return the main numbers as text, the header first: of transforms only some measures."""
     head = ("transform", "mode", "measure", "value", "95 % interval", "null", "ideal")
     main = [row for row in evaluation.rows() if row[1] not in MODES or row[2].name in _MAIN]
-    return [head, *((of, mode, *text_row(m)) for of, mode, m in main)]
+    if not any(m.attainable for _, _, m in main):
+        return [head, *((of, mode, *text_row(m)) for of, mode, m in main)]
+    rows = [(of, mode, *text_row(m), text_share(m)) for of, mode, m in main]
+    return [(*head, "of attainable"), *rows]
 
 
 def evaluation_summary(evaluation: Evaluation) -> str:

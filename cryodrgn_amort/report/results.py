@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cryodrgn_amort.measures import with_attainable
+
 if TYPE_CHECKING:
     from cryodrgn_amort.measures import Embedding, Measure
     from cryodrgn_amort.options import EvalOptions
@@ -165,6 +167,13 @@ class Evaluation:
         whole = np.full((len(values) + len(self.left_out), *values.shape[1:]), np.nan, np.float32)
         whole[np.setdiff1d(np.arange(len(whole)), self.left_out)] = values
         return whole
+
+    def allow(self) -> None:
+        """Put beside measures what the data allow of them, where that was measured."""
+        of_all = self.measures
+        self.measures = with_attainable(of_all, of_all)
+        for fit in self.fits:
+            fit.measures.update(with_attainable(fit.measures, of_all))
 
     def rows(self) -> list[tuple[str, str, Measure]]:
         """Return all measures in the order of reading, and what each is of.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-__all__ = ["BlobModel", "VolumeModel", "clean_images", "read_volume"]
+__all__ = ["BlobModel", "VolumeModel", "clean_images", "ctf_values", "read_volume"]
 logger = logging.getLogger("cryodrgn_amort")
 
 
@@ -221,14 +221,22 @@ def clean_images(
     projected = model.project(rots, -trans_px, labels, coordinate)
     if ctf is None:
         return -projected
-    kx, ky = torch.fft.rfftfreq(D), torch.fft.fftfreq(D)
-    grid = torch.stack(torch.meshgrid(kx, ky, indexing="xy"), -1)  # (D, D/2 + 1, 2)
-    params = torch.from_numpy(ctf)
-    freqs = grid.view(1, -1, 2) / params[:, :1, None]
-    values = host.compute_ctf(freqs, *torch.split(params[:, 1:], 1, 1))
-    fourier = torch.fft.rfft2(projected) * values.view(len(rots), *grid.shape[:2])
+    fourier = torch.fft.rfft2(projected) * ctf_values(ctf, D)
     images: Tensor = -torch.fft.irfft2(fourier, s=(D, D))
     return images
+
+
+def ctf_values(ctf: np.ndarray, box: int) -> Tensor:
+    """Evaluate CTF parameters `(B, 8)` at the frequencies of ``rfft2``: `(B, box, box / 2 + 1)`.
+
+    A ninth number is the scale.
+    """
+    kx, ky = torch.fft.rfftfreq(box), torch.fft.fftfreq(box)
+    grid = torch.stack(torch.meshgrid(kx, ky, indexing="xy"), -1)  # (box, box/2 + 1, 2)
+    params = torch.from_numpy(ctf)
+    freqs = grid.view(1, -1, 2) / params[:, :1, None]
+    values: Tensor = host.compute_ctf(freqs, *torch.split(params[:, 1:], 1, 1))
+    return values.view(len(ctf), *grid.shape[:2])
 
 
 def read_volume(

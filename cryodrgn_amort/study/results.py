@@ -246,7 +246,8 @@ def _measures(found: dict[str, Any]) -> dict[str, Measure]:
 
     def one(name: str, facts: dict[str, Any]) -> Measure:
         value = math.nan if facts["value"] is None else facts["value"]
-        return Measure(name, value, *(facts[k] for k in ("low", "high", "null", "ideal", "n")))
+        rest = {k: facts[k] for k in ("low", "high", "null", "ideal", "n")}
+        return Measure(name, value, **rest, attainable=facts.get("attainable"))
 
     return {name: one(name, facts) for name, facts in found.items()}
 

@@ -28,7 +28,7 @@ from cryodrgn_amort.core import InputError, alone, default_device, forgive, lock
 from cryodrgn_amort.data import load_particles
 from cryodrgn_amort.options import EvalOptions
 from cryodrgn_amort.runs import settings_from_flags, source_of
-from cryodrgn_amort.simulation import load_known
+from cryodrgn_amort.simulation import load_imaging, load_known
 from cryodrgn_amort.study.progress import Progress
 from cryodrgn_amort.study.steps import parse
 
@@ -89,6 +89,8 @@ def check_inputs(plan: Plan, steps: Iterable[Step]) -> None:
     particles = load_particles(source_of(settings), default_device())
     labels, coordinate, truth = (plan.data.get(n) for n in ("labels", "coordinate", "truth"))
     load_known(EvalOptions(labels=labels, coordinate=coordinate, truth=truth), particles)
+    if truth is not None:
+        load_imaging(truth, particles)
 
 
 def run_steps(plan: Plan, commands: Mapping[str, CommandSpec], jobs: int) -> list[str]:

@@ -32,7 +32,8 @@ IDEAL = 0.5 - 1 / BOX
 QUICK = {
     "bootstrap": 3, "volumes": 2, "labelled": 2, "sample": 40, "truth_volumes": 25, "fit": 2,
 }  # fmt: skip
-TRUTH = {"neighbourhood", "per_image_fsc", "volume_fve"}
+ATTAINABLE = {"attainable_class", "attainable_r2", "attainable_fve"}
+TRUTH = {"neighbourhood", "per_image_fsc", "volume_fve", *ATTAINABLE}
 LEAKS = {f"nuisance_leak_{name}" for name in ("view", "inplane", "defocus", "shift")}
 COVERAGE = {"encoding_cost", *(f"coverage_{level}" for level in (50, 80, 95))}
 LATENTS = {"active_units", "kl", "aggregate_kl", "reconstruction", *LEAKS}
