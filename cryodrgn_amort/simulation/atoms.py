@@ -24,7 +24,7 @@ logger = logging.getLogger("cryodrgn_amort")
 _CONTACT = 5.0  # angstroms between atoms that touch
 _MARGIN = 3.0  # angstroms that an atom reaches beyond its centre
 _BOXES = 1.5  # of the molecule's diameter
-_BYTES = 160, 40  # per voxel of the images' box: while it is made, and of each part
+_BYTES = 350, 60  # per voxel of the images' box: while it is made, and of each part
 _ANGLES = 33
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
+import scipy.fft
 import torch
 from scipy.ndimage import map_coordinates
 
@@ -48,11 +49,25 @@ def transform(volume: np.ndarray, D: int | None = None) -> np.ndarray:
     F, half = len(volume), len(volume) // 2
     falloff = np.sinc((np.arange(F) - half) / (2 * F)) ** 4  # of a cubic B-spline
     flat = volume / np.einsum("z,y,x->zyx", falloff, falloff, falloff)
+    if D is not None and D + _SUPPORT < F:
+        return _low(flat.astype(np.float32), D + _SUPPORT)
     padded = np.pad(flat.astype(np.float32), (half, half))
     fourier = host.fftn_center(torch.from_numpy(padded))
     hartley: np.ndarray = (fourier.real - fourier.imag).numpy()
-    kept = F if D is None else min(F, D + _SUPPORT)
-    return np.ascontiguousarray(hartley[(slice(F - kept, F + kept),) * 3])
+    return hartley
+
+
+def _low(flat: np.ndarray, kept: int) -> np.ndarray:
+    """Return the middle `(2 * kept,) * 3` of ``transform``, axis by axis, to need less memory."""
+    F, j = len(flat), np.arange(-kept, kept)
+    phase = (1j ** (j % 4)).astype(np.complex64)  # the origin is a quarter of the padded box away
+    fourier = flat
+    for axis in range(3):
+        along = scipy.fft.fft(fourier, 2 * F, axis=axis)
+        fourier = np.take(along, j, axis=axis, mode="wrap")
+        fourier *= phase.reshape([-1 if axis == k else 1 for k in range(3)])
+    hartley: np.ndarray = fourier.real - fourier.imag
+    return hartley
 
 
 def sample(hartley: np.ndarray, k: np.ndarray) -> np.ndarray:
