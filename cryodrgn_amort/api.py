@@ -295,7 +295,8 @@ def simulate_particles(
         Variance of the noise-free images over that of the noise.
     **options
         Others of ``cryodrgn_amort.options.SimulateOptions``: ``classes=``, ``hinge_deg=``,
-        ``volumes=``, ``poses=``, ``ctf=``, ``seed=``, ``overwrite=True`` and more.
+        ``volumes=``, ``atoms=``, ``turn=``, ``poses=``, ``ctf=``, ``seed=``, ``overwrite=True``
+        and more.
 
     Returns
     -------

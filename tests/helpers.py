@@ -121,3 +121,27 @@ def run_host(command, *argv):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module.main(parser.parse_args([str(a) for a in argv]))
+
+
+def volume_at(path):
+    from cryodrgn.mrcfile import parse_mrc
+
+    return parse_mrc(str(path))[0]
+
+
+def fsc(a, b):
+    """Fourier shell correlation of shells 0 to D/2."""
+    grid = np.arange(len(a)) - len(a) // 2
+    shell = np.sqrt(grid[:, None, None] ** 2 + grid[:, None] ** 2 + grid**2).round().astype(int)
+    fa, fb = (np.fft.fftshift(np.fft.fftn(v.astype(float))) for v in (a, b))
+
+    def total(values):
+        return np.bincount(shell.ravel(), values.ravel())[: len(a) // 2 + 1]
+
+    power = np.sqrt(total(np.abs(fa) ** 2) * total(np.abs(fb) ** 2))
+    return total((fa * fb.conj()).real) / power
+
+
+def mirror(volume, axis=0):
+    """Mirror about the origin pixel."""
+    return np.roll(np.flip(volume, axis), 1, axis)

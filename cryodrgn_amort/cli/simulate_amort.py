@@ -1,4 +1,4 @@
-"""Simulate particles with known heterogeneity, of a made-up object or of your own volumes.
+"""Simulate particles with known heterogeneity: of a made-up object, of atoms, of your own volumes.
 
 The object is made of Gaussians: a core, three blocks that can be missing (classes), and an arm on
 a hinge (continuous motion). Images have CTF, shifts and noise.
@@ -8,11 +8,12 @@ Written to the output folder:
 - particles.star: which images are of one particle, for --encode-mode tilt (only with --tilts)
 - ind_train.pkl, ind_heldout.pkl: a random split, for --ind
 - labels.pkl: the class of each image, from 0
-- coordinate.pkl: where the arm is, 0 to 1 (only if it moves)
+- coordinate.pkl: where the arm is, or what --turn says, 0 to 1 (only if it moves)
 - volumes/class0_t0.50.mrc ...: clean volumes, here of class 0 with the arm at 0.5; without motion
 one per class, volumes/class0.mrc ...; volumes/mean.mrc: their average over all particles
+- volumes/part0.mrc ...: what moves as one, on a finer grid (only with --atoms)
 - clean.mrcs: the images without noise (only with --clean)
-- simulation.yaml: settings, versions, signal variance, noise sigma
+- simulation.yaml: settings, versions, signal variance, noise sigma; hinge, parts, noise spectrum
 
 Example usage
 -------------
@@ -29,6 +30,9 @@ $ cryodrgn simulate_amort -o tomo -n 2000 --tilts 10
 # Your own volumes, poses and CTFs: three of the particles in four are of the first volume
 $ cryodrgn simulate_amort -o mine --volumes a.mrc b.mrc --shares 3 1 \
                           --poses poses.pkl --ctf ctf.pkl --snr 0.1 --noise coloured
+
+# An atomic model: chain B turns by up to 16 degrees, one particle in three lacks chains C and D
+$ cryodrgn simulate_amort -o twin --atoms model.cif --turn B:16 --without C,D --shares 2 1 -D 64
 
 """
 

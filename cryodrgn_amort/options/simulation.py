@@ -39,7 +39,8 @@ class SimulateOptions(Options):
     )
     D: int | None = flag(
         "-D", default=None, least=16, wanted="an even box of at least 16 pixels is needed",
-        group=_OBJECT, help="Box size in pixels (default: 32, or that of --volumes)",
+        group=_OBJECT,
+        help="Box size in pixels (default: 32, that of --volumes, or 64 with --atoms)",
     )  # fmt: skip
     classes: int | None = flag(
         "--classes", default=None, least=1, most=MOST_CLASSES, group=_OBJECT,
@@ -48,7 +49,7 @@ class SimulateOptions(Options):
     shares: tuple[float, ...] | None = flag(
         "--shares", default=None, group=_OBJECT, nargs="+", metavar="SHARE",
         help="Relative shares of the classes (default: .15 .2 .25 .25 .15 for five;\n"
-        "equal for --volumes)", least=0, wanted="must not be negative",
+        "equal for --volumes and --atoms)", least=0, wanted="must not be negative",
     )  # fmt: skip
     hinge_deg: float | None = flag(
         "--hinge-deg", default=None, least=0, most=180, group=_OBJECT, metavar="DEG",
@@ -59,6 +60,21 @@ class SimulateOptions(Options):
         help="Use these volumes instead (.mrc, .map, also .gz, .bz2), one class each: positive\n"
         "density within the sphere that the box encloses; cubes of one even size, or -D D pads\n"
         "them to it",
+    )  # fmt: skip
+    atoms: tuple[str, ...] = flag(
+        "--atoms", default=(), group=_OBJECT, nargs="+", metavar="PDB",
+        help="Use these atomic models instead (.pdb, .ent, .cif, also .gz): potentials by\n"
+        "electron scattering factors, with occupancies and B-factors. Each model of each file is\n"
+        "a class",
+    )  # fmt: skip
+    turn: str | None = flag(
+        "--turn", default=None, group=_OBJECT, metavar="SELECTION:DEG",
+        help="These atoms of the model turn from -DEG to DEG degrees, about where they touch the\n"
+        "rest. SELECTION is in the MMDB syntax: B, A/20-80, A,B/1-90",
+    )  # fmt: skip
+    without: tuple[str, ...] = flag(
+        "--without", default=(), group=_OBJECT, action="append", metavar="SELECTION",
+        help="One more class, that lacks these atoms; can be given again. Class 0 is whole",
     )  # fmt: skip
     snr: float = flag(
         "--snr", default=0.3, above=0, most=math.inf, wanted="must be positive (inf: no noise)",
@@ -75,10 +91,16 @@ class SimulateOptions(Options):
         "--tilt-step-deg", default=None, least=0, most=60, group=_IMAGING, metavar="DEG",
         help="Angle between neighbouring tilts (default: 3)",
     )  # fmt: skip
-    noise: str = flag(
-        "--noise", default="white", choices=("white", "coloured"), group=_IMAGING,
+    noise: str | None = flag(
+        "--noise", default=None, choices=("white", "coloured"), group=_IMAGING,
         metavar="white|coloured",
-        help="Noise spectrum; coloured: falls with the frequency, same variance",
+        help="Noise spectrum; coloured: falls with the frequency, same variance (default: white)",
+    )  # fmt: skip
+    noise_spectrum: str | None = flag(
+        "--noise-spectrum", default=None, group=_IMAGING, metavar="FILE",
+        help="Spectrum of the noise, of which the shape counts: variances by shell (text, .csv,\n"
+        ".npy, .pkl, .json; S values: the shells of a box of 2 * S pixels, zero first), two\n"
+        "columns of cycles per pixel and variance, or noise.json of a run",
     )  # fmt: skip
     shift_px: float | None = flag(
         "--shift-px", default=None, least=0, group=_IMAGING, metavar="PX",
@@ -86,7 +108,8 @@ class SimulateOptions(Options):
     )  # fmt: skip
     apix: float | None = flag(
         "--apix", default=None, above=0, group=_IMAGING,
-        help="Angstroms per pixel (default: 192 / D, or that of --volumes, or of --ctf)",
+        help="Angstroms per pixel (default: 192 / D, that of --volumes, or of --ctf; with\n"
+        "--atoms, the box is 1.5 times the molecule's diameter)",
     )  # fmt: skip
     use_ctf: bool = flag("--no-ctf", default=True, group=_IMAGING, help="Images without CTF")
     poses: str | None = flag(
@@ -105,6 +128,22 @@ class SimulateOptions(Options):
         for name, given, other, why in (
             ("--classes", self.classes, self.volumes, "with --volumes, each volume is a class"),
             ("--hinge-deg", self.hinge_deg, self.volumes, "there is no hinge with --volumes"),
+            ("--classes", self.classes, self.atoms, "with --atoms, models or --without are"),
+            ("--hinge-deg", self.hinge_deg, self.atoms, "with --atoms, --turn says what turns"),
+            (
+                "--volumes",
+                self.volumes[0] if self.volumes else None,
+                self.atoms,
+                "excludes --atoms",
+            ),
+            ("--turn", self.turn, not self.atoms, "is for --atoms"),
+            (
+                "--without",
+                self.without[0] if self.without else None,
+                not self.atoms,
+                "is for --atoms",
+            ),
+            ("--noise-spectrum", self.noise_spectrum, self.noise, "excludes --noise"),
             ("--ctf", self.ctf, not self.use_ctf, "contradicts --no-ctf"),
             ("--tilts", self.tilts, not self.use_ctf, "the scale of a tilt is part of its CTF"),
             ("--tilt-step-deg", self.tilt_step_deg, self.tilts is None, "is for --tilts"),
@@ -113,12 +152,34 @@ class SimulateOptions(Options):
         ):
             if given is not None and other:
                 raise InputError(f"{name} {given}: {why}")
+        if self.turn is not None:
+            _ = self.turn_parts  # checks it
         steepest = max(map(abs, self.tilt_angles_deg))
         if self.tilts is not None and steepest > _STEEPEST_DEG:
             raise InputError(
                 f"--tilts {self.tilts}: would tilt by {steepest:g} degrees; at most "
                 f"{_STEEPEST_DEG:g} (--tilt-step-deg)"
             )
+
+    @property
+    def turn_parts(self) -> tuple[str, float]:
+        """The selection and the angle of ``--turn``.
+
+        Raises
+        ------
+        InputError
+            If it is none.
+        """
+        selection, _, angle = (self.turn or "").rpartition(":")
+        try:
+            degrees = float(angle)
+        except ValueError:
+            degrees = math.nan
+        if not selection or not 0 < degrees <= 180:
+            raise InputError(
+                f"--turn {self.turn}: SELECTION:DEG is needed, with DEG above 0, 180 at most"
+            )
+        return selection, degrees
 
     @property
     def tilt_angles_deg(self) -> list[float]:

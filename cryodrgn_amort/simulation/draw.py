@@ -10,14 +10,13 @@ from scipy.spatial.transform import Rotation
 
 from cryodrgn_amort.core import InputError, read_pickle
 from cryodrgn_amort.data import load_ctf, load_poses
-from cryodrgn_amort.simulation.specimens import BlobModel
 
 if TYPE_CHECKING:
     from cryodrgn_amort.options import SimulateOptions
-    from cryodrgn_amort.simulation.specimens import VolumeModel
+    from cryodrgn_amort.simulation.specimens import Model
 
 
-__all__ = ["Drawn", "draw", "most_shift_px"]
+__all__ = ["Drawn", "draw", "most_shift_px", "table_apix"]
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,21 @@ def _count(options: SimulateOptions) -> tuple[int, int | None]:
     return total, rows
 
 
+def table_apix(options: SimulateOptions, D: int) -> float | None:
+    """Return the pixel size of ``--ctf`` in a box of D pixels, in angstroms; None without."""
+    rows = _table_rows(options)
+    if options.ctf is None or not rows:
+        return None
+    return round(float(load_ctf(options.ctf, rows, None, D)[0, 0]), 6)
+
+
 def most_shift_px(options: SimulateOptions, D: int) -> float:
     """Return how far particles are off centre at most, in pixels."""
     return 1.5 * D / 32 if options.shift_px is None else options.shift_px
 
 
 def draw(
-    options: SimulateOptions, model: BlobModel | VolumeModel, apix: float,
+    options: SimulateOptions, model: Model, apix: float,
     streams: dict[str, np.random.Generator],
 ) -> Drawn:  # fmt: skip
     """Draw what the user does not give, each kind from its own stream.
@@ -114,8 +121,7 @@ def draw(
     if options.tilts is not None:
         rots, trans, ctf = _tilted(options, rots, trans, ctf, streams["shifts"])
     labels = streams["labels"].choice(len(shares), N, p=shares / shares.sum())
-    moves = isinstance(model, BlobModel) and model.hinge_deg
-    coordinate = streams["coordinate"].random(N) if moves else np.full(N, 0.5)
+    coordinate = streams["coordinate"].random(N) if model.hinge_deg else np.full(N, 0.5)
     return Drawn(rots, trans, ctf, labels, coordinate)
 
 

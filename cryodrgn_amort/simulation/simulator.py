@@ -36,14 +36,19 @@ from cryodrgn_amort.core import (
     write_text,
 )
 from cryodrgn_amort.options import MOST_CLASSES, SimulateOptions
-from cryodrgn_amort.simulation.draw import Drawn, draw, most_shift_px
-from cryodrgn_amort.simulation.noise_spectrum import noise_power
+from cryodrgn_amort.simulation.atoms import load_atoms
+from cryodrgn_amort.simulation.draw import Drawn, draw, most_shift_px, table_apix
+from cryodrgn_amort.simulation.noise_spectrum import noise_power, read_spectrum, spectrum_power
+from cryodrgn_amort.simulation.parts import PartModel
 from cryodrgn_amort.simulation.specimens import BlobModel, VolumeModel, clean_images, read_volume
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
+
+    from cryodrgn_amort.simulation.noise_spectrum import Spectrum
+    from cryodrgn_amort.simulation.specimens import Model
 
 
 __all__ = ["Simulation", "simulate"]
@@ -81,11 +86,15 @@ class Simulation:
     noise_sigma: float
 
 
-def _load_model(options: SimulateOptions) -> tuple[BlobModel | VolumeModel, float]:
+def _load_model(options: SimulateOptions) -> tuple[Model, float]:
     """Return the object and its pixel size in angstroms."""
     voxels = (options.D or 0) ** 3 * max(1, len(options.volumes))
     if 32 * voxels > available_memory():
         raise InputError(f"-D {options.D}: volumes of this box do not fit memory")
+    if options.atoms:
+        D = options.D or 64
+        model = load_atoms(options, D, options.apix or table_apix(options, D))
+        return model, model.apix
     if not options.volumes:
         D = options.D or 32
         classes = options.classes or MOST_CLASSES
@@ -109,7 +118,7 @@ def _load_model(options: SimulateOptions) -> tuple[BlobModel | VolumeModel, floa
 class _Imager:
     """Makes images, noise-free or not, in blocks."""
 
-    def __init__(self, model: BlobModel | VolumeModel, truth: Drawn) -> None:
+    def __init__(self, model: Model, truth: Drawn) -> None:
         self.model, self.truth, self.D = model, truth, model.D
 
     def clean(self, rows: np.ndarray) -> Tensor:
@@ -121,10 +130,9 @@ class _Imager:
             self.model, t.rots[rows], t.trans_px[rows], t.labels[of], t.coordinate[of], ctf
         )
 
-    def noise(self, count: int, colour: str, stream: np.random.Generator) -> Tensor:
-        """Return noise `(B, D, D)` of variance 1, with the spectrum that ``colour`` names."""
+    def noise(self, count: int, power: Tensor | None, stream: np.random.Generator) -> Tensor:
+        """Return noise `(B, D, D)` of variance 1; ``power``: see ``noise_power``."""
         white = torch.from_numpy(stream.standard_normal((count, self.D, self.D), np.float32))
-        power = noise_power(colour, self.D)
         if power is None:
             return white
         fourier = torch.fft.rfft2(white) * power.sqrt()
@@ -158,6 +166,14 @@ def _chunks(total: int, size: int) -> Iterator[np.ndarray]:
                 logger.info(f"{stop}/{total} images simulated")
 
 
+def _noise(options: SimulateOptions, D: int) -> tuple[Spectrum | None, Tensor | None]:
+    """Return the spectrum that ``--noise-spectrum`` names, and the noise's power."""
+    if options.noise_spectrum is None:
+        return None, noise_power(options.noise or "white", D)
+    spectrum = read_spectrum(options.noise_spectrum, D)
+    return spectrum, spectrum_power(spectrum, D)
+
+
 def _check_outdir(options: SimulateOptions) -> None:
     folder = Path(options.outdir)
     if folder.exists() and not folder.is_dir():
@@ -169,14 +185,16 @@ def _check_outdir(options: SimulateOptions) -> None:
     for flag, path in (
         ("--poses", options.poses),
         ("--ctf", options.ctf),
+        ("--noise-spectrum", options.noise_spectrum),
         *(("--volumes", path) for path in options.volumes),
+        *(("--atoms", path) for path in options.atoms),
     ):
         if path and {Path(path).resolve(), Path(path).resolve().parent} & taken:
             raise InputError(f"{flag} {path}: would be replaced; choose another folder for -o")
 
 
 def _write_stacks(
-    paths: dict[str, Path], imager: _Imager, apix: float, sigma: float, colour: str,
+    paths: dict[str, Path], imager: _Imager, apix: float, sigma: float, power: Tensor | None,
     stream: np.random.Generator,
 ) -> None:  # fmt: skip
     """Stream the noisy images, and the clean ones if ``paths`` names a file for them."""
@@ -192,7 +210,7 @@ def _write_stacks(
             blocks: dict[str, list[Tensor]] = {"clean": [], "particles": []}
             for part in _split(rows):
                 clean = imager.clean(part)
-                noise = sigma * imager.noise(len(part), colour, stream) if sigma else 0
+                noise = sigma * imager.noise(len(part), power, stream) if sigma else 0
                 blocks["clean"].append(clean)
                 blocks["particles"].append(clean + noise)
             for name, file in files.items():
@@ -206,7 +224,7 @@ def _write_tables(
         if name != "volumes":
             (folder / name).unlink(missing_ok=True)
     (folder / "volumes").mkdir(exist_ok=True)
-    for old in [*folder.glob("volumes/class*.mrc"), *folder.glob("volumes/mean.mrc")]:
+    for old in (p for k in ("class*", "part*", "mean") for p in folder.glob(f"volumes/{k}.mrc")):
         forget(folder / "volumes", old.name)
         old.unlink()
     D, model = imager.D, imager.model
@@ -218,17 +236,19 @@ def _write_tables(
     if truth.ctf is not None and truth.ctf.shape[1] > 8:
         _write_star(folder / "particles.star", truth.ctf[:, 8], truth.tilts)
     write_pickle(folder / "labels.pkl", truth.labels)
-    if isinstance(model, BlobModel) and model.hinge_deg:
+    if model.hinge_deg:
         write_pickle(folder / "coordinate.pkl", truth.coordinate)
     write_pickle(folder / "ind_train.pkl", train)
     if len(held):
         write_pickle(folder / "ind_heldout.pkl", held)
     mean = ("mean", model.mean(truth.labels, truth.coordinate))
+    parts = model.parts if isinstance(model, PartModel) else []
+    named = ((f"part{i}", part.volume) for i, part in enumerate(parts))
     written = []
-    for name, volume in itertools.chain(model.volumes(), [mean]):  # one at a time in memory
+    for name, volume in itertools.chain(model.volumes(), [mean], named):  # one at a time in memory
         written.append(f"{name}.mrc")
         path = str(folder / "volumes" / written[-1])
-        host.write_mrc(path, volume, is_vol=True, Apix=apix)
+        host.write_mrc(path, volume, is_vol=True, Apix=apix * D / len(volume))
     record(folder / "volumes", *written)
 
 
@@ -257,6 +277,7 @@ def simulate(options: SimulateOptions) -> Simulation:
     seeds = np.random.SeedSequence(options.seed).spawn(len(_STREAMS))
     streams = {k: np.random.default_rng(s) for k, s in zip(_STREAMS, seeds, strict=True)}
     model, apix = _load_model(options)
+    spectrum, power = _noise(options, model.D)
     truth = draw(options, model, apix, streams)
     if options.ctf and truth.ctf is not None:
         if options.volumes and abs(truth.ctf[0, 0] / apix - 1) > 0.01:
@@ -280,10 +301,12 @@ def simulate(options: SimulateOptions) -> Simulation:
         stack.enter_context(locked(folder, "another simulate_amort writes to it"))
         _check_outdir(options)  # another may just have ended
         paths = {k: stack.enter_context(replacing(folder / f"{k}.mrcs")) for k in names}
-        _write_stacks(paths, imager, apix, sigma, options.noise, streams["noise"])
+        _write_stacks(paths, imager, apix, sigma, power, streams["noise"])
         with recorded(folder, *(n for n in _OUTPUTS if n.endswith((".pkl", ".star")))):
             _write_tables(folder, truth, imager, apix, train, held)
     summary = _summary(options, imager, apix, variance, sigma, len(train))
+    if spectrum is not None:
+        summary["noise_spectrum"] = spectrum
     with recorded(folder, "simulation.yaml"):
         write_text(folder / "simulation.yaml", yaml.safe_dump(summary, sort_keys=False))
     logger.info(f"Wrote {len(train)} particles for training, {len(held)} held out, to {folder}")
@@ -298,6 +321,8 @@ def _summary(
     settings: dict[str, Any] = {**asdict(options), "n": n, "D": D, "apix": apix}
     if options.poses is None:
         settings["shift_px"] = most_shift_px(options, D)
+    if options.noise_spectrum is None:
+        settings["noise"] = options.noise or "white"
     if isinstance(model, BlobModel):
         settings.update(classes=len(model.shares), hinge_deg=model.hinge_deg)
     classes = [
@@ -308,7 +333,8 @@ def _summary(
         "cryodrgn_amort": __version__, "cryodrgn": host.VERSION,
         "numpy": np.__version__, "torch": str(torch.__version__),
     }  # fmt: skip
+    more = {"object": model.facts()} if isinstance(model, PartModel) else {}
     return {
-        "settings": settings, "classes": classes, "signal_variance": variance,
+        "settings": settings, "classes": classes, **more, "signal_variance": variance,
         "noise_sigma": sigma, "versions": versions,
     }  # fmt: skip

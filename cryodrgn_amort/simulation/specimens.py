@@ -9,24 +9,25 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
-from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
 from cryodrgn_amort import host
 from cryodrgn_amort.core import InputError, available_memory, check_intact
+from cryodrgn_amort.simulation.slices import Slices, transform
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
+    from cryodrgn_amort.simulation.parts import PartModel
 
-__all__ = ["BlobModel", "VolumeModel", "clean_images", "ctf_values", "read_volume"]
+
+__all__ = ["BlobModel", "Model", "VolumeModel", "clean_images", "ctf_values", "read_volume"]
 logger = logging.getLogger("cryodrgn_amort")
 
 
@@ -136,9 +137,8 @@ class BlobModel:
 class VolumeModel:
     """The user's volumes, one class each: projections are slices of their Fourier transforms.
 
-    The transform of the volume, padded to twice its box, is interpolated by cubic B-splines; the
-    fall-off that this brings in real space is undone beforehand. Images hold the frequencies below
-    Nyquist. Density should lie in the sphere that the box encloses. Takes 32 bytes per voxel.
+    Images hold the frequencies below Nyquist. Density should lie in the sphere that the box
+    encloses. Takes 32 bytes per voxel.
 
     Parameters
     ----------
@@ -146,46 +146,21 @@ class VolumeModel:
         `(D, D, D)` each, float32.
     """
 
+    hinge_deg = 0.0
+
     def __init__(self, volumes: Sequence[np.ndarray], names: Sequence[str]) -> None:
         self.D, self.names = len(volumes[0]), list(names)
         self.shares = np.full(len(volumes), 1 / len(volumes))
         self._volumes = volumes
-        self._hartley = [self._transform(volume) for volume in volumes]
-        self._lattice = host.Lattice(self.D + 1, extent=0.5)
-        k = self._lattice.freqs2d.numpy() * self.D
-        # without the Nyquist frequency, every pixel has its opposite
-        self._inside = torch.from_numpy((k**2).sum(1) < (self.D / 2 - 1e-3) ** 2)
-        self._k = np.round(k[self._inside.numpy()])  # (P, 2), x y
-        self._pixel = torch.from_numpy((self._k + self.D // 2) @ [1, self.D]).long()
-
-    def _transform(self, volume: np.ndarray) -> np.ndarray:
-        D, half = self.D, self.D // 2
-        falloff = np.sinc((np.arange(D) - half) / (2 * D)) ** 4  # of a cubic B-spline
-        flat = volume / np.einsum("z,y,x->zyx", falloff, falloff, falloff)
-        padded = np.pad(flat.astype(np.float32), (half, half))
-        fourier = host.fftn_center(torch.from_numpy(padded))
-        hartley: np.ndarray = (fourier.real - fourier.imag).numpy()
-        return hartley
-
-    def _slice(self, label: int, rot: np.ndarray) -> np.ndarray:
-        where = (2 * self._k @ rot[:2].astype(float) + self.D)[:, ::-1].T  # z y x
-        values: np.ndarray = map_coordinates(
-            self._hartley[label], where, np.float32, order=3, mode="grid-wrap", prefilter=False
-        )
-        return values
+        self._hartley = [transform(volume) for volume in volumes]
+        self._slices = Slices(self.D)
 
     def project(
         self, rots: np.ndarray, shift_px: np.ndarray, labels: np.ndarray, coordinate: object = None
     ) -> Tensor:
         """Project `(B, D, D)`; `(B, 2)` shifts move the object."""
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            slices = torch.from_numpy(np.stack(list(pool.map(self._slice, labels, rots))))
-        shifts = torch.from_numpy(np.float32(shift_px)).unsqueeze(1)
-        shifted = self._lattice.translate_ht(slices, shifts, self._inside).squeeze(1)
-        images = torch.zeros(len(rots), self.D * self.D)
-        images[:, self._pixel] = shifted
-        projected: Tensor = host.iht2_center(images.view(-1, self.D, self.D))
-        return projected
+        hartley = [self._hartley[label] for label in labels]
+        return self._slices.images(self._slices.take(hartley, rots, shift_px))
 
     def volumes(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the volumes, named."""
@@ -200,8 +175,11 @@ class VolumeModel:
         return total
 
 
+Model: TypeAlias = "BlobModel | VolumeModel | PartModel"
+
+
 def clean_images(
-    model: BlobModel | VolumeModel,
+    model: Model,
     rots: np.ndarray,
     trans_px: np.ndarray,
     labels: np.ndarray,

@@ -5,21 +5,23 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.interpolate import CubicSpline
 
 from cryodrgn_amort.core import InputError, read_pickle, read_yaml, to_array
+from cryodrgn_amort.simulation.parts import PartModel
 from cryodrgn_amort.simulation.specimens import BlobModel, VolumeModel, clean_images, read_volume
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
     from cryodrgn_amort.data import Particles
     from cryodrgn_amort.options import EvalOptions
+    from cryodrgn_amort.simulation.specimens import Model
 
 
 __all__ = ["Known", "Truth", "load_known", "load_truth"]
@@ -27,6 +29,7 @@ __all__ = ["Known", "Truth", "load_known", "load_truth"]
 _MOST_CLASSES = 500
 _NODES = 33
 _POSITIONS_BOX = 32  # the made-up object scales with its box, and so do all distances
+_PARTS_BOX = 64  # of molecules: frequencies beyond it hardly change distances
 _MOST_APART_DEG = 60.0  # orientations that have nothing to do with each other: 132 degrees
 
 
@@ -45,12 +48,13 @@ class Truth:
     positions
         `(N, d)`: Euclidean distances are those between the particles' true volumes, but for a
         factor. The volumes' principal components; between 33 coordinates, cubic splines of them.
+        Of atoms in more than 64 pixels: distances at the frequencies of 64.
     """
 
     labels: np.ndarray
     coordinate: np.ndarray | None
     render: Callable[[int, float], np.ndarray]
-    model: Callable[[], BlobModel | VolumeModel]
+    model: Callable[[], Model]
     positions: np.ndarray
 
     def clean(self, particles: Particles, rows: Tensor) -> Tensor:
@@ -154,32 +158,68 @@ def load_truth(folder: str, particles: Particles) -> Truth:
     try:
         settings = found["settings"]
         box, files = int(settings["D"]), list(settings["volumes"])
-        made = () if files else (int(settings["classes"]), float(settings["hinge_deg"]))
+        apart = bool(settings.get("atoms"))
+        made = None
+        if not files and not apart:
+            made = int(settings["classes"]), float(settings["hinge_deg"])
         blobs = BlobModel(box, *made) if made else None
     except Exception as err:  # whatever a damaged file leads to
         raise InputError(f"{what}: simulation.yaml is damaged ({type(err).__name__})") from None
     if box != particles.box:
         raise InputError(f"{what}: of {box} px, but the run's particles have {particles.box} px")
+    if apart:
+        return _of_parts(path, found, particles)
     classes = len(files) if blobs is None else len(blobs.shares)
-    labels = _stored_values(path, "labels.pkl", classes - 1, particles)
-    if labels.dtype.kind not in "iu":
-        raise InputError(f"{what}: labels.pkl does not hold integers")
-    _check_orientations(path, particles)
+    labels = _stored_labels(path, classes, particles)
     if blobs is None:
         volumes = [_stored_volume(path, f"class{k}", box) for k in range(classes)]
         positions = _positions(lambda k, _: volumes[k], classes, labels, None)
         names = [f"class{k}" for k in range(classes)]
         model = functools.cache(lambda: VolumeModel(volumes, names))  # takes a while
         return Truth(labels, None, lambda k, _: volumes[k], model, positions)
-    name, volume = next(blobs.volumes())
-    if not np.allclose(_stored_volume(path, name, box), volume, atol=1e-3 * volume.max()):
-        raise InputError(f"{what}: volumes/{name}.mrc is not what simulation.yaml describes")
+    small = BlobModel(_POSITIONS_BOX, *(made or ()))
+    return _of_model(path, blobs, small, labels, particles)
+
+
+def _of_parts(path: Path, found: Mapping[str, Any], particles: Particles) -> Truth:
+    """Read the truth of a simulation of atoms from the volumes of its parts."""
+    stored = functools.cache(lambda name: read_volume(str(path / "volumes" / name), "--truth")[0])
+    try:
+        model = PartModel.read(found, stored)
+        small = model if model.D <= _PARTS_BOX else PartModel.read(found, stored, _PARTS_BOX)
+    except InputError:
+        raise
+    except Exception as err:  # whatever a damaged file leads to
+        what = f"--truth {path}: simulation.yaml is damaged"
+        raise InputError(f"{what} ({type(err).__name__})") from None
+    labels = _stored_labels(path, len(model.names), particles)
+    return _of_model(path, model, small, labels, particles)
+
+
+def _of_model(
+    path: Path, model: BlobModel | PartModel, small: BlobModel | PartModel, labels: np.ndarray,
+    particles: Particles,
+) -> Truth:  # fmt: skip
+    """Return the truth of a model that moves, or not; ``small`` renders fewer pixels."""
+    name, volume = next(model.volumes())
+    stored = _stored_volume(path, name, model.D)
+    if not np.allclose(stored, volume, atol=1e-3 * volume.max()):
+        raise InputError(
+            f"--truth {path}: volumes/{name}.mrc is not what simulation.yaml describes"
+        )
     coordinate = None
-    if blobs.hinge_deg:
+    if model.hinge_deg:
         coordinate = _stored_values(path, "coordinate.pkl", 1, particles)
-    small = BlobModel(_POSITIONS_BOX, *made)
-    positions = _positions(small.volume, classes, labels, coordinate)
-    return Truth(labels, coordinate, blobs.volume, lambda: blobs, positions)
+    positions = _positions(small.volume, len(model.names), labels, coordinate)
+    return Truth(labels, coordinate, model.volume, lambda: model, positions)
+
+
+def _stored_labels(path: Path, classes: int, particles: Particles) -> np.ndarray:
+    labels = _stored_values(path, "labels.pkl", classes - 1, particles)
+    if labels.dtype.kind not in "iu":
+        raise InputError(f"--truth {path}: labels.pkl does not hold integers")
+    _check_orientations(path, particles)
+    return labels
 
 
 def _stored_values(folder: Path, name: str, most: int, particles: Particles) -> np.ndarray:

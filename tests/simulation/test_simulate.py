@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import read_pickles, run_host, write_pickle
+from helpers import fsc, mirror, read_pickles, run_host, volume_at, write_pickle
 from scipy.spatial.transform import Rotation
 
 from cryodrgn_amort import host
@@ -45,10 +45,6 @@ def make(folder, **options):
     )
 
 
-def volume_at(path):
-    return host.parse_mrc(str(path))[0]
-
-
 def centre_of_mass(array):
     """Centre of mass, coordinates in the order of the axes, from the origin of the host."""
     total = array.sum()
@@ -67,24 +63,6 @@ def hartley_at(volume, k):
     x, y, z = (np.exp(-2j * np.pi * k[:, i, None] * grid) for i in range(3))
     fourier = np.einsum("zyp,py,pz->p", np.einsum("zyx,px->zyp", volume, x), y, z, optimize=True)
     return fourier.real - fourier.imag
-
-
-def fsc(a, b):
-    """Fourier shell correlation of shells 0 to D/2."""
-    grid = np.arange(len(a)) - len(a) // 2
-    shell = np.sqrt(grid[:, None, None] ** 2 + grid[:, None] ** 2 + grid**2).round().astype(int)
-    fa, fb = (np.fft.fftshift(np.fft.fftn(v.astype(float))) for v in (a, b))
-
-    def total(values):
-        return np.bincount(shell.ravel(), values.ravel())[: len(a) // 2 + 1]
-
-    power = np.sqrt(total(np.abs(fa) ** 2) * total(np.abs(fb) ** 2))
-    return total((fa * fb.conj()).real) / power
-
-
-def mirror(volume, axis=0):
-    """Mirror about the origin pixel."""
-    return np.roll(np.flip(volume, axis), 1, axis)
 
 
 def gaussian(centre_xyz, box=D, sigma=1.5):
