@@ -41,6 +41,8 @@ class AlternatingEncoder(Encoder):
         The posteriors that the decoder is trained with.
     network
         Encodes images, and in its turns learns from those that the decoder makes up.
+    radius
+        Up to which Fourier pixel latents are found.
     turn
         What is trained: "table" and decoder, the "encoder", or the "decoder" alone.
     judged
@@ -48,6 +50,7 @@ class AlternatingEncoder(Encoder):
     """
 
     replays = True
+    _compared: Tensor
     per_particle = frozenset({f"table.{name}" for name in LookupTable.per_particle - {"start"}} |
                              {"start"})  # fmt: skip
 
@@ -60,6 +63,9 @@ class AlternatingEncoder(Encoder):
         rates = flags.table_lr, flags.table_lr_end
         self.table = LookupTable(mean, torch.full(shape, _START_LOGVAR), *rates)
         self.network = AnchoredEncoder(settings, particles)
+        self.radius = particles.box // 4 if flags.l_start is None else flags.l_start
+        frequency = particles.lattice.freqs2d[particles.mask].norm(dim=1) * particles.box
+        self.register_buffer("_compared", frequency.round() <= self.radius, persistent=False)
         self.turn = "table"
         self.judged: dict[str, Any] = {}
         self.register_load_state_dict_pre_hook(_fit)  # type: ignore[no-untyped-call] # torch's
@@ -115,8 +121,8 @@ class AlternatingEncoder(Encoder):
         self.network.learn_from(mean)
 
     def learn_noise(self, precision: Tensor) -> None:
-        """Weigh pixels by the noise's precision `(P,)`."""
-        self.network.learn_noise(precision)
+        """Weigh pixels by the noise's precision `(P,)`, those beyond ``--l-start`` not at all."""
+        self.network.learn_noise(precision * self._compared)
 
     def template_latents(self) -> Tensor:
         """Return the latents that the network compares particles with."""

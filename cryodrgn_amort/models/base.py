@@ -52,6 +52,10 @@ class LatentModel(ABC):
         all its images, `(B,)`, which cannot.
         """
 
+    def pixels(self, batch: Batch) -> int:
+        """Return how many pixels of an image are compared."""
+        return batch.y.shape[1]
+
     def sample(self, mean: Tensor, logvar: Tensor, batch: Batch) -> Tensor:
         """Draw latents from the posterior `(B, zdim)`; its means when not training.
 
@@ -83,7 +87,7 @@ class LatentModel(ABC):
         Draws a latent from it.
         """
         error, _ = self.errors(batch, self.sample(mean, logvar, batch))
-        error, pixels = error / batch.tilts, batch.y.shape[1]
+        error, pixels = error / batch.tilts, self.pixels(batch)
         return losses(mean, logvar, error, pixels, batch.size, beta, beta_control)
 
     @torch.no_grad()

@@ -228,7 +228,16 @@ ENCODERS = (
         in_turns=True,
         defaults={"qdim": 256, "beta": "implied"},
         flags=frozenset(
-            {"from_run", "qlayers", "qdim", "anchors", "rounds", "table_lr", "table_lr_end"}
+            {
+                "from_run",
+                "qlayers",
+                "qdim",
+                "anchors",
+                "rounds",
+                "l_start",
+                "table_lr",
+                "table_lr_end",
+            }
         ),
     ),
 )

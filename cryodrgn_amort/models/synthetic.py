@@ -274,8 +274,11 @@ class SyntheticImages(Objective):
         self._sums[0] = state["error"].to(self._sums)
         self._sums[1] = int(state["count"])
 
-    def agreement(self, count: int = 512) -> Agreement:
-        """Compare preprocessed particles with images made up in their place."""
+    def agreement(self, within: int | None = None, count: int = 512) -> Agreement:
+        """Compare preprocessed particles with images made up in their place.
+
+        In all shells, or in so many.
+        """
         rng = np.random.default_rng(self.seed)
         sample = torch.from_numpy(np.sort(rng.permutation(self.particles.n)[:count]))
         loader, shells = BatchLoader(self.particles, None, memory=0), self.noise.shells
@@ -285,4 +288,5 @@ class SyntheticImages(Objective):
             real.append(shells.power(batch.y).cpu())
             synthetic.append(shells.power(self._one_each(batch).y).cpu())
         frequency = (np.arange(shells.count) + 1) / self.particles.box
-        return Agreement(frequency, torch.cat(real).numpy(), torch.cat(synthetic).numpy())
+        powers = (torch.cat(part)[:, :within].numpy() for part in (real, synthetic))
+        return Agreement(frequency[:within], *powers)

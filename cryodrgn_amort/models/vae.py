@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,11 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
         Of the decoder's matrix products, one of ``DTYPES``; "fp64" makes everything double.
     kwargs
         As ``HetOnlyVAE``.
+
+    Attributes
+    ----------
+    inside
+        Which of the masked pixels are compared in training, `(P,)`; None: all.
     """
 
     def __init__(
@@ -65,7 +71,13 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
         self.narrow = precision == "fp16"
         mask = lattice.get_circular_mask(lattice.D // 2)
         coords = lattice.coords[mask] / lattice.extent / 2
-        self.fast = FastDecoder(self.decoder, coords, DTYPES[precision], tf32=precision == "tf32")
+        self._make_fast = partial(
+            FastDecoder, self.decoder, matmul=DTYPES[precision], tf32=precision == "tf32"
+        )
+        self.fast = self._make_fast(coords)
+        self._coords = coords
+        self.inside: Tensor | None = None
+        self._kept: Tensor | None = None
         if amort is not None:
             amort.decoder = self.fast
         # where the encoder's pixels stand among the stored ones; None: they are the same
@@ -103,10 +115,32 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
     def errors(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
         """Compare by squared errors of the masked pixels; see ``LatentModel.errors``."""
         assert batch.rot is not None
-        tilts = batch.tilts
+        tilts, y, ctf, fast = batch.tilts, batch.y, batch.ctf, self.fast
         z = z if tilts == 1 else z.repeat_interleave(tilts, 0)
-        total, each = self.fast.squared_errors(batch.rot, batch.y, batch.ctf, z)
+        if self._kept is not None and self.training:
+            y, fast = y[:, self._kept], self._coarse
+            ctf = None if ctf is None else ctf[:, self._kept[: fast.pixels]]
+        total, each = fast.squared_errors(batch.rot, y, ctf, z)
         return total, each if tilts == 1 else each.view(-1, tilts).sum(1)
+
+    def pixels(self, batch: Batch) -> int:
+        """Return how many pixels of an image are compared."""
+        limited = self._kept is not None and self.training
+        return len(self._kept) if limited and self._kept is not None else batch.y.shape[1]
+
+    def held(self) -> list[Tensor]:
+        """Return the memory that every training step uses again."""
+        return (self.fast if self._kept is None else self._coarse).held()
+
+    def limit(self, radius: int | None) -> None:
+        """Compare images in training up to a radius in Fourier pixels alone; None: wholly."""
+        self.inside = self._kept = None
+        if radius is None:
+            return
+        inside = (self._coords[:, :2].norm(dim=1) * (self.lattice.D - 1)).round() <= radius
+        if not inside.all():
+            self.inside, self._kept = inside, inside.nonzero()[:, 0]
+            self._coarse = self._make_fast(self._coords[self._kept])
 
     @torch.no_grad()
     def decode_volumes(self, z: Tensor, norm: tuple[float, float]) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from cryodrgn_amort.options.fields import Options, flag
 __all__ = ["AnchorFlags", "TableFlags", "TurnFlags"]
 
 _TABLE = "Lookup table (--encoder vlt)"
+_TURNS = "Decoder and encoder in turns (--encoder alternate)"
 
 
 def _start(text: str) -> str:
@@ -71,10 +72,14 @@ class TurnFlags(Options):
     """Of ``--encoder alternate``, beside its anchors and its table's rates."""
 
     rounds: int = flag(
-        "--rounds", default=2, least=1, group="Decoder and encoder in turns (--encoder alternate)",
-        metavar="R",
+        "--rounds", default=2, least=1, group=_TURNS, metavar="R",
         help="How often the encoder has its turn; between two, the decoder is trained on its\n"
         "answers. Fewer if particles held out (--holdout) say that it does not help",
+    )  # fmt: skip
+    l_start: int | None = flag(
+        "--l-start", default=None, least=2, group=_TURNS, metavar="PX",
+        help="Latents are found at spatial frequencies up to so many Fourier pixels; the decoder\n"
+        "sees all in its last turn (default: a quarter of the box, half of Nyquist)",
     )  # fmt: skip
     table_lr: float = 0.1
     table_lr_end: float = 1e-3

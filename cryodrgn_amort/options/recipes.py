@@ -168,6 +168,12 @@ REPAIR = (
         reference="vlt",
     ),
     Recipe(
+        "alternate",
+        "decoder and encoder in turns: a table, an encoder that has seen no particle, the decoder",
+        {"encoder": "alternate"},
+        reference="vlt",
+    ),
+    Recipe(
         "semi",
         "second stage on baseline: its latents become rows of a table, which is trained on",
         {"encoder": "semi"},

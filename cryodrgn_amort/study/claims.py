@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CLAIMS", "REPAIR_CLAIMS", "claims"]
 
-_SECOND = ("sleep", "anchored")
+_SECOND = ("sleep", "anchored", "alternate")
 _COPIES = ("augment", "consistent")
 
 
@@ -304,7 +304,7 @@ REPAIR_CLAIMS = (
         "Rolling or turning a particle together with its pose leaves their latents where they are",
         _OURS,
         _invariant,
-        Bounds("the retrieval rank of sleep and anchored (follow)",
+        Bounds("the retrieval rank of sleep, anchored and alternate (follow)",
                pick(max, "value", "retrieval_rank", _SECOND), 0.02, 0.1),
     ),
     Claim(

@@ -10,6 +10,8 @@ import torch
 from cryodrgn_amort.data import BatchLoader
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cryodrgn_amort.data import Particles
 
 
@@ -39,8 +41,14 @@ class ImpliedBeta:
         """Return the present one, however many particles were ``seen``."""
         return self.value
 
-    def begin(self) -> None:
-        """Measure the power of a sample of the particles, unless there is a value already."""
+    def begin(self, inside: Tensor | None = None) -> None:
+        """Measure the power of a sample of the particles, unless there is a value already.
+
+        Parameters
+        ----------
+        inside
+            Which of the masked pixels are compared, `(P,)`; None: all.
+        """
         if self.value:
             return
         p, total, pixels = self._particles, 0.0, 0
@@ -48,6 +56,7 @@ class ImpliedBeta:
         loader = BatchLoader(p, None, memory=0)
         for index in torch.from_numpy(np.sort(sample)).split(_CHUNK):
             y = loader.read(index).y
+            y = y if inside is None else y[:, inside]
             each = y.double().square().sum(1)
             sound = each[each.isfinite()]
             total, pixels = total + float(sound.sum()), pixels + len(sound) * y.shape[1]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cryodrgn_amort import host
 from cryodrgn_amort.core import __version__, device_name, half_precision
-from cryodrgn_amort.models import SyntheticImages
+from cryodrgn_amort.models import AlternatingEncoder, SyntheticImages
 from cryodrgn_amort.runs import HOLDOUT
 from cryodrgn_amort.training.second_stage import compare_images
 
@@ -71,7 +71,9 @@ def log_stage(trainer: Trainer) -> None:
     if len(trainer.stages) > 1:
         logger.info(f"Epochs {stage.first} to {stage.last}: {_TURNS[stage.what]}")
     if trainer.processes.leads and isinstance(trainer.objective, SyntheticImages):
-        compare_images(trainer.objective, trainer.folder, goes_on=not trainer.begins)
+        encoder = trainer.model.amort
+        within = encoder.radius if isinstance(encoder, AlternatingEncoder) else None
+        compare_images(trainer.objective, trainer.folder, within, goes_on=not trainer.begins)
 
 
 def log_batch(trainer: Trainer, seen: int, losses: Losses) -> None:

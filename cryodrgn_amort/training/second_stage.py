@@ -109,15 +109,22 @@ def synthetic_images(
     return images
 
 
-def compare_images(images: SyntheticImages, folder: Path, *, goes_on: bool) -> None:
+def compare_images(
+    images: SyntheticImages, folder: Path, within: int | None, *, goes_on: bool
+) -> None:
     """Write how alike images made up and the particles are; warn if they are not.
 
     A training that goes on has done so before.
+
+    Parameters
+    ----------
+    within
+        In how many shells they are compared; None: all.
     """
     if goes_on and (folder / NOISE).is_file():
         return
     images.epoch_start(1)
-    found = images.agreement()
+    found = images.agreement(within)
     write_json(folder / NOISE, {**images.noise.facts(), **found.facts()})
     ratio = found.power_ratio
     logger.info(

@@ -46,6 +46,8 @@ class Stage:
         The common optimizer's learning rate falls from the first to the second; None: it does not.
     batches
         How many batches an epoch has at most; None: all.
+    coarse
+        Whether images are compared up to the radius of ``--l-start`` alone.
     """
 
     what: str
@@ -54,6 +56,7 @@ class Stage:
     lr: float
     lr_end: float | None
     batches: int | None = None
+    coarse: bool = False
 
     def done(self, epoch: int) -> float:
         """Return what share of it is done when an epoch begins."""
@@ -107,24 +110,28 @@ def stages_of(settings: TrainSettings, n: int, *, in_turns: bool) -> list[Stage]
         raise InputError(f"-n {epochs}: too few epochs for --rounds {rounds}")
     found: list[Stage] = []
 
-    def add(what: str, count: int, rates: tuple[float, float | None]) -> None:
+    def add(
+        what: str, count: int, rates: tuple[float, float | None], *, coarse: bool = False
+    ) -> None:
         first = found[-1].last + 1 if found else 1
         if count:
             most = batches if what == "encoder" else None
-            found.append(Stage(what, first, first + count - 1, *rates, most))
+            found.append(Stage(what, first, first + count - 1, *rates, most, coarse))
 
-    add("table", 0 if whole else table, (lr, settings.lr_end or lr))
+    alone = rounds == 1  # no other turn shows the decoder all frequencies
+    add("table", 0 if whole else table, (lr, settings.lr_end or lr), coarse=not alone)
     for turn in range(rounds):
         spare = table if whole and turn == rounds - 1 else 0
         add("encoder", encoder + spare, _ENCODER_RATES)
         if turn < rounds - 1:
-            add("decoder", decoder, (lr, settings.lr_end or _FALLS_TO * lr))
+            rates = lr, settings.lr_end or _FALLS_TO * lr
+            add("decoder", decoder, rates, coarse=turn < rounds - 2)
     return found
 
 
 @torch.no_grad()
 def _begin_turn(
-    model: AmortVAE, what: str, processes: ProcessGroup, n: int, *, begins: bool
+    model: AmortVAE, stage: Stage, processes: ProcessGroup, n: int, *, begins: bool
 ) -> tuple[Tensor, Tensor]:
     """Let what has its turn be trained, and nothing else; returns the latents of all particles.
 
@@ -140,7 +147,9 @@ def _begin_turn(
     """
     encoder = model.amort
     assert isinstance(encoder, AlternatingEncoder)
+    what = stage.what
     encoder.begin(what)
+    model.limit(encoder.radius if stage.coarse else None)
     model.decoder.requires_grad_(what != "encoder")
     own = torch.cat(encoder.latents(), 1)
     both = processes.spread(own, n)
@@ -160,7 +169,7 @@ def begin_stage(trainer: Trainer, epoch: int) -> bool:
     trainer.begins = epoch == stage.first and trainer.progress is None
     if trainer.encoder_spec.in_turns:
         processes, begins = trainer.processes, trainer.begins
-        latents = _begin_turn(model, stage.what, processes, particles.n, begins=begins)
+        latents = _begin_turn(model, stage, processes, particles.n, begins=begins)
     trainer.objective = make_objective(
         settings, particles, model, latents, stage, begins=trainer.begins
     )

@@ -209,7 +209,7 @@ class Stepper:
         graph = Graph([] if own is None else [own])
         with recorded_by(self.optimizer), graph.recording():
             losses = self._step(replace(loaded, parts=parts), self._beta)
-        return _Recorded(graph, parts, losses, self.model.fast.held())
+        return _Recorded(graph, parts, losses, self.model.held())
 
 
 @dataclass

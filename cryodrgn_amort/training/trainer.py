@@ -198,9 +198,9 @@ class Trainer:
         given = self.particles if self.poses is None else self.poses.particles
         self.loader = open_loader(settings, given, self.shown, self.processes, folder)
         self.batches = shuffled_batches(settings, self.loader, self.random_state)
-        if isinstance(self.beta, ImpliedBeta):
-            self.beta.begin()
         begin_stage(self, self.epoch + 1)
+        if isinstance(self.beta, ImpliedBeta):
+            self.beta.begin(self.model.inside)
 
     def _train(self) -> None:
         settings = self.settings

@@ -47,7 +47,7 @@ def test_what_ships_in_the_box(plugins):
     assert names["encoder_inputs"] == {"particle", "twin", "noise"}
     assert names["transforms"] == {"roll", "rotate"}
     assert {"baseline", "vlt", "vlt-frozen-encoder", "twin-large"} <= names["recipes"]
-    assert len(names["recipes"]) == 20
+    assert len(names["recipes"]) == 21
     for kind in KINDS:
         for owned in plugins.owned(kind).values():
             assert owned.plugin == "built-in"
