@@ -23,7 +23,7 @@ from .step import (
     set_rate as set_rate,
     train_step as train_step,
 )
-from .synthetic import SyntheticImages as SyntheticImages
+from .synthetic import SyntheticImages as SyntheticImages, unexplained as unexplained
 from .vae import (
     TOKEN_ENCODER as TOKEN_ENCODER,
     TOKEN_TILT_PARAMS as TOKEN_TILT_PARAMS,

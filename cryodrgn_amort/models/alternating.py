@@ -43,6 +43,8 @@ class AlternatingEncoder(Encoder):
         Encodes images, and in its turns learns from those that the decoder makes up.
     radius
         Up to which Fourier pixel latents are found.
+    weights
+        Of masked pixels while table and decoder are trained, `(P,)`: 1 / variance of the noise.
     turn
         What is trained: "table" and decoder, the "encoder", or the "decoder" alone.
     judged
@@ -50,6 +52,7 @@ class AlternatingEncoder(Encoder):
     """
 
     replays = True
+    weights: Tensor
     _compared: Tensor
     per_particle = frozenset({f"table.{name}" for name in LookupTable.per_particle - {"start"}} |
                              {"start"})  # fmt: skip
@@ -65,6 +68,7 @@ class AlternatingEncoder(Encoder):
         self.network = AnchoredEncoder(settings, particles)
         self.radius = particles.box // 4 if flags.l_start is None else flags.l_start
         frequency = particles.lattice.freqs2d[particles.mask].norm(dim=1) * particles.box
+        self.register_buffer("weights", torch.ones(len(particles.mask)))
         self.register_buffer("_compared", frequency.round() <= self.radius, persistent=False)
         self.turn = "table"
         self.judged: dict[str, Any] = {}

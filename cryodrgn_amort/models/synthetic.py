@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.models.decoder import FastDecoder
 
 
-__all__ = ["SyntheticBatch", "SyntheticImages", "measure_noise", "whole_ctf"]
+__all__ = ["SyntheticBatch", "SyntheticImages", "measure_noise", "unexplained", "whole_ctf"]
 
 _LOGVAR_RANGE = (-12.0, 4.0)
 _SIGNALS = 16  # latents at one pose
@@ -35,6 +35,7 @@ _POSES = 1000
 _POOL_BYTES = 1 << 29
 _USES = 4  # of a signal, each time with other noise and CTF, before its pose is replaced
 _NOISE_SAMPLE = 512  # particles of each optics group
+_LEAST_OF_A_GROUP = 16
 _CHUNK = 64
 _TOGETHER = 64  # poses, while a pool is made
 
@@ -59,17 +60,40 @@ class SyntheticBatch(Batch):
 def measure_noise(
     decoder: FastDecoder, particles: Particles, mean: Tensor, seed: int
 ) -> NoiseModel:
+    """Measure the noise in particles: what latents ``mean`` `(N, zdim)` leave unexplained."""
+    shells, groups, spectra = unexplained(decoder, particles, mean, seed)
+    return NoiseModel(particles, shells, spectra, groups, seed)
+
+
+@torch.no_grad()
+def unexplained(
+    decoder: FastDecoder, particles: Particles, mean: Tensor, seed: int, *, quick: bool = False
+) -> tuple[Shells, Tensor, Tensor]:
     """Measure the spectrum of what latents ``mean`` `(N, zdim)` leave unexplained.
 
     In each optics group, of a sample of its particles.
+
+    Parameters
+    ----------
+    quick
+        Whether one sample is enough for all groups together, for their average.
+
+    Returns
+    -------
+    shells
+    groups
+        Optics group of each particle, `(N,)`.
+    spectra
+        Variance of a pixel in each shell, `(G, shells)`.
     """
     shells, groups = Shells(particles), optics_groups(particles.ctf_params, particles.n)
     rng = np.random.default_rng(seed)
     loader = BatchLoader(particles, None, memory=0)
-    spectra = []
-    for group in range(int(groups.max()) + 1):
+    spectra, count = [], int(groups.max()) + 1
+    most = max(_LEAST_OF_A_GROUP, _NOISE_SAMPLE // count) if quick else _NOISE_SAMPLE
+    for group in range(count):
         members = (groups == group).nonzero()[:, 0].numpy()
-        sample = torch.from_numpy(np.sort(rng.permutation(members)[:_NOISE_SAMPLE]))
+        sample = torch.from_numpy(np.sort(rng.permutation(members)[:most]))
         sums, sound = torch.zeros(shells.count, dtype=torch.float64), 0
         for index in sample.split(_CHUNK):
             batch = loader.read(index)
@@ -80,7 +104,7 @@ def measure_noise(
             sums += power[good].sum(0)
             sound += int(good.sum())
         spectra.append((sums / max(sound, 1)).float())
-    return NoiseModel(particles, shells, torch.stack(spectra).to(mean.device), groups, seed)
+    return shells, groups, torch.stack(spectra).to(mean.device)
 
 
 def with_ctf(images: Tensor, ctf: Tensor | None) -> Tensor:

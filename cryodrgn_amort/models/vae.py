@@ -78,6 +78,7 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
         self._coords = coords
         self.inside: Tensor | None = None
         self._kept: Tensor | None = None
+        self._gain: Tensor | None = None
         if amort is not None:
             amort.decoder = self.fast
         # where the encoder's pixels stand among the stored ones; None: they are the same
@@ -119,9 +120,27 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
         z = z if tilts == 1 else z.repeat_interleave(tilts, 0)
         if self._kept is not None and self.training:
             y, fast = y[:, self._kept], self._coarse
-            ctf = None if ctf is None else ctf[:, self._kept[: fast.pixels]]
+            ctf = None if ctf is None else ctf[:, self._kept[: len(self._kept) // 2]]
+        if self._gain is not None and self.training:
+            half = self._gain[: len(self._gain) // 2]
+            y, ctf = y * self._gain, half.expand(len(y), -1) if ctf is None else ctf * half
         total, each = fast.squared_errors(batch.rot, y, ctf, z)
         return total, each if tilts == 1 else each.view(-1, tilts).sum(1)
+
+    def weigh(self, weights: Tensor | None) -> None:
+        """Weigh squared errors in training by masked pixels `(P,)`; None: all alike.
+
+        Opposite pixels have the same weight; on average over those that are compared it is made 1.
+        """
+        if weights is None:
+            self._gain = None
+            return
+        weights = weights if self._kept is None else weights[self._kept]
+        gain = (weights / weights.mean()).sqrt()
+        if self._gain is not None and self._gain.shape == gain.shape:
+            self._gain.copy_(gain)  # where a step that is replayed reads it
+        else:
+            self._gain = gain
 
     def pixels(self, batch: Batch) -> int:
         """Return how many pixels of an image are compared."""
@@ -134,7 +153,7 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
 
     def limit(self, radius: int | None) -> None:
         """Compare images in training up to a radius in Fourier pixels alone; None: wholly."""
-        self.inside = self._kept = None
+        self.inside = self._kept = self._gain = None
         if radius is None:
             return
         inside = (self._coords[:, :2].norm(dim=1) * (self.lattice.D - 1)).round() <= radius

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cryodrgn_amort.core import InputError
-from cryodrgn_amort.models import AlternatingEncoder
+from cryodrgn_amort.models import AlternatingEncoder, unexplained
 from cryodrgn_amort.options import TurnFlags
 from cryodrgn_amort.training.setup import make_objective
 from cryodrgn_amort.training.stepper import Stepper
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from cryodrgn_amort.training.trainer import Trainer
 
 
-__all__ = ["Stage", "begin_stage", "stages_of"]
+__all__ = ["Stage", "begin_stage", "stages_of", "weigh_pixels"]
 
 _IMAGES = 256_000  # made up for a turn of the encoder
 _TOGETHER = 128  # of these in a step
 _LEAST_SHARE = 6  # turns of the encoder take at most a third of all epochs, a round a sixth
-_OF_DECODER = 0.3  # of the other epochs
+_OF_DECODER = 0.15  # of the other epochs
 _ENCODER_RATES = 1e-3, 2e-5
 _FALLS_TO = 0.1  # of --lr, in turns of the decoder
 
@@ -150,6 +150,7 @@ def _begin_turn(
     what = stage.what
     encoder.begin(what)
     model.limit(encoder.radius if stage.coarse else None)
+    model.weigh(encoder.weights)
     model.decoder.requires_grad_(what != "encoder")
     own = torch.cat(encoder.latents(), 1)
     both = processes.spread(own, n)
@@ -157,6 +158,26 @@ def _begin_turn(
     if what == "encoder" and begins:
         encoder.learn_from(mean)
     return mean, logvar
+
+
+@torch.no_grad()
+def weigh_pixels(trainer: Trainer) -> None:
+    """Weigh pixels in a turn of table or decoder by the noise that there is, as an epoch begins.
+
+    The noise is what the decoder leaves unexplained of a sample of the particles, by shells. With
+    coloured noise taken for white, latents follow it where it is strong.
+    """
+    model, particles = trainer.model, trainer.particles
+    encoder = model.amort
+    if not isinstance(encoder, AlternatingEncoder) or trainer.stage.what == "encoder":
+        return
+    mean = trainer.processes.spread(encoder.latents()[0].contiguous(), particles.n)
+    seed = trainer.settings.seed
+    shells, groups, spectra = unexplained(model.fast, particles, mean, seed, quick=True)
+    share = torch.bincount(groups).to(spectra)
+    variance = (share / share.sum()) @ spectra
+    encoder.weights.copy_(1 / variance.clamp(min=1e-12)[shells.of_pixel])
+    model.weigh(encoder.weights)
 
 
 def begin_stage(trainer: Trainer, epoch: int) -> bool:

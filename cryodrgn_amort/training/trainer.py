@@ -64,7 +64,7 @@ from cryodrgn_amort.training.setup import (
     open_loader,
     shuffled_batches,
 )
-from cryodrgn_amort.training.stages import begin_stage, stages_of
+from cryodrgn_amort.training.stages import begin_stage, stages_of, weigh_pixels
 
 if TYPE_CHECKING:
     from cryodrgn_amort.core import Registry
@@ -287,6 +287,7 @@ class Trainer:
             self.model.amort.epoch_start(done)
         set_rate(self.optimizer, stage.lr, stage.lr_end, done, self._rollbacks)
         if progress is None:
+            weigh_pixels(self)
             self._random = {}
             progress = EpochProgress.new(self.random_state.state(), settings, self.particles)
             self.steps.begin(progress)

@@ -22,6 +22,7 @@ import numpy as np
 from .commands import ROOT, Command, commands
 
 CHANGES = (  # pattern -> what stands in its place
+    (r"-n (100|50)(?= .*-o (more-)?turns)|-n 50(?= -o more-turns)", "-n 4 --anchors 4"),
     (r"-n 50\b", "-n 2"),
     (r"\bnew 50\b", "new 3"),  # of vlt, which has gone on
     (r"\bamort\.50\b", "amort.2"),

@@ -14,7 +14,7 @@ from cryodrgn_amort.inference import Fitter
 from cryodrgn_amort.models import kl_divergence
 from cryodrgn_amort.runs import load_run, settings_from_flags, with_run
 from cryodrgn_amort.training import Trainer, held_out
-from cryodrgn_amort.training.stages import stages_of
+from cryodrgn_amort.training.stages import stages_of, weigh_pixels
 
 SMALL = {"encoder": "alternate", "anchors": 4, "qdim": 16}
 
@@ -85,7 +85,7 @@ def test_a_run_holds_the_answers_of_its_encoder(train, flags, plugins):
             if isinstance(value, torch.Tensor) and not torch.equal(own[0][name], value):
                 moved.add("encoder" if "network.network" in name else name.split(".")[0])
         changed.append(moved - {"network"})  # its anchors, and the noise that it weighs by
-    assert changed == [{"encoder", "table"}, {"decoder"}, {"encoder", "table"}]
+    assert changed == [{"encoder", "table"}, {"decoder", "weights"}, {"encoder", "table"}]
     assert [r["latent_r2"] != "nan" for r in rows(trainer.folder)] == [False, True, False, True]
     mean, logvar = read_pickles(trainer.folder / "z.3.pkl", 2)
     np.testing.assert_array_equal(mean, read_pickles(trainer.folder / "z.2.pkl", 2)[0])
@@ -234,3 +234,89 @@ def test_betas_that_contradict_each_other(flags, plugins):
     ):
         with pytest.raises(InputError, match=says):
             settings_from_flags({**flags, **more}, plugins)
+
+
+def test_images_are_compared_up_to_a_radius(train, flags):
+    """As a plain sum over these pixels has it; all of them when not in training."""
+    trainer = train({**flags, "encoder": "vlt"}, num_epochs=1)
+    model, batch = trainer.model, trainer.loader.read(torch.arange(9))
+    z = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    ctf = torch.cat([batch.ctf, batch.ctf.flip(1)], 1)
+    squares = (model.fast.images(batch.rot, z[:, None])[:, 0] * ctf - batch.y).square()
+    frequency = trainer.particles.lattice.freqs2d[trainer.particles.mask].norm(dim=1)
+    for radius, kept in (
+        (4, frequency * 16 < 4.5),
+        (2, frequency * 16 < 2.5),
+        (100, frequency < 9),
+    ):
+        model.limit(radius)
+        model.train()
+        total, each = model.errors(batch, z)
+        torch.testing.assert_close(each, squares[:, kept].sum(1), rtol=1e-4, atol=0)
+        assert model.pixels(batch) == kept.sum()
+        model.decoder.zero_grad()
+        total.backward()
+        trained = [p for p in model.decoder.parameters() if p.requires_grad]
+        assert all(p.grad.abs().sum() > 0 for p in trained)
+        model.eval()
+        torch.testing.assert_close(model.errors(batch, z)[1], squares.sum(1), rtol=1e-4, atol=0)
+        assert model.pixels(batch) == batch.y.shape[1]
+    model.limit(None)
+    model.train()
+    torch.testing.assert_close(model.errors(batch, z)[1], squares.sum(1), rtol=1e-4, atol=0)
+
+
+def test_latents_are_found_at_low_frequencies(train, flags, tmp_path):
+    """High ones change nothing until the decoder's last turn, and then they do."""
+    from cryodrgn.mrcfile import parse_mrc, write_mrc
+
+    images = parse_mrc(flags["particles"])[0].copy()
+    fourier = np.fft.fft2(images)
+    k = np.hypot(*np.meshgrid(np.fft.fftfreq(16, 1 / 16), np.fft.fftfreq(16, 1 / 16)))
+    other = np.fft.ifft2(np.where(k > 6.6, 0.3 * fourier, fourier)).real.astype(np.float32)
+    write_mrc(str(tmp_path / "other.mrcs"), other, is_vol=False)
+    more = {**SMALL, "num_epochs": 6, "checkpoint": 1, "norm": (0.0, 10.0), "window": False}
+    found = []
+    for name, particles in (("a", flags["particles"]), ("b", str(tmp_path / "other.mrcs"))):
+        trainer = train({**flags, **more, "particles": particles, "outdir": str(tmp_path / name)})
+        assert [s.coarse for s in trainer.stages] == [True, False, False, False]
+        assert trainer.model.amort.radius == 4
+        decoder = trainer.stages[2].last
+        states = (read_weights(trainer.folder / f"weights.{e}.pkl", "")["model_state_dict"]
+                  for e in (decoder - 2, decoder))  # fmt: skip
+        found.append([{k: v for k, v in s.items() if k.startswith("decoder")} for s in states])
+    for (a, b), same in zip(zip(*found, strict=True), (True, False), strict=True):
+        assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a) == same
+
+
+@pytest.mark.parametrize(("l_start", "says"), [(1, "--l-start 1: must be at least 2")])
+def test_too_small_a_radius_is_refused(settings, l_start, says):
+    with pytest.raises(InputError, match=says):
+        stages_of(settings(l_start=l_start, num_epochs=9), 70, in_turns=True)
+
+
+def test_pixels_weigh_as_the_noise_in_them_says(train, flags):
+    """The loss is that of whitened images; with fixed weights in an epoch, from what was left."""
+    trainer = train({**flags, **SMALL, "rounds": 1}, num_epochs=4)
+    model, encoder = trainer.model, trainer.model.amort
+    batch, particles = trainer.loader.read(torch.arange(70)), trainer.particles
+    z = encoder.latents()[0]
+    ctf = torch.cat([batch.ctf, batch.ctf.flip(1)], 1)
+    left = model.fast.images(batch.rot, z[:, None])[:, 0] * ctf - batch.y
+    frequency = (particles.lattice.freqs2d[particles.mask].norm(dim=1) * 16).round()
+    trainer.stage = trainer.stages[0]
+    weigh_pixels(trainer)
+    for shell in (1, 3, 8):
+        variance = left[:, frequency == shell].square().mean()
+        at = encoder.weights[frequency == shell]
+        torch.testing.assert_close(at, (1 / variance).expand(len(at)), rtol=1e-3, atol=0)
+    model.train()
+    weights = encoder.weights / encoder.weights.mean()
+    wanted = (weights * left.square()).sum(1)
+    torch.testing.assert_close(model.errors(batch, z)[1], wanted, rtol=1e-4, atol=0)
+    model.eval()
+    torch.testing.assert_close(model.errors(batch, z)[1], left.square().sum(1), rtol=1e-4, atol=0)
+    trainer.stage = trainer.stages[-1]
+    encoder.weights.fill_(7.0)
+    weigh_pixels(trainer)  # in the encoder's turn nobody weighs anything
+    assert (encoder.weights == 7).all()
