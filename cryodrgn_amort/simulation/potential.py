@@ -36,7 +36,7 @@ class Atoms:
     coefficients
         Of each element, five a in angstroms and five b in square angstroms, `(E, 10)`: the
         scattering factor for electrons is the sum of a * exp(-b s^2 / 4) at s cycles per angstrom.
-        Peng et al., Acta Cryst. A52, 257 (1996), as gemmi has them.
+        International Tables for Crystallography C (2011), table 4.3.2.2, as gemmi has them.
     """
 
     where: np.ndarray
