@@ -279,8 +279,7 @@ class Trainer:
     def _begin_epoch(self) -> EpochProgress:
         """Begin the epoch, or go on in one that training was stopped in."""
         settings, progress, self.progress = self.settings, self.progress, None
-        stage = self.stage
-        done = stage.done(self.epoch)
+        stage, done = self.stage, self.stage.done(self.epoch)
         stopped_at = self.random_state.state()
         self.objective.epoch_start(self.epoch - stage.first + 1)
         if self.model.amort is not None:
