@@ -42,7 +42,7 @@ class AlternatingEncoder(Encoder):
     network
         Encodes images, and in its turns learns from those that the decoder makes up.
     radius
-        Up to which Fourier pixel latents are found.
+        Up to which Fourier pixel latents are found; None: it has not been chosen yet.
     weights
         Of masked pixels while table and decoder are trained, `(P,)`: 1 / variance of the noise.
     turn
@@ -53,7 +53,7 @@ class AlternatingEncoder(Encoder):
 
     replays = True
     weights: Tensor
-    _compared: Tensor
+    _shell: Tensor
     per_particle = frozenset({f"table.{name}" for name in LookupTable.per_particle - {"start"}} |
                              {"start"})  # fmt: skip
 
@@ -66,10 +66,10 @@ class AlternatingEncoder(Encoder):
         rates = flags.table_lr, flags.table_lr_end
         self.table = LookupTable(mean, torch.full(shape, _START_LOGVAR), *rates)
         self.network = AnchoredEncoder(settings, particles)
-        self.radius = particles.box // 4 if flags.l_start is None else flags.l_start
+        self.radius: int | None = flags.l_start
         frequency = particles.lattice.freqs2d[particles.mask].norm(dim=1) * particles.box
         self.register_buffer("weights", torch.ones(len(particles.mask)))
-        self.register_buffer("_compared", frequency.round() <= self.radius, persistent=False)
+        self.register_buffer("_shell", frequency.round(), persistent=False)
         self.turn = "table"
         self.judged: dict[str, Any] = {}
         self.register_load_state_dict_pre_hook(_fit)  # type: ignore[no-untyped-call] # torch's
@@ -126,7 +126,8 @@ class AlternatingEncoder(Encoder):
 
     def learn_noise(self, precision: Tensor) -> None:
         """Weigh pixels by the noise's precision `(P,)`, those beyond ``--l-start`` not at all."""
-        self.network.learn_noise(precision * self._compared)
+        assert self.radius is not None
+        self.network.learn_noise(precision * (self._shell <= self.radius))
 
     def template_latents(self) -> Tensor:
         """Return the latents that the network compares particles with."""
@@ -134,7 +135,7 @@ class AlternatingEncoder(Encoder):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what the turns were planned by, and what the last round is worth."""
-        return {"planned": list(self._planned), "judged": self.judged}
+        return {"planned": list(self._planned), "judged": self.judged, "radius": self.radius}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up what the last round is worth, if the turns are those that were planned.
@@ -148,7 +149,7 @@ class AlternatingEncoder(Encoder):
                                   strict=True):  # fmt: skip
             if was != now:
                 raise InputError(f"{flag} {now}: the run's turns were planned for {flag} {was}")
-        self.judged = dict(state["judged"])
+        self.judged, self.radius = dict(state["judged"]), state["radius"]
 
 
 def _fit(encoder: AlternatingEncoder, state: Mapping[str, Any], prefix: str, *_: object) -> None:

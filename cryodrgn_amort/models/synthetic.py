@@ -61,14 +61,14 @@ def measure_noise(
     decoder: FastDecoder, particles: Particles, mean: Tensor, seed: int
 ) -> NoiseModel:
     """Measure the noise in particles: what latents ``mean`` `(N, zdim)` leave unexplained."""
-    shells, groups, spectra = unexplained(decoder, particles, mean, seed)
+    shells, groups, spectra, _ = unexplained(decoder, particles, mean, seed)
     return NoiseModel(particles, shells, spectra, groups, seed)
 
 
 @torch.no_grad()
 def unexplained(
     decoder: FastDecoder, particles: Particles, mean: Tensor, seed: int, *, quick: bool = False
-) -> tuple[Shells, Tensor, Tensor]:
+) -> tuple[Shells, Tensor, Tensor, Tensor]:
     """Measure the spectrum of what latents ``mean`` `(N, zdim)` leave unexplained.
 
     In each optics group, of a sample of its particles.
@@ -85,6 +85,8 @@ def unexplained(
         Optics group of each particle, `(N,)`.
     spectra
         Variance of a pixel in each shell, `(G, shells)`.
+    explained
+        The same of what they explain, `(G, shells)`.
     """
     shells, groups = Shells(particles), optics_groups(particles.ctf_params, particles.n)
     rng = np.random.default_rng(seed)
@@ -94,17 +96,20 @@ def unexplained(
     for group in range(count):
         members = (groups == group).nonzero()[:, 0].numpy()
         sample = torch.from_numpy(np.sort(rng.permutation(members)[:most]))
-        sums, sound = torch.zeros(shells.count, dtype=torch.float64), 0
+        sums, sound = torch.zeros(2, shells.count, dtype=torch.float64), 0
         for index in sample.split(_CHUNK):
             batch = loader.read(index)
             assert batch.rot is not None
             images = decoder.images(batch.rot, mean[index.to(mean.device), None])[:, 0]
-            power = shells.power(batch.y - with_ctf(images, batch.ctf)).double().cpu()
-            good = power.isfinite().all(1)
-            sums += power[good].sum(0)
+            images = with_ctf(images, batch.ctf)
+            both = torch.stack([shells.power(batch.y - images), shells.power(images)])
+            both = both.double().cpu()
+            good = both[0].isfinite().all(1)
+            sums += both[:, good].sum(1)
             sound += int(good.sum())
         spectra.append((sums / max(sound, 1)).float())
-    return shells, groups, torch.stack(spectra).to(mean.device)
+    left, explained = torch.stack(spectra, 1).to(mean.device)
+    return shells, groups, left, explained
 
 
 def with_ctf(images: Tensor, ctf: Tensor | None) -> Tensor:

@@ -79,7 +79,8 @@ class TurnFlags(Options):
     l_start: int | None = flag(
         "--l-start", default=None, least=2, group=_TURNS, metavar="PX",
         help="Latents are found at spatial frequencies up to so many Fourier pixels; the decoder\n"
-        "sees all in its last turn (default: a quarter of the box, half of Nyquist)",
+        "sees all in its last turn (default: where the signal has a twentieth of the noise's\n"
+        "power, by what the decoder has learnt in a tenth of the table's epochs)",
     )  # fmt: skip
     table_lr: float = 0.1
     table_lr_end: float = 1e-3

@@ -69,7 +69,8 @@ def log_stage(trainer: Trainer) -> None:
     """Say what is trained now, and compare images made up for it with the particles."""
     stage = trainer.stage
     if len(trainer.stages) > 1:
-        logger.info(f"Epochs {stage.first} to {stage.last}: {_TURNS[stage.what]}")
+        some = ", at low frequencies" if stage.coarse else ""
+        logger.info(f"Epochs {stage.first} to {stage.last}: {_TURNS[stage.what]}{some}")
     if trainer.processes.leads and isinstance(trainer.objective, SyntheticImages):
         encoder = trainer.model.amort
         within = encoder.radius if isinstance(encoder, AlternatingEncoder) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cryodrgn_amort.core import ProcessGroup
+    from cryodrgn_amort.data import Particles
     from cryodrgn_amort.models import AmortVAE
     from cryodrgn_amort.options import TrainSettings
     from cryodrgn_amort.training.trainer import Trainer
@@ -24,12 +26,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Stage", "begin_stage", "stages_of", "weigh_pixels"]
 
+logger = logging.getLogger("cryodrgn_amort")
+
 _IMAGES = 256_000  # made up for a turn of the encoder
 _TOGETHER = 128  # of these in a step
 _LEAST_SHARE = 6  # turns of the encoder take at most a third of all epochs, a round a sixth
 _OF_DECODER = 0.15  # of the other epochs
 _ENCODER_RATES = 1e-3, 2e-5
 _FALLS_TO = 0.1  # of --lr, in turns of the decoder
+_LOOK = 10  # of the table's epochs the first in so many sees all frequencies
+_LEAST_RADIUS = 4
+_LEAST_SIGNAL = 0.05  # of the noise, at frequencies where latents are found
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Stage:
         How many batches an epoch has at most; None: all.
     coarse
         Whether images are compared up to the radius of ``--l-start`` alone.
+    part
+        Of a turn that it shares with others: the share that is done before it, and after it.
     """
 
     what: str
@@ -57,10 +66,12 @@ class Stage:
     lr_end: float | None
     batches: int | None = None
     coarse: bool = False
+    part: tuple[float, float] = (0.0, 1.0)
 
     def done(self, epoch: int) -> float:
-        """Return what share of it is done when an epoch begins."""
-        return (epoch - self.first) / (self.last - self.first + 1)
+        """Return what share of the turn is done when an epoch begins."""
+        before, after = self.part
+        return before + (after - before) * (epoch - self.first) / (self.last - self.first + 1)
 
     def images_made(self, batch_size: int) -> dict[str, int]:
         """Return ``copies`` and ``each_epoch`` of ``SyntheticImages``, where not one each."""
@@ -95,7 +106,8 @@ def stages_of(settings: TrainSettings, n: int, *, in_turns: bool) -> list[Stage]
     epochs, lr = settings.num_epochs, settings.lr
     if not in_turns:
         return [Stage("all", 1, epochs, lr, settings.lr_end)]
-    rounds = TurnFlags.of(settings.extra).rounds
+    flags = TurnFlags.of(settings.extra)
+    rounds = flags.rounds
     size = settings.batch_size
     steps, each = -(-_IMAGES // (size * _copies(size))), -(-n // size)  # of a turn, of an epoch
     encoder = min(-(-steps // each), max(1, epochs // (_LEAST_SHARE * rounds) * 2))
@@ -111,17 +123,27 @@ def stages_of(settings: TrainSettings, n: int, *, in_turns: bool) -> list[Stage]
     found: list[Stage] = []
 
     def add(
-        what: str, count: int, rates: tuple[float, float | None], *, coarse: bool = False
+        what: str,
+        count: int,
+        rates: tuple[float, float | None],
+        *,
+        coarse: bool = False,
+        part: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         first = found[-1].last + 1 if found else 1
         if count:
             most = batches if what == "encoder" else None
-            found.append(Stage(what, first, first + count - 1, *rates, most, coarse))
+            found.append(Stage(what, first, first + count - 1, *rates, most, coarse, part))
 
-    alone = rounds == 1  # no other turn shows the decoder all frequencies
-    add("table", 0 if whole else table, (lr, settings.lr_end or lr), coarse=not alone)
+    table = 0 if whole else table
+    # without another turn that shows the decoder all frequencies, this one does
+    look = 0 if flags.l_start else -(-table // _LOOK)
+    look = table if rounds == 1 else look
+    rates = lr, settings.lr_end or lr
+    add("table", look, rates, part=(0.0, look / max(table, 1)))
+    add("table", table - look, rates, coarse=True, part=(look / max(table, 1), 1.0))
     for turn in range(rounds):
-        spare = table if whole and turn == rounds - 1 else 0
+        spare = rest - (rounds - 1) * decoder if whole and turn == rounds - 1 else 0
         add("encoder", encoder + spare, _ENCODER_RATES)
         if turn < rounds - 1:
             rates = lr, settings.lr_end or _FALLS_TO * lr
@@ -131,7 +153,13 @@ def stages_of(settings: TrainSettings, n: int, *, in_turns: bool) -> list[Stage]
 
 @torch.no_grad()
 def _begin_turn(
-    model: AmortVAE, stage: Stage, processes: ProcessGroup, n: int, *, begins: bool
+    model: AmortVAE,
+    stage: Stage,
+    processes: ProcessGroup,
+    particles: Particles,
+    seed: int,
+    *,
+    begins: bool,
 ) -> tuple[Tensor, Tensor]:
     """Let what has its turn be trained, and nothing else; returns the latents of all particles.
 
@@ -149,15 +177,33 @@ def _begin_turn(
     assert isinstance(encoder, AlternatingEncoder)
     what = stage.what
     encoder.begin(what)
-    model.limit(encoder.radius if stage.coarse else None)
-    model.weigh(encoder.weights)
     model.decoder.requires_grad_(what != "encoder")
     own = torch.cat(encoder.latents(), 1)
-    both = processes.spread(own, n)
+    both = processes.spread(own, particles.n)
     mean, logvar = both[:, : model.zdim].contiguous(), both[:, model.zdim :].contiguous()
+    if encoder.radius is None and (stage.coarse or what == "encoder"):
+        encoder.radius = _radius(model, particles, mean, seed)
+        logger.info(f"Latents are found at frequencies up to {encoder.radius} Fourier pixels")
+    model.limit(encoder.radius if stage.coarse else None)
+    model.weigh(encoder.weights)
     if what == "encoder" and begins:
         encoder.learn_from(mean)
     return mean, logvar
+
+
+def _average(groups: Tensor, spectra: Tensor) -> Tensor:
+    """Average spectra `(G, shells)` over the particles of all optics groups: `(shells,)`."""
+    share = torch.bincount(groups).to(spectra)
+    average: Tensor = (share / share.sum()) @ spectra
+    return average
+
+
+def _radius(model: AmortVAE, particles: Particles, mean: Tensor, seed: int) -> int:
+    """Return up to which shell the decoder's images have a twentieth of the noise's power."""
+    _, groups, left, explained = unexplained(model.fast, particles, mean, seed, quick=True)
+    ratio = _average(groups, explained) / _average(groups, left).clamp(min=1e-12)
+    enough = (ratio >= _LEAST_SIGNAL).nonzero()
+    return max(_LEAST_RADIUS, int(enough.max()) + 1 if len(enough) else 0)
 
 
 @torch.no_grad()
@@ -173,9 +219,8 @@ def weigh_pixels(trainer: Trainer) -> None:
         return
     mean = trainer.processes.spread(encoder.latents()[0].contiguous(), particles.n)
     seed = trainer.settings.seed
-    shells, groups, spectra = unexplained(model.fast, particles, mean, seed, quick=True)
-    share = torch.bincount(groups).to(spectra)
-    variance = (share / share.sum()) @ spectra
+    shells, groups, spectra, _ = unexplained(model.fast, particles, mean, seed, quick=True)
+    variance = _average(groups, spectra)
     encoder.weights.copy_(1 / variance.clamp(min=1e-12)[shells.of_pixel])
     model.weigh(encoder.weights)
 
@@ -189,8 +234,9 @@ def begin_stage(trainer: Trainer, epoch: int) -> bool:
     trainer.stage, latents = stage, trainer.latents
     trainer.begins = epoch == stage.first and trainer.progress is None
     if trainer.encoder_spec.in_turns:
-        processes, begins = trainer.processes, trainer.begins
-        latents = _begin_turn(model, stage, processes, particles.n, begins=begins)
+        latents = _begin_turn(
+            model, stage, trainer.processes, particles, settings.seed, begins=trainer.begins
+        )
     trainer.objective = make_objective(
         settings, particles, model, latents, stage, begins=trainer.begins
     )

@@ -36,7 +36,13 @@ def test_every_epoch_is_of_one_stage(settings, n, more, num_epochs):
     assert [e for s in found for e in range(s.first, s.last + 1)] == list(range(1, num_epochs + 1))
     rounds = more.get("rounds", 2)
     turns = ["encoder", *["decoder", "encoder"] * (rounds - 1)]
-    assert [s.what for s in found] == ([] if "from_run" in more else ["table"]) + turns
+    whats = [what for what, _ in itertools.groupby(s.what for s in found)]
+    assert whats == ([] if "from_run" in more else ["table"]) + turns
+    table = [s for s in found if s.what == "table"]
+    done = [s.done(e) for s in table for e in range(s.first, s.last + 1)]
+    np.testing.assert_allclose(done, np.arange(len(done)) / max(len(done), 1))
+    assert all(s.coarse for s in table[1:])
+    assert not any(s.coarse for s in (*table[:1], *found[-2:]))
     for stage in found:
         if stage.what == "encoder":
             made = stage.images_made(8)
@@ -275,7 +281,14 @@ def test_latents_are_found_at_low_frequencies(train, flags, tmp_path):
     k = np.hypot(*np.meshgrid(np.fft.fftfreq(16, 1 / 16), np.fft.fftfreq(16, 1 / 16)))
     other = np.fft.ifft2(np.where(k > 6.6, 0.3 * fourier, fourier)).real.astype(np.float32)
     write_mrc(str(tmp_path / "other.mrcs"), other, is_vol=False)
-    more = {**SMALL, "num_epochs": 6, "checkpoint": 1, "norm": (0.0, 10.0), "window": False}
+    more = {
+        **SMALL,
+        "num_epochs": 6,
+        "checkpoint": 1,
+        "l_start": 4,
+        "norm": (0.0, 10.0),
+        "window": False,
+    }
     found = []
     for name, particles in (("a", flags["particles"]), ("b", str(tmp_path / "other.mrcs"))):
         trainer = train({**flags, **more, "particles": particles, "outdir": str(tmp_path / name)})
