@@ -9,6 +9,7 @@ from helpers import read_pickles, run_host, write_pickle, write_stack
 
 from cryodrgn_amort.core import InputError
 from cryodrgn_amort.data import ParticleSource, load_particles
+from cryodrgn_amort.training.encoding import encode
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_volumes_are_those_of_our_decoder(runs, encoder, tmp_path):
     from cryodrgn.mrcfile import parse_mrc
 
     trainer = runs[encoder]
-    z = trainer.encode()[0]
+    z = encode(trainer)[0]
     np.savetxt(tmp_path / "z.txt", z[:2])
     run_host(
         "eval_vol", trainer.folder / "weights.2.pkl", "-c", trainer.folder / "config.yaml",
@@ -75,7 +76,7 @@ def test_eval_images_agrees_for_a_network_and_refuses_a_table(runs, stack, tmp_p
 
     evaluate("resid")
     theirs = read_pickles(tmp_path / "resid/z.pkl", 2)
-    for a, b in zip(theirs, runs["resid"].encode(), strict=True):
+    for a, b in zip(theirs, encode(runs["resid"]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     with pytest.raises(Exception, match="nan"):
         evaluate("vlt")

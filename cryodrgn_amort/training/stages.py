@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -107,48 +107,46 @@ def stages_of(settings: TrainSettings, n: int, *, in_turns: bool) -> list[Stage]
     if not in_turns:
         return [Stage("all", 1, epochs, lr, settings.lr_end)]
     flags = TurnFlags.of(settings.extra)
-    rounds = flags.rounds
-    size = settings.batch_size
+    rounds, whole = flags.rounds, settings.from_run is not None
+    encoder, decoder, batches = _lengths(settings, n, rounds, whole=whole)
+    rest = epochs - rounds * encoder - (rounds - 1) * decoder
+    table, spare = (0, rest) if whole else (rest, 0)  # what is left of epochs after --from
+    if (table < 1 and not whole) or rest < 0 or (rounds > 1 and decoder < 1):
+        raise InputError(f"-n {epochs}: too few epochs for --rounds {rounds}")
+    # without another turn that shows the decoder all frequencies, the table's does
+    look = 0 if flags.l_start else -(-table // _LOOK)
+    look = table if rounds == 1 else look
+    share, steady = look / max(table, 1), (lr, settings.lr_end or lr)
+    falling = lr, settings.lr_end or _FALLS_TO * lr
+    found: list[Stage] = []
+
+    def add(what: str, count: int, rates: tuple[float, float], **more: Any) -> None:
+        first = found[-1].last + 1 if found else 1
+        if count:
+            found.append(Stage(what, first, first + count - 1, *rates, **more))
+
+    add("table", look, steady, part=(0.0, share))
+    add("table", table - look, steady, coarse=True, part=(share, 1.0))
+    for left in reversed(range(rounds)):  # further rounds
+        length = encoder if left else encoder + spare
+        add("encoder", length, _ENCODER_RATES, batches=batches)
+        if left:
+            add("decoder", decoder, falling, coarse=left > 1)
+    return found
+
+
+def _lengths(settings: TrainSettings, n: int, rounds: int, *, whole: bool) -> tuple[int, int, int]:
+    """Return the epochs of a turn of the encoder and of the decoder, and batches of the former's.
+
+    ``whole``: whether there is no turn of the table, as the decoder is a finished run's.
+    """
+    epochs, size = settings.num_epochs, settings.batch_size
     steps, each = -(-_IMAGES // (size * _copies(size))), -(-n // size)  # of a turn, of an epoch
     encoder = min(-(-steps // each), max(1, epochs // (_LEAST_SHARE * rounds) * 2))
     batches = min(each, -(-steps // encoder))
-    rest = epochs - rounds * encoder
-    decoder = 0 if rounds == 1 else max(1, round(_OF_DECODER * rest / (rounds - 1)))
-    whole = settings.from_run is not None
-    if whole and rounds > 1:
-        decoder = rest // (rounds - 1)
-    table = rest - (rounds - 1) * decoder
-    if (table < 1 and not whole) or rest < 0:
-        raise InputError(f"-n {epochs}: too few epochs for --rounds {rounds}")
-    found: list[Stage] = []
-
-    def add(
-        what: str,
-        count: int,
-        rates: tuple[float, float | None],
-        *,
-        coarse: bool = False,
-        part: tuple[float, float] = (0.0, 1.0),
-    ) -> None:
-        first = found[-1].last + 1 if found else 1
-        if count:
-            most = batches if what == "encoder" else None
-            found.append(Stage(what, first, first + count - 1, *rates, most, coarse, part))
-
-    table = 0 if whole else table
-    # without another turn that shows the decoder all frequencies, this one does
-    look = 0 if flags.l_start else -(-table // _LOOK)
-    look = table if rounds == 1 else look
-    rates = lr, settings.lr_end or lr
-    add("table", look, rates, part=(0.0, look / max(table, 1)))
-    add("table", table - look, rates, coarse=True, part=(look / max(table, 1), 1.0))
-    for turn in range(rounds):
-        spare = rest - (rounds - 1) * decoder if whole and turn == rounds - 1 else 0
-        add("encoder", encoder + spare, _ENCODER_RATES)
-        if turn < rounds - 1:
-            rates = lr, settings.lr_end or _FALLS_TO * lr
-            add("decoder", decoder, rates, coarse=turn < rounds - 2)
-    return found
+    rest, between = epochs - rounds * encoder, max(1, rounds - 1)
+    decoder = rest // between if whole else max(1, round(_OF_DECODER * rest / between))
+    return encoder, 0 if rounds == 1 else decoder, batches
 
 
 @torch.no_grad()

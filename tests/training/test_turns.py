@@ -59,6 +59,9 @@ def test_every_epoch_is_of_one_stage(settings, n, more, num_epochs):
 def test_too_few_epochs_are_refused(settings):
     with pytest.raises(InputError, match="-n 3: too few epochs for --rounds 2"):
         stages_of(settings(num_epochs=3), 70, in_turns=True)
+    second = replace(settings(num_epochs=2), from_run="first")
+    with pytest.raises(InputError, match="-n 2: too few epochs for --rounds 2"):
+        stages_of(second, 70, in_turns=True)
     with pytest.raises(InputError, match="--rounds 0: must be at least 1"):
         stages_of(settings(rounds=0), 70, in_turns=True)
 
