@@ -187,6 +187,7 @@ def make(work: Path, stock: Host, ours: Host, jobs: int) -> list[Run]:
         else:
             data = [*TILT_SERIES, "--encode-mode", "tilt"] if "tilt" in name else PARTICLES
             argv = [*data, *_DECODER, *_TRAIN, *_epochs(name), *flags, *zdim, *net]
+            argv += ["--beta", "0.01"] if name == "alternate" else []  # else latents collapse
         return done(ours, "train_amort", *argv, out=f"runs/{name}")
 
     done(ours, "simulate_amort", "-n", str(N), "-D", str(D), "--snr", "0.5", "--seed", "0",
