@@ -187,7 +187,8 @@ def make(work: Path, stock: Host, ours: Host, jobs: int) -> list[Run]:
         else:
             data = [*TILT_SERIES, "--encode-mode", "tilt"] if "tilt" in name else PARTICLES
             argv = [*data, *_DECODER, *_TRAIN, *_epochs(name), *flags, *zdim, *net]
-            argv += ["--beta", "0.01"] if name == "alternate" else []  # else latents collapse
+            if name == "alternate":  # whose turns take more
+                argv += ["-n", "24", "--lr", "5e-3", "--beta", "0.01"]
         return done(ours, "train_amort", *argv, out=f"runs/{name}")
 
     done(ours, "simulate_amort", "-n", str(N), "-D", str(D), "--snr", "0.5", "--seed", "0",
