@@ -18,7 +18,7 @@ from cryodrgn_amort.models.encoders import Encoder
 from cryodrgn_amort.models.lookup_table import LookupTable
 from cryodrgn_amort.models.second_stage import AnchoredEncoder
 from cryodrgn_amort.models.synthetic import SyntheticBatch
-from cryodrgn_amort.options import TurnFlags
+from cryodrgn_amort.options import TableFlags, TurnFlags
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AlternatingEncoder"]
 
-_START_LOGVAR = -4.0
+_TABLE_RATES = {"table_lr": 0.1, "table_lr_end": 1e-3}  # unless others are given
 
 
 class AlternatingEncoder(Encoder):
@@ -59,12 +59,13 @@ class AlternatingEncoder(Encoder):
 
     def __init__(self, settings: TrainSettings, particles: Particles) -> None:
         super().__init__()
-        flags = TurnFlags.of(settings.extra)
+        flags, given = TurnFlags.of(settings.extra), {**_TABLE_RATES, **settings.extra}
+        table = TableFlags.of(given)
         self._planned = settings.num_epochs, settings.batch_size, flags.rounds
         shape = particles.n, settings.zdim
         mean = torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed))
-        rates = flags.table_lr, flags.table_lr_end
-        self.table = LookupTable(mean, torch.full(shape, _START_LOGVAR), *rates)
+        logvar = torch.full(shape, table.table_logvar)
+        self.table = LookupTable(mean, logvar, table.table_lr, table.table_lr_end)
         self.network = AnchoredEncoder(settings, particles)
         self.radius: int | None = flags.l_start
         frequency = particles.lattice.freqs2d[particles.mask].norm(dim=1) * particles.box

@@ -35,7 +35,7 @@ _POSES = 1000
 _POOL_BYTES = 1 << 29
 _USES = 4  # of a signal, each time with other noise and CTF, before its pose is replaced
 _NOISE_SAMPLE = 512  # particles of each optics group
-_LEAST_OF_A_GROUP = 16
+_QUICK_SAMPLE, _LEAST_OF_A_GROUP = 256, 16
 _CHUNK = 64
 _TOGETHER = 64  # poses, while a pool is made
 
@@ -76,7 +76,7 @@ def unexplained(
     Parameters
     ----------
     quick
-        Whether one sample is enough for all groups together, for their average.
+        Whether a small sample is enough, of all groups together, for their average.
 
     Returns
     -------
@@ -92,7 +92,7 @@ def unexplained(
     rng = np.random.default_rng(seed)
     loader = BatchLoader(particles, None, memory=0)
     spectra, count = [], int(groups.max()) + 1
-    most = max(_LEAST_OF_A_GROUP, _NOISE_SAMPLE // count) if quick else _NOISE_SAMPLE
+    most = max(_LEAST_OF_A_GROUP, _QUICK_SAMPLE // count) if quick else _NOISE_SAMPLE
     for group in range(count):
         members = (groups == group).nonzero()[:, 0].numpy()
         sample = torch.from_numpy(np.sort(rng.permutation(members)[:most]))

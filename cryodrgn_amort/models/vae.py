@@ -49,8 +49,8 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
 
     Attributes
     ----------
-    inside
-        Which of the masked pixels are compared in training, `(P,)`; None: all.
+    kept
+        Places of the masked pixels that are compared in training, `(P',)`; None: all.
     """
 
     def __init__(
@@ -76,8 +76,7 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
         )
         self.fast = self._make_fast(coords)
         self._coords = coords
-        self.inside: Tensor | None = None
-        self._kept: Tensor | None = None
+        self.kept: Tensor | None = None
         self._gain: Tensor | None = None
         if amort is not None:
             amort.decoder = self.fast
@@ -118,9 +117,9 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
         assert batch.rot is not None
         tilts, y, ctf, fast = batch.tilts, batch.y, batch.ctf, self.fast
         z = z if tilts == 1 else z.repeat_interleave(tilts, 0)
-        if self._kept is not None and self.training:
-            y, fast = y[:, self._kept], self._coarse
-            ctf = None if ctf is None else ctf[:, self._kept[: len(self._kept) // 2]]
+        if self.kept is not None and self.training:
+            y, fast = y[:, self.kept], self._coarse
+            ctf = None if ctf is None else ctf[:, self.kept[: len(self.kept) // 2]]
         if self._gain is not None and self.training:
             half = self._gain[: len(self._gain) // 2]
             y, ctf = y * self._gain, half.expand(len(y), -1) if ctf is None else ctf * half
@@ -135,7 +134,7 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
         if weights is None:
             self._gain = None
             return
-        weights = weights if self._kept is None else weights[self._kept]
+        weights = weights if self.kept is None else weights[self.kept]
         gain = (weights / weights.mean()).sqrt()
         if self._gain is not None and self._gain.shape == gain.shape:
             self._gain.copy_(gain)  # where a step that is replayed reads it
@@ -144,22 +143,22 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
 
     def pixels(self, batch: Batch) -> int:
         """Return how many pixels of an image are compared."""
-        limited = self._kept is not None and self.training
-        return len(self._kept) if limited and self._kept is not None else batch.y.shape[1]
+        limited = self.kept is not None and self.training
+        return len(self.kept) if limited and self.kept is not None else batch.y.shape[1]
 
     def held(self) -> list[Tensor]:
         """Return the memory that every training step uses again."""
-        return (self.fast if self._kept is None else self._coarse).held()
+        return (self.fast if self.kept is None else self._coarse).held()
 
     def limit(self, radius: int | None) -> None:
         """Compare images in training up to a radius in Fourier pixels alone; None: wholly."""
-        self.inside = self._kept = self._gain = None
+        self.kept = self._gain = None
         if radius is None:
             return
         inside = (self._coords[:, :2].norm(dim=1) * (self.lattice.D - 1)).round() <= radius
         if not inside.all():
-            self.inside, self._kept = inside, inside.nonzero()[:, 0]
-            self._coarse = self._make_fast(self._coords[self._kept])
+            self.kept = inside.nonzero()[:, 0]
+            self._coarse = self._make_fast(self._coords[self.kept])
 
     @torch.no_grad()
     def decode_volumes(self, z: Tensor, norm: tuple[float, float]) -> Iterator[Tensor]:

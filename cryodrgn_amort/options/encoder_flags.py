@@ -82,5 +82,3 @@ class TurnFlags(Options):
         "sees all in its last turn (default: where the signal has a twentieth of the noise's\n"
         "power, by what the decoder has learnt in a tenth of the table's epochs)",
     )  # fmt: skip
-    table_lr: float = 0.1
-    table_lr_end: float = 1e-3

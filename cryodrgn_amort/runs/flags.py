@@ -67,7 +67,7 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Registry) -> TrainSet
     settings = TrainSettings(**with_defaults(values), ignored=ignored, extra=extra)
     encoder, shown = resolve(settings, plugins)
     _check_copies(settings, encoder, shown)
-    _check_poses(given, settings, shown)
+    _check_poses(given, settings, encoder, shown)
     _refuse_foreign(given, settings.encoder, encoder, shown, plugins)
     return settings
 
@@ -149,7 +149,10 @@ def _without_effect(values: dict[str, Any], named: EncoderSpec | InputSpec) -> I
 
 
 def _check_poses(
-    given: Mapping[str, Any], settings: TrainSettings, shown: InputSpec | None
+    given: Mapping[str, Any],
+    settings: TrainSettings,
+    encoder: EncoderSpec,
+    shown: InputSpec | None,
 ) -> None:
     """Refuse what poses cannot be refined with."""
     if not settings.do_pose_sgd:
@@ -159,6 +162,9 @@ def _check_poses(
         return
     if settings.from_run:
         raise InputError("--do-pose-sgd: does not apply to --from")
+    if encoder.in_turns:
+        raise InputError(f"--do-pose-sgd: does not apply to --encoder {settings.encoder}, whose "
+                         "made-up images have the poses that are given")  # fmt: skip
     if settings.augment is not None:
         raise InputError(
             "--do-pose-sgd: does not apply to --augment, whose copies have other poses"

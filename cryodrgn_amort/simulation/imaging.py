@@ -91,17 +91,12 @@ class Imaging:
         return np.concatenate(found)
 
     def _some(
-        self,
-        model: Projector,
-        raw: Tensor,
-        rows: np.ndarray,
-        labels: np.ndarray,
-        coordinate: np.ndarray,
+        self, model: Projector, raw: Tensor, rows: np.ndarray, *structures: np.ndarray
     ) -> np.ndarray:
-        count, box = len(labels), raw.shape[-1]
+        count, box = len(structures[0]), raw.shape[-1]
         rots, trans = (np.repeat(table[rows], count, 0) for table in (self.rots, self.trans_px))
         images = len(rows)
-        every = np.tile(labels, images), np.tile(coordinate, images)
+        every = (np.tile(values, images) for values in structures)
         projected = torch.fft.rfft2(model.project(rots, -trans, *every))
         clean = -projected.view(images, count, box, -1)
         if self.ctf is not None:

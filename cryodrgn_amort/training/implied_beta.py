@@ -24,8 +24,9 @@ _CHUNK = 64
 class ImpliedBeta:
     """Twice the variance of the noise in a pixel: with it the loss is the ELBO, but for a factor.
 
-    The noise is what the decoder leaves unexplained: in the first epoch all of the images, then
-    what it left in the last one. The images of a tilt series share one KL divergence.
+    The noise is what the decoder leaves unexplained of the pixels that are compared: in the first
+    epoch all, then what it left in the last one. The images of a tilt series share one KL
+    divergence.
 
     Attributes
     ----------
@@ -41,25 +42,24 @@ class ImpliedBeta:
         """Return the present one, however many particles were ``seen``."""
         return self.value
 
-    def begin(self, inside: Tensor | None = None) -> None:
-        """Measure the power of a sample of the particles, unless there is a value already.
+    def begin(self, kept: Tensor | None = None) -> None:
+        """Measure the power of a sample of the particles.
 
         Parameters
         ----------
-        inside
-            Which of the masked pixels are compared, `(P,)`; None: all.
+        kept
+            Which of the masked pixels are compared, `(P',)`; None: all.
         """
-        if self.value:
-            return
         p, total, pixels = self._particles, 0.0, 0
         sample = np.random.default_rng(0).permutation(p.n)[:_SAMPLE]
         loader = BatchLoader(p, None, memory=0)
         for index in torch.from_numpy(np.sort(sample)).split(_CHUNK):
             y = loader.read(index).y
-            y = y if inside is None else y[:, inside]
+            y = y if kept is None else y[:, kept]
             each = y.double().square().sum(1)
             sound = each[each.isfinite()]
             total, pixels = total + float(sound.sum()), pixels + len(sound) * y.shape[1]
+        self.value = 0.0  # of other pixels
         self.learn(total / max(pixels, 1))
 
     def learn(self, unexplained: float) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryodrgn_amort.core import OWN_KEY, InputError, read_weights, read_yaml
-from cryodrgn_amort.options import flag_name
+from cryodrgn_amort.options import AnchorFlags, flag_name
 from cryodrgn_amort.runs import HOLDOUT, INPUT_FILES, load_run, source_of
 
 if TYPE_CHECKING:
@@ -99,11 +99,16 @@ def check_start(
 ) -> None:
     """Check that a table that starts from a run has the particles of that run, row by row.
 
+    And that there are enough of them for the encoder's turns.
+
     Raises
     ------
     InputError
-        If they are others.
+        If they are others, or too few.
     """
+    anchors = AnchorFlags.of(settings.extra).anchors
+    if encoder.in_turns and particles.n < anchors:
+        raise InputError(f"--anchors {anchors}: there are {particles.n} particles to choose from")
     flag, start = "--table-init", settings.extra.get("table_init")
     table = encoder.second_stage and not encoder.shown_images
     if start is None and (table or encoder.in_turns):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cryodrgn_amort.core import InputError
-from cryodrgn_amort.models import AlternatingEncoder, unexplained
+from cryodrgn_amort.models import AlternatingEncoder, set_rate, unexplained
 from cryodrgn_amort.options import TurnFlags
+from cryodrgn_amort.training.implied_beta import ImpliedBeta
 from cryodrgn_amort.training.setup import make_objective
 from cryodrgn_amort.training.stepper import Stepper
 
@@ -72,6 +73,10 @@ class Stage:
         """Return what share of the turn is done when an epoch begins."""
         before, after = self.part
         return before + (after - before) * (epoch - self.first) / (self.last - self.first + 1)
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, epoch: int, halvings: int) -> None:
+        """Set the learning rate with which an epoch begins, halved ``halvings`` times."""
+        set_rate(optimizer, self.lr, self.lr_end, self.done(epoch), halvings)
 
     def images_made(self, batch_size: int) -> dict[str, int]:
         """Return ``copies`` and ``each_epoch`` of ``SyntheticImages``, where not one each."""
@@ -235,6 +240,8 @@ def begin_stage(trainer: Trainer, epoch: int) -> bool:
         latents = _begin_turn(
             model, stage, trainer.processes, particles, settings.seed, begins=trainer.begins
         )
+    if isinstance(trainer.beta, ImpliedBeta) and trainer.begins and stage.what != "encoder":
+        trainer.beta.begin(model.kept)
     trainer.objective = make_objective(
         settings, particles, model, latents, stage, begins=trainer.begins
     )

@@ -32,7 +32,6 @@ from cryodrgn_amort.models import (
     SyntheticImages,
     adam,
     resolve,
-    set_rate,
 )
 from cryodrgn_amort.runs import (
     HOLDOUT,
@@ -199,8 +198,6 @@ class Trainer:
         self.loader = open_loader(settings, given, self.shown, self.processes, folder)
         self.batches = shuffled_batches(settings, self.loader, self.random_state)
         begin_stage(self, self.epoch + 1)
-        if isinstance(self.beta, ImpliedBeta):
-            self.beta.begin(self.model.inside)
 
     def _train(self) -> None:
         settings = self.settings
@@ -279,12 +276,12 @@ class Trainer:
     def _begin_epoch(self) -> EpochProgress:
         """Begin the epoch, or go on in one that training was stopped in."""
         settings, progress, self.progress = self.settings, self.progress, None
-        stage, done = self.stage, self.stage.done(self.epoch)
+        stage = self.stage
         stopped_at = self.random_state.state()
         self.objective.epoch_start(self.epoch - stage.first + 1)
         if self.model.amort is not None:
-            self.model.amort.epoch_start(done)
-        set_rate(self.optimizer, stage.lr, stage.lr_end, done, self._rollbacks)
+            self.model.amort.epoch_start(stage.done(self.epoch))
+        stage.set_rate(self.optimizer, self.epoch, self._rollbacks)
         if progress is None:
             weigh_pixels(self)
             self._random = {}
@@ -360,13 +357,13 @@ class Trainer:
         self._rollbacks += 1
         checkpoint = last_checkpoint(self.folder, self._rollbacks, why)
         self.restore(checkpoint, checkpoint[OWN_KEY])
-        del self.stage
-        begin_stage(self, self.epoch + 1)
+        if len(self.stages) > 1:  # it may have been in another one, or have begun this one
+            del self.stage
+            begin_stage(self, self.epoch + 1)
+        else:
+            self.steps.forget()
         self.random_state.restore(self._random)
-        stage = self.stage
-        set_rate(
-            self.optimizer, stage.lr, stage.lr_end, stage.done(self.epoch + 1), self._rollbacks
-        )
+        self.stage.set_rate(self.optimizer, self.epoch + 1, self._rollbacks)
         rate = self.optimizer.param_groups[0]["lr"]
         logger.warning(f"Back to epoch {self.epoch}, learning rate {rate:g}: {why}")
 

@@ -14,6 +14,7 @@ from cryodrgn_amort.inference import Fitter
 from cryodrgn_amort.models import kl_divergence
 from cryodrgn_amort.runs import load_run, settings_from_flags, with_run
 from cryodrgn_amort.training import Trainer, held_out
+from cryodrgn_amort.training.implied_beta import ImpliedBeta
 from cryodrgn_amort.training.stages import stages_of, weigh_pixels
 
 SMALL = {"encoder": "alternate", "anchors": 4, "qdim": 16}
@@ -336,3 +337,54 @@ def test_pixels_weigh_as_the_noise_in_them_says(train, flags):
     encoder.weights.fill_(7.0)
     weigh_pixels(trainer)  # in the encoder's turn nobody weighs anything
     assert (encoder.weights == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"anchors": 71}, "--anchors 71: there are 70 particles to choose from"),
+        ({"table_lr": -1.0}, "--table-lr -1.0: must be positive"),
+        ({"do_pose_sgd": True}, "--do-pose-sgd: does not apply to --encoder alternate"),
+        ({"encode_mode": "tilt"}, "--encoder alternate: learns from single images made up"),
+        ({"augment": 1}, "--augment: does not apply to --encoder alternate"),
+        ({"table_init": "zeros"}, "--table-init: does not apply to --encoder alternate"),
+    ],
+)
+def test_what_turns_cannot_do_is_refused_before_they_begin(train, flags, tmp_path, more, says):
+    with pytest.raises(InputError, match=says):
+        train({**flags, **SMALL, **more}, num_epochs=4)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_implied_beta_is_that_of_the_pixels_compared(train, flags):
+    """Not of those of an earlier stage, whose noise may be weaker."""
+    begun, begin = [], ImpliedBeta.begin
+
+    def noted(self, kept=None):
+        self.value = 1e-9
+        begin(self, kept)
+        begun.append((None if kept is None else len(kept), self.value))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImpliedBeta, "begin", noted)
+        trainer = train({**flags, **SMALL}, num_epochs=6)
+    assert [s.what for s in trainer.stages][:2] == ["table", "table"]
+    y = trainer.loader.read(torch.arange(70)).y
+    frequency = trainer.particles.lattice.freqs2d[trainer.particles.mask].norm(dim=1) * 16
+    inside = frequency.round() <= trainer.model.amort.radius
+    powers = 2 * y.square().mean(), 2 * y[:, inside].square().mean()
+    assert [value for _, value in begun[:2]] == pytest.approx([float(p) for p in powers], rel=1e-4)
+    assert [kept for kept, _ in begun] == [None, int(inside.sum()), None]
+
+
+def test_going_back_in_the_only_stage_keeps_its_steps(train, flags):
+    """With several processes they have hooks on the parameters, which must not be there twice."""
+    trainer = train({**flags, "qdim": 16})
+    steps = trainer.steps
+    trainer._roll_back("a test")
+    assert trainer.steps is steps
+    turns = train({**flags, **SMALL, "outdir": flags["outdir"] + "2"}, num_epochs=4)
+    steps = turns.steps
+    turns._roll_back("a test")
+    assert turns.steps is not steps
+    assert turns.stage is turns.stages[-1]
