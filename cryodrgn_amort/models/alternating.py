@@ -122,8 +122,12 @@ class AlternatingEncoder(Encoder):
         return self.table.latents()
 
     def learn_from(self, mean: Tensor) -> None:
-        """Scale the network's answers, and choose its anchors, by latents `(N, zdim)`."""
-        self.network.learn_from(mean)
+        """Scale the network's answers, and choose its anchors, by latents `(N, zdim)`.
+
+        Once: other anchors, or these in another order, would be another network's.
+        """
+        if not self.network.anchors.any():
+            self.network.learn_from(mean)
 
     def learn_noise(self, precision: Tensor) -> None:
         """Weigh pixels by the noise's precision `(P,)`, those beyond ``--l-start`` not at all."""

@@ -122,6 +122,14 @@ def whole_ctf(ctf: Tensor) -> Tensor:
     return torch.cat([ctf, ctf.flip(-1)], -1)
 
 
+def _bounded(logvar: Tensor) -> Tensor:
+    """Return log variances in the range whose variances are finite.
+
+    With the gradients that they would have there: from beyond it, too, there is a way back.
+    """
+    return logvar + (logvar.clamp(*_LOGVAR_RANGE) - logvar).detach()
+
+
 class SyntheticImages(Objective):
     """Makes up images for an encoder, and tells how well it reads them.
 
@@ -269,7 +277,7 @@ class SyntheticImages(Objective):
         mine = self.draw(batch)
         mean, logvar = model.posterior(mine)
         assert mine.z is not None
-        logvar = logvar.clamp(*_LOGVAR_RANGE)
+        logvar = _bounded(logvar)
         error = (mine.z.to(mean) - mean).square()
         each = 0.5 * (math.log(2 * math.pi) + logvar + error * torch.exp(-logvar)).sum(1)
         size = batch.size * self.copies

@@ -189,6 +189,22 @@ def test_a_pool_is_that_of_its_epoch_whatever_was_before(learning):
     assert torch.equal(anew.draw(batch).y, objective.draw(batch).y)
 
 
+def test_variances_out_of_range_find_the_way_back(learning):
+    """A network that answers with too large, or too small, a variance learns so from its loss."""
+    trainer, batch = learning
+    for logvar, way in ((50.0, 1), (-50.0, -1)):
+        answer = torch.full((batch.size, trainer.model.zdim), logvar, requires_grad=True)
+
+        class Model:
+            def posterior(self, mine, answer=answer):
+                return torch.ones_like(answer), answer
+
+        losses, _ = trainer.objective.loss(Model(), batch, 0.0, None)
+        assert losses.total.isfinite()
+        (gradient,) = torch.autograd.grad(losses.total, answer)
+        assert (gradient * way > 0).all()
+
+
 def test_images_apart_have_poses_and_latents_of_their_own(learning):
     trainer, batch = learning
     objective = trainer.objective

@@ -11,7 +11,7 @@ from helpers import read_pickles
 
 from cryodrgn_amort.core import InputError, epochs, read_weights
 from cryodrgn_amort.inference import Fitter
-from cryodrgn_amort.models import kl_divergence
+from cryodrgn_amort.models import AlternatingEncoder, kl_divergence
 from cryodrgn_amort.runs import load_run, settings_from_flags, with_run
 from cryodrgn_amort.training import Trainer, held_out
 from cryodrgn_amort.training.implied_beta import ImpliedBeta
@@ -337,6 +337,22 @@ def test_pixels_weigh_as_the_noise_in_them_says(train, flags):
     encoder.weights.fill_(7.0)
     weigh_pixels(trainer)  # in the encoder's turn nobody weighs anything
     assert (encoder.weights == 7).all()
+
+
+def test_a_network_goes_on_with_the_anchors_that_it_knows(train, flags, monkeypatch):
+    """Others, or these in another order, would undo what it has learnt in its first turn."""
+    told, learn_from = [], AlternatingEncoder.learn_from
+
+    def noted(self, mean):
+        learn_from(self, mean)
+        told.append((mean.clone(), self.network.anchors.clone(), self.network.spread.clone()))
+
+    monkeypatch.setattr(AlternatingEncoder, "learn_from", noted)
+    train({**flags, **SMALL}, num_epochs=6)
+    (first, *known), (then, *still) = told
+    assert not torch.equal(first, then)
+    assert all(torch.equal(*pair) for pair in zip(known, still, strict=True))
+    assert known[0].any()
 
 
 @pytest.mark.parametrize(
