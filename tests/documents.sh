@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command of README.md, the quickstart and the notebook, on small data: tests/documents.
+# Every command of README.md and docs/, the quickstart and the notebook, on small data: tests/documents.
 #
 #   bash tests/documents.sh
 set -euo pipefail

@@ -13,12 +13,12 @@ from host_matrix.commands import COMMANDS
 from host_matrix.folders import compare
 from host_matrix.runs import rows_of_the_table
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/host.md"
 NAMES = [command.name for command in COMMANDS]
 
 
-def test_the_readme_has_what_there_is_and_nothing_fails(plugins):
-    counts, commands, cells = table.parse(README.read_text())
+def test_the_page_has_what_there_is_and_nothing_fails(plugins):
+    counts, commands, cells = table.parse(PAGE.read_text())
     assert sorted(commands) == sorted(NAMES)
     assert counts == dict.fromkeys(rows_of_the_table(plugins), 1)
     assert not [cell for cell in cells if table.FAILS in cell]
@@ -43,11 +43,11 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
         "| `a`, `c` | yes | yes (1: none) | refused |",
         "| `b` | yes | yes (1: none) | yes |",
     ]
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{table.START}\n| old |\n{table.END}\nafter\n")
+    page = tmp_path / "host.md"
+    page.write_text(f"before\n{table.START}\n| old |\n{table.END}\nafter\n")
     for _ in range(2):
-        table.write(readme, written)
-    text = readme.read_text()
+        table.write(page, written)
+    text = page.read_text()
     assert text.startswith(f"before\n{table.START}\n| run of")
     assert text.endswith(f"{table.END}\nafter\n")
     counts, commands, _ = table.parse(text)

@@ -23,6 +23,10 @@ $ cryodrgn study_amort -o study --only vlt twin-large
 $ cryodrgn study_amort particles.128.mrcs --poses pose.pkl --ctf ctf.pkl -o study --dry-run
 $ cryodrgn study_amort -o study
 
+# The same as rules of Snakemake, for a cluster
+$ cryodrgn study_amort -o study --dry-run snakemake
+$ snakemake -s study/Snakefile --executor slurm --jobs 20
+
 """
 
 from __future__ import annotations
@@ -41,8 +45,9 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Plan, run, report."""
     import importlib
+    import os
 
-    from cryodrgn_amort.core import InputError
+    from cryodrgn_amort.core import InputError, write_text
     from cryodrgn_amort.options import REPAIR
     from cryodrgn_amort.plugins import load_plugins
     from cryodrgn_amort.study import (
@@ -55,6 +60,7 @@ def main(args: argparse.Namespace) -> None:
         load_plan,
         read_study,
         run_steps,
+        snakefile,
         study_locked,
         write_plan,
         write_study_report,
@@ -76,8 +82,13 @@ def main(args: argparse.Namespace) -> None:
     with study_locked(folder):
         write_plan(folder, text)
         adopt(plan)
-        if options.dry_run:
+        if options.dry_run == "shell":
             print("\n".join(commands_line(part)))
+            return
+        if options.dry_run:
+            path = folder / "Snakefile"
+            write_text(path, snakefile(part))
+            print(f"snakemake -s {path} --cores {os.cpu_count()}")
             return
         failed = run_steps(part, commands, options.jobs or default_jobs())
         study = read_study(plan)

@@ -29,17 +29,12 @@ $ torchrun --nproc-per-node 4 -m cryodrgn_amort train_amort particles.128.mrcs \
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import TYPE_CHECKING
 
-from cryodrgn_amort.core import InputError
 from cryodrgn_amort.plugins import load_plugins
 
 if TYPE_CHECKING:
     import argparse
-
-    pass
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
@@ -49,21 +44,9 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     add_train_flags(parser, load_plugins())
 
 
-def _torchrun() -> str:
-    """Return the command line that does what ``--multigpu`` was to do."""
-    import torch
-
-    words = sys.argv[1:] if "train_amort" in sys.argv else ["train_amort", "..."]
-    words = [word for word in words if word not in ("--multigpu", "--multi")]
-    start = ["torchrun", "--nproc-per-node", str(torch.cuda.device_count() or "N")]
-    return shlex.join([*start, "-m", "cryodrgn_amort", *words])
-
-
 def main(args: argparse.Namespace) -> None:
     """Train, and end the process if it is one of several."""
     from cryodrgn_amort.training import train_run
 
-    if "multigpu" in args:
-        raise InputError(f"--multigpu: start one process per GPU instead: {_torchrun()}")
     given = {dest: value for dest, value in vars(args).items() if dest != "func"}
     train_run(given, load_plugins()).processes.end_process()

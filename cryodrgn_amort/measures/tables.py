@@ -1,4 +1,4 @@
-"""Measures as rows of text, as JSON, and as the table of README.md."""
+"""Measures as rows of text, as JSON, and as a table in Markdown."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def measure_facts(measures: Mapping[str, Measure]) -> dict[str, Any]:
 
 
 def catalogue_table() -> str:
-    """Return all measures as a table in Markdown, as README.md has it."""
+    """Return all measures as a table in Markdown, as docs/measures.md has it."""
     rows = [("number", "unit", "null", "ideal", "meaning")]
     for name, d in DEFINITIONS.items():
         null, ideal = (v if isinstance(v, str) else plain_number(v) for v in (d.null, d.ideal))

@@ -12,7 +12,7 @@ from .recipes import RECIPES as RECIPES, REPAIR as REPAIR, Recipe as Recipe
 from .simulation import MOST_CLASSES as MOST_CLASSES, SimulateOptions as SimulateOptions
 from .study import ScoresOptions as ScoresOptions, StudyOptions as StudyOptions
 from .train import (
-    REFUSED as REFUSED,
+    REPLACED as REPLACED,
     TrainSettings as TrainSettings,
     check_mode as check_mode,
     flag_name as flag_name,

@@ -64,9 +64,11 @@ class StudyOptions(Options):
         "--jobs", default=None, least=1, group=_NOW, metavar="N",
         help="Steps at a time (default: 1 on GPUs, else one per core, at most 4)",
     )  # fmt: skip
-    dry_run: bool = flag(
-        "--dry-run", default=False, group=_NOW,
-        help="Write the plan, print the commands, run nothing",
+    dry_run: str | None = flag(
+        "--dry-run", default=None, choices=("shell", "snakemake"), group=_NOW, nargs="?",
+        const="shell", metavar="shell|snakemake",
+        help="Write the plan, run nothing; print the commands for a shell, or write them as\n"
+        "STUDY/Snakefile (default: shell)",
     )  # fmt: skip
 
     def data(self) -> dict[str, str]:

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-__all__ = ["REFUSED", "TrainSettings", "check_mode", "flag_name"]
+__all__ = ["REPLACED", "TrainSettings", "check_mode", "flag_name"]
 
-# Flags of train_vae that this version refuses, and what to say.
-REFUSED = {
-    "multigpu": "start one process per GPU instead, by torchrun",
-    "use_real": "real-space encoders are not supported: networks are shown Hartley images",
+_REAL_SPACE = "real-space encoders are not supported: networks are shown Hartley images"
+# Flags of train_vae for which there is another way, and what to say.
+REPLACED = {
+    "multigpu": "one GPU is used here; for all, one process each: torchrun --nproc-per-node N "
+    "-m cryodrgn_amort train_amort ...",
+    "use_real": _REAL_SPACE,
 }
 _ENCODER = "Encoder (cryodrgn_amort)"
 _SPEED = "Speed and memory (cryodrgn_amort)"
@@ -28,7 +30,7 @@ _WINDOW_EDGE = 0.99  # outer radius of the host's window
 def check_mode(mode: str) -> None:
     """Refuse an ``--encode-mode`` that is not supported."""
     if mode == "conv":
-        raise InputError(f"--encode-mode {mode}: {REFUSED['use_real']}")
+        raise InputError(f"--encode-mode {mode}: {_REAL_SPACE}")
 
 
 def flag_name(dest: str) -> str:

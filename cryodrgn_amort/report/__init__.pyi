@@ -1,6 +1,5 @@
+from .evaluation_page import Section as Section
 from .evaluation_report import (
-    CITATION as CITATION,
-    Section as Section,
     check_outdir as check_outdir,
     evaluation_summary as evaluation_summary,
     write_evaluation as write_evaluation,
@@ -18,6 +17,7 @@ from .meshes import (
     isosurfaces as isosurfaces,
     render as render,
 )
+from .methods import CITATION as CITATION
 from .notebook import Figures as Figures, Result as Result, frame as frame
 from .plots import (
     MOST_VOLUMES as MOST_VOLUMES,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
+from cryodrgn_amort.core import warn
 from cryodrgn_amort.report import plots
 from cryodrgn_amort.report.html import Picture, Turnable, capital, picture, turnable
 from cryodrgn_amort.report.meshes import THRESHOLD_RULE, Mesh, common_reach, isosurfaces, render_all
@@ -52,8 +53,13 @@ def pictures_of(evaluation: Evaluation) -> dict[str, list[Picture]]:
     """Draw all figures, by part of the report."""
     found: dict[str, list[Picture]] = {}
     for d in drawings_of(evaluation):
-        turning = None if d.turning is None else d.turning()
-        drawn = picture(d.name, d.alt, d.caption, d.draw(), turning)
+        try:
+            turning = None if d.turning is None else d.turning()
+            drawn = picture(d.name, d.alt, d.caption, d.draw(), turning)
+        except Exception as err:  # the report is worth more than any of its figures
+            failed = f"{type(err).__name__}: {err}"
+            warn(f"figure {d.name} left out ({failed})")
+            drawn = Picture(d.name, d.alt, d.caption, b"", b"", failed=failed)
         found.setdefault(d.part, []).append(drawn)
     return found
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,6 @@ from cryodrgn_amort.core import (
     read_json,
     recorded,
     text_table,
-    warn,
     write_json,
     write_pickle,
     write_text,
@@ -39,27 +37,22 @@ from cryodrgn_amort.measures import (
     text_share,
 )
 from cryodrgn_amort.report.evaluation_figures import pictures_of
-from cryodrgn_amort.report.html import Picture, environment, picture
+from cryodrgn_amort.report.evaluation_page import page_of
+from cryodrgn_amort.report.methods import CITATION
 from cryodrgn_amort.report.plots import RANK_BINS, particle_numbers
 from cryodrgn_amort.report.results import MODES
-from cryodrgn_amort.report.trust import STABLE, write_trust
-from cryodrgn_amort.report.verdict import MODE_NOTES, VERDICT_RULE, verdict
+from cryodrgn_amort.report.trust import write_trust
+from cryodrgn_amort.report.verdict import VERDICT_RULE, verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from matplotlib.figure import Figure
-
-    from cryodrgn_amort.report.results import Evaluation, TransformResult
+    from cryodrgn_amort.report.results import Evaluation
 
 
-__all__ = ["Section", "check_outdir", "evaluation_rows", "evaluation_summary", "write_evaluation"]
+__all__ = ["check_outdir", "evaluation_rows", "evaluation_summary", "write_evaluation"]
 
-CITATION = (
-    "D. G. Edelberg, R. R. Lederman: Using VAEs to Learn Latent Variables: Observations on "
-    "Applications in cryo-EM. arXiv:2303.07487 (2023)"
-)
 _MAIN = ("retrieval_rank", "latent_correlation", "amortization_loss_fraction", "volume_change")
 # What an earlier evaluation may have left, and a later one without that transform must remove.
 _OURS = re.compile(
@@ -67,37 +60,6 @@ _OURS = re.compile(
     rf"|({'|'.join(k for k, d in DEFINITIONS.items() if d.per_image)})\.pkl"
     r"|(gap|trust|ind_(un)?stable)\.pkl|trust\.csv"
 )
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report, as plugins bring it (hook ``report_sections``).
-
-    Attributes
-    ----------
-    title, text
-        Plain text; an empty line in the text starts a paragraph.
-    table
-        Rows of text or numbers; the first one is the header.
-    figures
-        Caption -> matplotlib figure.
-    """
-
-    title: str
-    text: str = ""
-    table: Sequence[Sequence[str | float | None]] | None = None
-    figures: Mapping[str, Figure] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _PluginPart:
-    section: Section
-    plugin: str
-    pictures: list[Picture]
-
-    @property
-    def paragraphs(self) -> list[str]:
-        return [p for p in re.split(r"\n\s*\n", self.section.text.strip()) if p]
 
 
 def check_outdir(outdir: str | os.PathLike[str]) -> Path:
@@ -132,13 +94,15 @@ def write_evaluation(evaluation: Evaluation, outdir: str | os.PathLike[str]) -> 
     with _staging(out) as staging:
         pictures = pictures_of(evaluation)
         for drawn in (p for some in pictures.values() for p in some):
-            (staging / f"{drawn.name}.png").write_bytes(drawn.png)
-            (staging / f"{drawn.name}.pdf").write_bytes(drawn.pdf)
+            if not drawn.failed:
+                (staging / f"{drawn.name}.png").write_bytes(drawn.png)
+                (staging / f"{drawn.name}.pdf").write_bytes(drawn.pdf)
         _write_arrays(evaluation, staging)
-        page = _page(evaluation, pictures)
+        facts = _facts(evaluation)
+        page = page_of(evaluation, pictures, _table_of_facts(evaluation), facts["definitions"])
         write_text(staging / "report.html", page)
         files = sorted([*os.listdir(staging), "amortization.json"])
-        write_json(staging / "amortization.json", {**_facts(evaluation), "files": files})
+        write_json(staging / "amortization.json", {**facts, "files": files})
         _move(staging, out, files)
     return out / "report.html"
 
@@ -221,54 +185,6 @@ def _write_arrays(evaluation: Evaluation, folder: Path) -> None:
     for result in evaluation.mapped:
         for name, volume in zip(names, result.volumes, strict=True):
             host.write_mrc(str(folder / f"vol.{name}.{result.key}.mrc"), volume, **apix)
-
-
-def _page(evaluation: Evaluation, pictures: dict[str, list[Picture]]) -> str:
-    """Render report.html."""
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            evaluation=evaluation,
-            run=evaluation.run,
-            verdict=verdict(evaluation),
-            transforms=_by_transform(evaluation),
-            fitted_measures={k: m for f in evaluation.fits for k, m in f.measures.items()},
-            stable=STABLE,
-            pictures=pictures,
-            measured=_facts(evaluation)["definitions"],
-            mode_notes=MODE_NOTES,
-            facts=_table_of_facts(evaluation),
-            sections=_plugin_parts(evaluation),
-            citation=CITATION,
-        )
-    )
-
-
-def _by_transform(evaluation: Evaluation) -> list[list[TransformResult]]:
-    names = dict.fromkeys(r.name for r in evaluation.results)
-    return [[r for r in evaluation.results if r.name == name] for name in names]
-
-
-def _plugin_parts(evaluation: Evaluation) -> list[_PluginPart]:
-    """Collect the plugins' sections; one that fails says so in its place."""
-    found = []
-    plugins = evaluation.run.plugins
-    for plugin, call in plugins.each("report_sections", evaluation=evaluation):
-        try:
-            parts = [_plugin_part(section, plugin) for section in call()]
-        except Exception as err:
-            said = f"({type(err).__name__}: {err})"
-            warn(f"plugin {plugin!r}: report_sections left out {said}")
-            section = Section(plugin, f"This plugin's part is left out {said}.")
-            parts = [_PluginPart(section, plugin, [])]
-        found += parts
-    return found
-
-
-def _plugin_part(section: Section, plugin: str) -> _PluginPart:
-    drawn = [picture("", caption, caption, figure) for caption, figure in section.figures.items()]
-    return _PluginPart(section, plugin, drawn)
 
 
 def _histograms(ranks: np.ndarray | None) -> list[list[int]] | None:

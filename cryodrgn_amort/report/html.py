@@ -61,7 +61,13 @@ class Turnable:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure, and the volumes in it, if they can be turned."""
+    """A drawn figure, and the volumes in it, if they can be turned.
+
+    Attributes
+    ----------
+    failed
+        Why there is no figure; empty: there is one.
+    """
 
     name: str
     alt: str
@@ -69,6 +75,7 @@ class Picture:
     png: bytes
     pdf: bytes
     volumes: Turnable | None = None
+    failed: str = ""
 
     @property
     def src(self) -> str:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from cryodrgn_amort.core import InputError
 from cryodrgn_amort.models import EncoderSpec, resolve
-from cryodrgn_amort.options import REFUSED, TrainSettings, check_mode, flag_name
+from cryodrgn_amort.options import REPLACED, TrainSettings, check_mode, flag_name
 from cryodrgn_amort.runs.config import with_defaults
 from cryodrgn_amort.runs.reader import load_run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from cryodrgn_amort.core import Registry
     from cryodrgn_amort.models import InputSpec
@@ -28,9 +28,10 @@ _OF_TILTS = (
     "ntilts", "random_tilts", "t_emb_dim", "tlayers", "tdim", "dose_per_tilt", "angle_per_tilt",
 )  # fmt: skip
 _OF_NETWORK = frozenset(
-    {"qlayers", "qdim", "enc_mask", "encode_mode", "t_emb_dim", "tlayers", "tdim"}
+    {"qlayers", "qdim", "enc_mask", "encode_mode", "t_emb_dim", "tlayers", "tdim", "use_real"}
 )
 """Flags of the host that concern its network alone."""
+_OF_READING = ("num_workers", "shuffler_size")
 _OF_POSES = ("pretrain", "emb_type", "pose_lr")
 
 
@@ -44,12 +45,9 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Registry) -> TrainSet
     InputError
         If a flag does not apply, by name.
     """
-    for dest in given:
-        if dest in REFUSED:
-            raise InputError(f"{flag_name(dest)}: {REFUSED[dest]}")
-    check_mode(given.get("encode_mode", "resid"))
     values = _with_recipe(given, plugins)
     if "encode_mode" in given and "encoder" not in values:
+        check_mode(given["encode_mode"])
         values["encoder"] = given["encode_mode"]
     for name in ("particles", "poses", "zdim"):
         if name not in values:
@@ -61,13 +59,14 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Registry) -> TrainSet
             values[name] = os.path.abspath(values[name])
     if values.get("holdout") and os.path.exists(values["holdout"]):
         values["holdout"] = os.path.abspath(values["holdout"])
+    ignored = tuple(_without_effect(values, named))
+    given = {dest: value for dest, value in given.items() if dest in values}
     own = {f.name for f in fields(TrainSettings)} - {"extra"}
     extra = {dest: values.pop(dest) for dest in list(values) if dest not in own}
-    ignored = tuple(_without_effect(values, named))
     settings = TrainSettings(**with_defaults(values), ignored=ignored, extra=extra)
     encoder, shown = resolve(settings, plugins)
     _check_copies(settings, encoder, shown)
-    _check_poses(given, settings, encoder, shown)
+    _check_poses(settings, encoder, shown)
     _refuse_foreign(given, settings.encoder, encoder, shown, plugins)
     return settings
 
@@ -89,11 +88,12 @@ def _with_encoder(
     values: dict[str, Any], given: Mapping[str, Any], plugins: Registry
 ) -> tuple[EncoderSpec | InputSpec, dict[str, Any]]:
     """Look up the encoder; return it, and the flags with what it says of them."""
-    tilted = values.get("encode_mode") == "tilt" or values.get("encoder") == "tilt"
-    for dest in _OF_TILTS:
-        if dest in given and not tilted:
-            raise InputError(f"{flag_name(dest)}: is for tilt series, --encode-mode tilt")
+    tilted = _tilted(values)
     named: EncoderSpec | InputSpec = plugins.encoder(values.get("encoder", "resid"))
+    if not isinstance(named, EncoderSpec) or named.host_mode is not None:
+        if values.get("use_real"):
+            raise InputError(f"--use-real: {REPLACED['use_real']}")
+        check_mode(values.get("encode_mode", "resid"))
     if not isinstance(named, EncoderSpec):
         if values.get("from_run"):
             raise InputError(f"--from: does not apply to --encoder {named.name}")
@@ -131,34 +131,43 @@ def _check_copies(settings: TrainSettings, encoder: EncoderSpec, shown: InputSpe
         raise InputError("--augment: does not apply to tilt series")
 
 
+def _tilted(values: Mapping[str, Any]) -> bool:
+    return values.get("encode_mode") == "tilt" or values.get("encoder") == "tilt"
+
+
 def _without_effect(values: dict[str, Any], named: EncoderSpec | InputSpec) -> Iterator[str]:
     """Take out of the flags what has no effect here, and say so of each."""
-    if values.get("num_workers") and not values.get("lazy"):
-        yield (f"--num-workers {values.pop('num_workers')}: without effect but with --lazy; "
-               "particles are preprocessed once")  # fmt: skip
-    if values.get("do_pose_sgd") and values.get("emb_type", "s2s2") != "s2s2":
-        yield (f"--emb-type {values.pop('emb_type')}: without effect, as in train_vae, which "
-               "refines rotations as s2s2")  # fmt: skip
+
+    def without(dests: Iterable[str], why: str) -> Iterator[str]:
+        for dest in dests:
+            if dest in values:
+                value = values.pop(dest)
+                said = flag_name(dest) if value is True else f"{flag_name(dest)} {value}"
+                yield f"{said}: {why}"
+
+    lazily = "without effect but with --lazy; particles are preprocessed once"
+    if not values.get("lazy"):
+        yield from without([d for d in _OF_READING if values.get(d)], lazily)
+    if not _tilted(values):
+        yield from without(_OF_TILTS, "is for tilt series, --encode-mode tilt; ignored")
+    if not values.get("do_pose_sgd"):
+        yield from without(_OF_POSES, "needs --do-pose-sgd; ignored")
+    elif values.get("emb_type", "s2s2") != "s2s2":
+        why = "without effect, as in train_vae, which refines rotations as s2s2"
+        yield from without(["emb_type"], why)
+    yield from without(["multigpu"], REPLACED["multigpu"])
+    yield from without(["relion31"], "not needed; what a .star file is, it says itself")
     if not isinstance(named, EncoderSpec) or named.host_mode is not None:
         return
-    for dest in sorted(_OF_NETWORK - named.flags & values.keys()):
-        if dest == "encode_mode" and values[dest] == "tilt":  # says what the particles are, too
-            continue
-        yield (f"{flag_name(dest)} {values.pop(dest)}: does not apply to --encoder {named.name}, "
-               "ignored")  # fmt: skip
+    own = _OF_NETWORK - named.flags & values.keys()
+    if values.get("encode_mode") == "tilt":  # says what the particles are, too
+        own -= {"encode_mode"}
+    yield from without(sorted(own), f"does not apply to --encoder {named.name}, ignored")
 
 
-def _check_poses(
-    given: Mapping[str, Any],
-    settings: TrainSettings,
-    encoder: EncoderSpec,
-    shown: InputSpec | None,
-) -> None:
+def _check_poses(settings: TrainSettings, encoder: EncoderSpec, shown: InputSpec | None) -> None:
     """Refuse what poses cannot be refined with."""
     if not settings.do_pose_sgd:
-        for dest in _OF_POSES:
-            if dest in given:
-                raise InputError(f"{flag_name(dest)}: needs --do-pose-sgd")
         return
     if settings.from_run:
         raise InputError("--do-pose-sgd: does not apply to --from")
@@ -187,7 +196,7 @@ def _refuse_foreign(
     owned = set().union(*(entry.item.flags for entry in known.values()))
     mine = encoder.flags | (shown.flags if shown is not None else frozenset())
     for dest in given:
-        if encoder.host_mode is None and dest in _OF_NETWORK:  # said by _without_effect
+        if dest == "encode_mode" and encoder.host_mode is None:  # says that these are tilt series
             continue
         if dest in owned - mine:
             raise InputError(f"{flag_name(dest)}: does not apply to --encoder {name}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cryodrgn_amort import host
 from cryodrgn_amort.core import abbreviate, actions_of
-from cryodrgn_amort.options import REFUSED, TrainSettings, add_flags
+from cryodrgn_amort.options import REPLACED, TrainSettings, add_flags
 
 if TYPE_CHECKING:
     from cryodrgn_amort.core import Registry
@@ -19,6 +19,10 @@ _HELP = {  # where the host's is not what it does, or not all that we do
     "pretrain": "First epoch in which poses are moved (default: 1)",
     "emb_type": "Without effect, as in train_vae, which refines s2s2",
 }
+_FORMER = {  # flags of older hosts, which tutorials and scripts still have: their names now
+    "--qdim": ("qdim", int), "--qlayers": ("qlayers", int), "--pdim": ("pdim", int),
+    "--players": ("players", int), "--amp": ("amp", bool), "--relion31": ("relion31", bool),
+}  # fmt: skip
 
 
 def add_train_flags(parser: argparse.ArgumentParser, plugins: Registry) -> None:
@@ -31,8 +35,8 @@ def add_train_flags(parser: argparse.ArgumentParser, plugins: Registry) -> None:
         if action.help:  # the defaults are about to go
             action.help = action.help.replace("%(default)s", str(action.default))
         action.help = _HELP.get(action.dest, action.help)
-        if action.dest in REFUSED:
-            action.help = f"Refused: {REFUSED[action.dest]}"
+        if action.dest in REPLACED:
+            action.help = f"Not here: {REPLACED[action.dest]}"
         action.default = argparse.SUPPRESS
         if action.dest in ("particles", "poses", "zdim"):
             action.required = False  # a recipe or --from may set it
@@ -43,3 +47,8 @@ def add_train_flags(parser: argparse.ArgumentParser, plugins: Registry) -> None:
     for action in actions_of(parser):
         action.default = argparse.SUPPRESS  # also what plugins added
     abbreviate(parser, of_host)
+    for name, (dest, kind) in _FORMER.items():
+        more: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": kind}
+        parser.add_argument(
+            name, dest=dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **more
+        )

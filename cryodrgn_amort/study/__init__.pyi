@@ -9,3 +9,4 @@ from .runner import (
     run_steps as run_steps,
     study_locked as study_locked,
 )
+from .snakefile import snakefile as snakefile

@@ -1,1 +1,1 @@
-"""The commands that README.md and examples/ show: do they exist, and do they work?"""
+"""The commands that README.md, docs/ and examples/ show: do they exist, and do they work?"""

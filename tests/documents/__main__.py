@@ -1,4 +1,4 @@
-"""Run every command of README.md, in a folder that has the files that it names.
+"""Run every command of README.md and docs/, in a folder that has the files that it names.
 
 They are those of a small simulation, and trainings are short: ``CHANGES`` has all that is changed
 in a command. What is not run is in ``NOT_RUN``, with the reason.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .commands import ROOT, Command, commands
+from .commands import MANUAL, ROOT, Command, commands
 
 CHANGES = (  # pattern -> what stands in its place
     (r"-n (100|50)(?= .*-o (more-)?turns)|-n 50(?= -o more-turns)", "-n 4 --anchors 4"),
@@ -55,7 +55,7 @@ FLAGS = "--poses pose.pkl --ctf ctf.pkl --zdim 8 --dec-dim 16 -n 2 --no-analysis
 
 
 def prepare(folder: Path) -> None:
-    """Make the files that the README names."""
+    """Make the files that the documents name."""
 
     def run(line: str) -> None:
         done = subprocess.run(line.split(), cwd=folder, capture_output=True, text=True)
@@ -142,7 +142,7 @@ def main() -> None:
     print("| command | exit code | seconds |\n|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="documents") as name:
         prepare(Path(name))
-        for command in commands("README.md"):
+        for command in (command for page in MANUAL for command in commands(page)):
             if command.text.startswith("bash tests/") and command.text not in NOT_RUN:
                 code, took, said = "another suite", 0.0, ""
             elif reason := NOT_RUN.get(command.text):

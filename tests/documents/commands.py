@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("examples/**/*.md")))
+_FIRST = ("README.md", "docs/commands/train_amort.md", "docs/encoders.md")  # later ones need these
+
+
+def _pages(folder: str) -> list[str]:
+    found = sorted(str(page.relative_to(ROOT)) for page in (ROOT / folder).rglob("*.md"))
+    return [page for page in found if page not in _FIRST]
+
+
+MANUAL = (*_FIRST, *_pages("docs"))
+PAGES = (*MANUAL, *_pages("examples"))
 
 
 @dataclass(frozen=True)

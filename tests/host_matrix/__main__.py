@@ -126,12 +126,12 @@ def main() -> None:
     """Try all hosts; exit code 1 if a cell is not as it should be."""
     parser = argparse.ArgumentParser(prog="bash tests/host_matrix.sh", description=__doc__)
     parser.add_argument("hosts", nargs="+", type=Path, help="folders with host and ours")
-    parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write-page", action="store_true", help="put the table into docs/host.md")
     parser.add_argument("--screenshots", type=Path, metavar="DIR", help="keep the browser's here")
     parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help="these runs alone")
     args = parser.parse_args()
-    if args.write_readme and (args.only or len(args.hosts) < 2):
-        parser.error("--write-readme: takes all runs, and two hosts")
+    if args.write_page and (args.only or len(args.hosts) < 2):
+        parser.error("--write-page: takes all runs, and two hosts")
     if browser.program() is None:
         parser.error("no Chromium (Debian: chromium; or name it with CHROMIUM=...)")
     pictures = args.screenshots and args.screenshots.resolve()
@@ -151,8 +151,8 @@ def main() -> None:
     names = [name for name in next(iter(results.values())) if not name.startswith("train_vae")]
     written = table.render(results, names, [command.name for command in COMMANDS])
     print(written)
-    if args.write_readme and not faults:
-        table.write(Path(__file__).parents[2] / "README.md", written)
+    if args.write_page and not faults:
+        table.write(Path(__file__).parents[2] / "docs/host.md", written)
     sys.exit(bool(faults))
 
 

@@ -62,7 +62,7 @@ class Run:
     Attributes
     ----------
     name
-        As the table in the README has it.
+        As the table in docs/host.md has it.
     host
         Version of the host that is to open it.
     like

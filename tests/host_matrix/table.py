@@ -1,4 +1,4 @@
-"""The table in the README: written from what was found, and read by the tests."""
+"""The table in docs/host.md: written from what was found, and read by the tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SAME, WORKS, REFUSED, ABSENT = "same", "yes", "refused", "none"
 FAILS, LIKE_STOCK = "fails", "as train_vae"
 
-START, END = "<!-- host matrix: bash tests/host_matrix.sh --write-readme -->", "<!-- end -->"
+START, END = "<!-- host matrix: bash tests/host_matrix.sh --write-page -->", "<!-- end -->"
 
 
 def _together(
@@ -49,7 +49,7 @@ def render(found: Found, runs: Sequence[str], commands: Sequence[str]) -> str:
 
 
 def parse(text: str) -> tuple[dict[str, int], list[str], list[str]]:
-    """Read the table in a README: how often each run is named, the commands, all cells."""
+    """Read the table in a page: how often each run is named, the commands, all cells."""
     lines = text.split(START)[1].split(END)[0].strip().splitlines()
     split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
     header, _, *rows = split
@@ -58,7 +58,7 @@ def parse(text: str) -> tuple[dict[str, int], list[str], list[str]]:
     return {r: runs.count(r) for r in runs}, commands, [cell for row in rows for cell in row[1:]]
 
 
-def write(readme: Path, table: str) -> None:
-    """Put the table between its marks in the README."""
-    before, rest = readme.read_text().split(START)
-    readme.write_text(f"{before}{START}\n{table}\n{END}{rest.split(END, 1)[1]}")
+def write(page: Path, table: str) -> None:
+    """Put the table between its marks in a page."""
+    before, rest = page.read_text().split(START)
+    page.write_text(f"{before}{START}\n{table}\n{END}{rest.split(END, 1)[1]}")

@@ -10,7 +10,7 @@ import pytest
 from cryodrgn_amort import host
 from cryodrgn_amort.core import InputError, actions_of
 from cryodrgn_amort.options import (
-    REFUSED,
+    REPLACED,
     AnchorFlags,
     CompareOptions,
     EvalOptions,
@@ -123,7 +123,7 @@ def test_defaults_of_the_host_s_flags_are_the_host_s(monkeypatch, plugins, stack
     host.add_train_vae_args(parser)
     theirs = {action.dest for action in actions_of(parser)} - {"help"}
     ours = {name for name, one in flags_of(TrainSettings).items() if one.of_host}
-    assert ours == theirs - REFUSED.keys()
+    assert ours == theirs - REPLACED.keys()
     retyped = {f.name for f in fields(TrainSettings) if f.name in ours and f.default is not MISSING}
     assert retyped == {"emb_type"}
     given = {"particles": stack.particles, "poses": stack.poses, "zdim": 2, "outdir": str(tmp_path)}

@@ -26,12 +26,15 @@ from cryodrgn_amort.options import EvalOptions
 from cryodrgn_amort.plugins import Plugins
 from cryodrgn_amort.report import (
     Section,
+    evaluation_figures,
+    evaluation_page,
     evaluation_report as report,
     evaluation_summary,
     meshes as surfaces,
     plots as figures,
     write_evaluation,
 )
+from cryodrgn_amort.report.methods import methods
 from cryodrgn_amort.report.verdict import verdict
 from cryodrgn_amort.runs import load_run, settings_from_flags
 from cryodrgn_amort.training import Trainer
@@ -317,7 +320,7 @@ def test_a_table_gets_no_score(table_evaluation, tmp_path):
     assert "retrieval_rank" not in evaluation_summary(table_evaluation)
 
 
-@pytest.mark.parametrize("step", ["_page", "_write_arrays", "pictures_of", "write_json"])
+@pytest.mark.parametrize("step", ["page_of", "_write_arrays", "pictures_of", "write_json"])
 def test_a_failure_leaves_what_was_there(step, light, tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("halfway")
@@ -335,6 +338,60 @@ def test_a_failure_leaves_what_was_there(step, light, tmp_path, monkeypatch):
         "amortization.json": '{"files": ["report.html"]}',
     }  # fmt: skip
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("part", list(evaluation_page._PARTS))
+def test_a_part_that_fails_is_left_out_and_no_other(part, light, tmp_path, monkeypatch, capsys):
+    def fail(_):
+        raise ValueError(HOSTILE)
+
+    whole = Page(write_evaluation(light, tmp_path / "whole").read_text())
+    monkeypatch.setitem(evaluation_page._PARTS, part, fail)
+    page = Page(write_evaluation(light, tmp_path / "out").read_text())
+    assert f"Left out: {part}" in page.text
+    assert HOSTILE in page.text
+    assert f"report: part {part!r} left out (ValueError" in capsys.readouterr().err
+    headings = {
+        "paper": "In a paper",
+        "methods": "Methods and versions",
+        "latents": "The run itself",
+    }
+    for name, heading in headings.items():
+        assert heading in whole.text
+        assert (heading in page.text) == (name != part)
+    same = (tmp_path / "whole/z.roll-1.held.pkl", tmp_path / "out/z.roll-1.held.pkl")
+    assert same[0].read_bytes() == same[1].read_bytes()
+
+
+def test_a_figure_that_fails_is_left_out_and_no_other(light, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("no colours")
+
+    names = {p.name for p in write_evaluation(light, tmp_path / "whole").parent.iterdir()}
+    monkeypatch.setattr(evaluation_figures.plots, "ranks", fail)
+    text = write_evaluation(light, tmp_path / "out").read_text()
+    assert "A figure could not be drawn (ValueError: no colours)" in Page(text).text
+    left = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names - left == {"ranks.png", "ranks.pdf"}
+    assert left <= names
+
+
+def test_the_methods_paragraph_is_of_this_run(evaluation, table_evaluation):
+    said = methods(evaluation)
+    text, run = " ".join(said.paragraphs), evaluation.run
+    rank = next(r for r in evaluation.results if not r.is_control).measures["retrieval_rank"]
+    gap = evaluation.fits[0].measures["amortization_gap"]
+    for words in (
+        f"{len(evaluation.z)} particles", f"box of {evaluation.volumes.shape[-1]} px",
+        f"{run.epoch} epochs", f"seed {run.settings.seed}", number(rank.value), number(gap.value),
+        f"{run.settings.players} layers of {run.settings.pdim} units", "cryoDRGN 4.",
+    ):  # fmt: skip
+        assert words in text
+    cited = {int(n) for n in re.findall(r"\[(\d)\]", text)}
+    assert cited == set(range(1, len(said.references) + 1))
+    table = " ".join(methods(table_evaluation).paragraphs)
+    assert "no network" in table
+    assert "retrieval rank" not in table
 
 
 def test_writing_again_removes_what_is_stale_and_nothing_else(light, tmp_path):

@@ -1,4 +1,4 @@
-"""Every command line that train_vae takes: taken, or refused for a reason in one line."""
+"""Every command line that train_vae takes is taken, or a line says what of it is not."""
 
 import argparse
 
@@ -49,20 +49,25 @@ VALUES = {  # of each flag of train_vae, ordinary and extreme ones
                   "none"],
     "--domain": ["hartley", "fourier"], "--activation": ["relu", "leaky_relu"],
 }  # fmt: skip
-REASONS = {  # what train_vae takes and we refuse, by the flag or flag and value, and why
-    "--multigpu": "torchrun",
-    "--use-real": "real-space encoders are not supported",
-    "--encode-mode conv": "real-space encoders are not supported",
-    "--shuffler-size 64": "only with --lazy",
+IGNORED = {  # by the flag, or flag and value: what is said of it
+    "--multigpu": "torchrun", "--shuffler-size 64": "without effect but with --lazy",
+    "--num-workers 1": "but with --lazy", "--num-workers 16": "but with --lazy",
     "--ntilts": "is for tilt series", "--random-tilts": "is for tilt series",
     "--t-emb-dim": "is for tilt series", "--tlayers": "is for tilt series",
     "--tdim": "is for tilt series", "--dose-per-tilt": "is for tilt series",
     "--angle-per-tilt": "is for tilt series",
     "--pretrain": "needs --do-pose-sgd", "--emb-type": "needs --do-pose-sgd",
     "--pose-lr": "needs --do-pose-sgd",
+}  # fmt: skip
+OF_NETWORKS = ("--enc-layers", "--enc-dim", "--enc-mask", "--use-real", "--encode-mode")
+REFUSED = {  # what would change the result, and is not what was asked for
     "--beta a": "a schedule needs --beta-control",  # train_vae stops there, too
     "--pe-type none": "the host's Fourier decoder cannot take it",
-}  # fmt: skip
+}
+REFUSED_OF_NETWORKS = {
+    "--use-real": "real-space encoders are not supported",
+    "--encode-mode conv": "real-space encoders are not supported",
+}
 
 
 def command_lines():
@@ -84,18 +89,60 @@ def command_lines():
 def test_what_train_vae_takes_is_taken_or_refused_for_a_reason(line, encoder, plugins):
     hosts_parser().parse_args([*BASE, *line])
     flags = given([*BASE, *line, *(["--encoder", encoder] if encoder else [])])
-    reason = REASONS.get(" ".join(line), REASONS.get(line[0]))
-    if reason is None:
-        settings_from_flags(flags, plugins)
+    text, name = " ".join(line), line[0]
+    refused = {**REFUSED, **({} if encoder else REFUSED_OF_NETWORKS)}
+    if reason := refused.get(text):
+        with pytest.raises(InputError, match=reason) as refusal:
+            settings_from_flags(flags, plugins)
+        assert name in str(refusal.value)
+        assert "\n" not in str(refusal.value)
         return
-    if line[0] == "--multigpu":  # refused before, where the command line is known
-        with pytest.raises(InputError, match=reason):
-            train_amort.main(argparse.Namespace(**flags))
+    ignored = settings_from_flags(flags, plugins).ignored
+    said = IGNORED.get(text, IGNORED.get(name))
+    if encoder and name in OF_NETWORKS and text != "--encode-mode tilt":
+        said = "does not apply to --encoder vlt, ignored"
+    assert len(ignored) == (said is not None)
+    assert all(one.startswith(name) and said in one and "\n" not in one for one in ignored)
+
+
+# As the host's own tutorials and older versions have it, but for paths and sizes
+TUTORIALS = {
+    "EMPIAR-10076, pilot": """particles.128.mrcs --poses pose.pkl --ctf ctf.pkl --zdim 8 -n 50
+        -o out --enc-dim 256 --enc-layers 3 --dec-dim 256 --dec-layers 3""",
+    "with --multigpu": """particles.256.mrcs --poses pose.pkl --ctf ctf.pkl --zdim 8 -n 25 -o out
+        --ind ind.pkl --enc-dim 1024 --dec-dim 1024 --multigpu -b 24""",
+    "version 0.3": """particles.256.txt --poses poses.pkl --ctf ctf.pkl --ind ind.pkl -o out
+        --zdim 10 --enc-dim 1024 --dec-dim 1024 --amp -n 50 --domain hartley""",
+    "version 0.2": """particles.mrcs --poses poses.pkl --ctf ctf.pkl --zdim 1 -n 200 -o out
+        --qdim 256 --qlayers 3 --pdim 256 --players 3 --amp --relion31""",
+    "EMPIAR-10180, lazily": """particles.star --datadir . --poses pose.pkl --ctf ctf.pkl --zdim 8
+        -n 20 -o out --lazy --num-workers 4 --max-threads 8 --uninvert-data --seed 0 --beta 0.5
+        --shuffler-size 1000""",
+    "tilt series": """particles.star --datadir . --encode-mode tilt --ntilts 10
+        --dose-per-tilt 2.93 --angle-per-tilt 3 --poses pose.pkl --ctf ctf.pkl --zdim 8 -n 50
+        -o out --t-emb-dim 64 --tdim 1024 --tlayers 3 --enc-dim 1024 --enc-layers 3
+        --dec-dim 1024 --dec-layers 3 -b 8 --beta .025""",
+    "pose refinement": """particles.mrcs --poses pose.pkl --ctf ctf.pkl --zdim 8 -n 20 -o out
+        --do-pose-sgd --domain hartley --emb-type quat --pretrain 5 --pose-lr 1e-3""",
+}
+
+
+@pytest.mark.parametrize("encoder", [None, "vlt", "alternate"])
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_a_tutorials_command_takes_one_changed_word(name, encoder, plugins):
+    argv = TUTORIALS[name].split()
+    if encoder == "alternate" and {"tilt", "--do-pose-sgd"} & set(argv):
+        with pytest.raises(InputError, match="--encoder alternate"):
+            settings_from_flags(given([*argv, "--encoder", encoder]), plugins)
         return
-    with pytest.raises(InputError, match=reason) as refusal:
-        settings_from_flags(flags, plugins)
-    assert line[0] in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    more = ["--encoder", encoder] if encoder else []
+    found = settings_from_flags(given([*argv, *more]), plugins)
+    assert found.encoder == (encoder or ("tilt" if "tilt" in argv else "resid"))
+    if "--pdim" in argv:
+        assert (found.pdim, found.players) == (256, 3)
+    said = [one.split(":")[0].split()[0] for one in found.ignored]
+    assert len(said) == len(set(said))
+    assert set(said) <= {*OF_NETWORKS, *IGNORED, "--emb-type", "--relion31", "--t-emb-dim"}
 
 
 def test_abbreviations_mean_what_they_mean_to_train_vae():

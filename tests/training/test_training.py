@@ -168,7 +168,7 @@ def test_defaults_are_the_hosts(plugins):
 
     from cryodrgn.commands import train_vae
 
-    from cryodrgn_amort.options import REFUSED
+    from cryodrgn_amort.options import REPLACED
     from cryodrgn_amort.runs.config import with_defaults
 
     parser = argparse.ArgumentParser()
@@ -176,7 +176,7 @@ def test_defaults_are_the_hosts(plugins):
     theirs = vars(parser.parse_args(["p", "-o", "o", "--zdim", "8", "--poses", "q"]))
     ours = {"emb_type": "s2s2", **with_defaults({})}
     for name, value in theirs.items():
-        assert name in ours or name in REFUSED, f"the host has a new flag: {name}"
+        assert name in ours or name in REPLACED, f"the host has a new flag: {name}"
         if name in ours and name not in (
             "particles",
             "outdir",

@@ -1,0 +1,187 @@
+"""The steps of a study as rules of Snakemake, for clusters.
+
+Köster & Rahmann, Snakemake - a scalable bioinformatics workflow engine, Bioinformatics 28, 2520
+(2012). The marks in ``steps/`` are what rules make and need, so that the study knows of what
+Snakemake did, and Snakemake of what the study did.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import re
+import shlex
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cryodrgn_amort.core import default_device, device_name, on_gpu
+from cryodrgn_amort.data import load_particles
+from cryodrgn_amort.runs import settings_from_flags, source_of
+from cryodrgn_amort.study.progress import Progress
+from cryodrgn_amort.study.steps import parse
+from cryodrgn_amort.training import Trainer, endless_steps
+
+if TYPE_CHECKING:
+    from cryodrgn_amort.options import TrainSettings
+    from cryodrgn_amort.study.plan import Plan
+    from cryodrgn_amort.study.steps import Step
+
+
+__all__ = ["snakefile"]
+
+_TIMED = 4  # batches, after as many that are not
+_SPARE = 2.0  # times what was measured
+_BASE_MB, _BYTES = 4000, 12  # of a process; of a pixel: preprocessed, its CTF, while it is read
+_LIGHT = ("simulate_amort", "compare_amort")
+
+_HEAD = """\
+# {count} steps of the study in {folder}, by `cryodrgn study_amort --dry-run snakemake`:
+#
+#     snakemake -s {path} --cores 2                        # here
+#     snakemake -s {path} --executor slurm --jobs 20       # with snakemake-executor-plugin-slurm
+#
+# A training that was killed goes on from its last checkpoint if this file is made anew before.
+# {measured}
+
+GPU = int(config.get("gpu", {gpu}))  # --config gpu=0: none
+
+
+rule all:
+    default_target: True
+    input: {report}
+
+
+rule report:
+    input: {marks}
+    output: {report}
+    resources: mem_mb={base}, runtime=60
+    shell: {study}
+"""
+_RULE = """
+
+rule {name}:
+    input: {before}
+    output: {mark}
+    log: {log}
+    threads: 2
+    resources: mem_mb={memory}, runtime={minutes}, gpu={gpu}
+    shell: {line}
+"""
+
+
+def snakefile(plan: Plan) -> str:
+    """Return a Snakefile of what is still to be done, and mark that as planned.
+
+    Each training is timed on a few batches of the particles, here, if these are there.
+    """
+    progress = Progress(plan)
+    progress.finish_killed()
+    todo = [s for s in progress.steps.values() if not progress.is_done(s)]
+    needs = _Needs(plan, progress)
+    rules = []
+    for step in todo:
+        argv, stamp = progress.argv(step), progress.stamp(step)
+        if not stamp.is_begun():
+            stamp.begin()
+        memory, minutes = needs.of(step)
+        line = f"{replace(step, argv=argv).shell} > {{log}} 2>&1 && {stamp.shell}"
+        before = [str(plan.layout.stamp(name, "json")) for name in step.after]
+        rules.append(
+            _RULE.format(
+                name=re.sub(r"\W", "_", step.name),
+                before=", ".join(map(repr, before)),
+                mark=repr(str(stamp.done)),
+                log=repr(str(plan.layout.log(step.name))),
+                memory=memory,
+                minutes=minutes,
+                gpu=0 if step.argv[0] in _LIGHT else "GPU",
+                line=_literal(line),
+            )
+        )
+    path, report = plan.folder / "Snakefile", plan.folder / "report.html"
+    marks = [repr(str(plan.layout.stamp(name, "json"))) for name in progress.steps]
+    head = _HEAD.format(
+        count=len(todo),
+        folder=plan.folder,
+        path=path,
+        measured=needs.said,
+        gpu=int(on_gpu(default_device())),
+        report=repr(str(report)),
+        marks=", ".join(marks),
+        base=_BASE_MB,
+        study=_literal(shlex.join(["cryodrgn", "study_amort", "-o", str(plan.folder)])),
+    )
+    return head + "".join(rules)
+
+
+def _literal(line: str) -> str:
+    """Write a line for a shell as Snakemake reads it: braces of its own are doubled."""
+    return repr(line.replace("{", "{{").replace("}", "}}").replace("{{log}}", "{log}"))
+
+
+class _Needs:
+    """Memory and time of steps: of trainings measured, of others in proportion to theirs.
+
+    Attributes
+    ----------
+    said
+        Where the times are from.
+    """
+
+    def __init__(self, plan: Plan, progress: Progress) -> None:
+        self._plan, self._progress = plan, progress
+        self._known: dict[str, tuple[int, int]] = {}
+        where = f"by a few batches on {device_name(default_device())}"
+        self.said = (
+            "Times are guesses: the particles are not there yet."
+            if "simulate" in plan.data else f"Times are {_SPARE:g} times what was measured {where}."
+        )  # fmt: skip
+
+    def of(self, step: Step) -> tuple[int, int]:
+        """Return MB and minutes of a step."""
+        if step.name not in self._known:
+            self._known[step.name] = self._find(step)
+        return self._known[step.name]
+
+    def _find(self, step: Step) -> tuple[int, int]:
+        before = [self.of(self._progress.steps[name]) for name in step.after]
+        memory = max((m for m, _ in before), default=_BASE_MB)
+        usual = memory, max((minutes for _, minutes in before), default=60)
+        if step.argv[0] in _LIGHT:
+            return usual[0], min(60, usual[1])
+        if step.argv[0] != "train_amort" or "simulate" in self._plan.data:
+            return usual
+        flags = parse(self._plan.parsers["train_amort"], step.argv[1:])
+        if "from_run" in flags or "table_init" in flags:  # of a run that is not there yet
+            return usual
+        return _measured(settings_from_flags(flags, self._plan.plugins), self._plan)
+
+
+def _measured(settings: TrainSettings, plan: Plan) -> tuple[int, int]:
+    """Time a few batches of a training, of particles from the start of the stack."""
+    whole = load_particles(source_of(settings), default_device())
+    rows = np.arange(whole.n) if whole.ind is None else np.asarray(whole.ind)
+    some = rows[: 2 * _TIMED * settings.batch_size]
+    with tempfile.TemporaryDirectory() as name:
+        ind = Path(name) / "ind.pkl"
+        with open(ind, "wb") as handle:
+            pickle.dump(some, handle)
+        short = replace(
+            settings, ind=str(ind), holdout=None, outdir=os.path.join(name, "run"), memory=None
+        )
+        steps = endless_steps(Trainer(short, plan.plugins))
+        for _ in range(_TIMED):
+            next(steps)
+        began = time.perf_counter()
+        for _ in range(_TIMED):
+            next(steps)
+        seconds = (time.perf_counter() - began) / _TIMED
+    batches = math.ceil(whole.n / settings.batch_size) * settings.num_epochs
+    memory = _BASE_MB + whole.n * whole.ntilts * whole.D**2 * _BYTES / 1e6
+    return round(memory), max(10, math.ceil(_SPARE * seconds * batches / 60))
