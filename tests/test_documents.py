@@ -8,8 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import tomllib
+import yaml
 from documents.commands import MANUAL, PAGES, ROOT, commands
 
+import cryodrgn_amort
 from cryodrgn_amort import api
 from cryodrgn_amort.measures.catalogue import DEFINITIONS
 from cryodrgn_amort.plugins import hookspecs
@@ -48,6 +51,48 @@ def test_the_job_script_is_one():
     subprocess.run(["bash", "-n", script], check=True)
     lines = script.read_text().replace("\\\n", "").splitlines()
     assert any(re.search(r"torchrun .*-m cryodrgn_amort train_amort", line) for line in lines)
+
+
+def test_containers_install_the_pinned_versions():
+    """Both recipes from the same base, by the same command; conda by the same pins."""
+    folder = ROOT / "examples/containers"
+    dockerfile = re.sub(r"\\\n\s*", " ", (folder / "Dockerfile").read_text())
+    lines = [line for line in dockerfile.splitlines() if line and not line.startswith("#")]
+    kinds = [line.split()[0] for line in lines]
+    assert kinds[0] == "FROM"
+    assert set(kinds) <= {"FROM", "ARG", "LABEL", "COPY", "RUN", "WORKDIR", "CMD"}
+    (start,) = re.findall(r"^FROM (\S+:\S+)$", dockerfile, re.MULTILINE)
+    (install,) = re.findall(r"(pip install [^&\n]+?)\s*(?:&&|$)", dockerfile, re.MULTILINE)
+    definition = re.sub(r"\\\n\s*", " ", (folder / "apptainer.def").read_text())
+    assert f"\nBootstrap: docker\nFrom: {start}\n" in definition
+    assert install in definition
+    sections = re.findall(r"^%(\w+)", definition, re.MULTILINE)
+    assert sorted(sections) == ["files", "labels", "post", "runscript", "test"]
+    assert (ROOT / install.split("--constraint /opt/cryodrgn_amort/")[1].split()[0]).is_file()
+    assert re.search(r"^# .*CUDA \d+\.\d", dockerfile, re.MULTILINE)
+    conda = yaml.safe_load((ROOT / "examples/environment.yml").read_text())
+    assert set(conda) == {"name", "channels", "dependencies"}
+    (pips,) = [entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict)]
+    pins, *wanted = pips
+    assert (ROOT / "examples" / pins.removeprefix("--constraint ")).is_file()
+    assert wanted == ["torch", ".."]
+
+
+def test_the_licence_and_the_citation_are_those_of_the_package():
+    """As the project's metadata have them, and in the wheel that is built."""
+    with open(ROOT / "pyproject.toml", "rb") as handle:
+        project = tomllib.load(handle)["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == cryodrgn_amort.__version__
+    assert citation["license"] == project["license"] == "GPL-3.0-or-later"
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    cited = " ".join(reference["title"] for reference in citation["references"])
+    assert "Observations on Applications in cryo-EM" in cited
+    assert "CryoDRGN" in cited
+    licence = (ROOT / "LICENSE").read_text()
+    assert "GNU GENERAL PUBLIC LICENSE" in licence
+    assert len(licence.splitlines()) > 600
+    assert project["license-files"] == ["LICENSE"]
 
 
 def test_the_first_page_is_short():

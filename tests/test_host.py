@@ -1,10 +1,12 @@
 """Runs as stock cryodrgn sees them. The host's commands know nothing of this package."""
 
+import argparse
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import read_pickles, run_host, write_pickle, write_stack
 
 from cryodrgn_amort.core import InputError
@@ -185,3 +187,96 @@ def test_a_stock_run_is_measured_like_ours(stack, tmp_path, train, flags, plugin
         for name, measure in one.measures.items():
             assert measure.value == pytest.approx(two.measures[name].value, rel=1e-3, abs=1e-4)
     np.testing.assert_allclose(a.z, read_pickles(tmp_path / "stock/z.pkl", 2)[0], atol=1e-5)
+
+
+class Newer:
+    """The host as its unreleased branch has it: what ours must survive.
+
+    It relaunches itself by ``torch.distributed.run`` with ``--_args-file``, has new arguments of
+    ``make_dataloader``, and wraps its model for several GPUs.
+    """
+
+    def __init__(self, module):
+        self._module = module
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+    def add_args(self, parser):
+        self._module.add_args(parser)
+        parser.add_argument("--_args-file", help=argparse.SUPPRESS)
+        parser.add_argument("--prefetch-factor", type=int, default=2, help="Batches read ahead")
+
+    def main(self, args):
+        raise AssertionError("ours must not start the host's training")
+
+
+@pytest.fixture
+def newer(monkeypatch):
+    from cryodrgn_amort import host
+
+    found, made = Newer(host._train_vae()), host.make_dataloader
+
+    def make_dataloader(
+        data, *, batch_size, num_workers=0, shuffler_size=0, shuffle=False, seed=None,
+        distributed=False, prefetch_factor=None,
+    ):  # fmt: skip
+        assert not distributed
+        return made(data, batch_size=batch_size, num_workers=num_workers,
+                    shuffler_size=shuffler_size, shuffle=shuffle, seed=seed)  # fmt: skip
+
+    monkeypatch.setattr(host, "_train_vae", lambda: found)
+    monkeypatch.setattr(host, "make_dataloader", make_dataloader)
+    host.train_vae_defaults.cache_clear()
+    yield host
+    host.train_vae_defaults.cache_clear()
+
+
+@pytest.mark.parametrize("encoder", ["resid", "vlt"])
+def test_a_newer_host_trains_and_times_as_this_one(newer, encoder, train, flags, stack, tmp_path):
+    more = {} if encoder == "vlt" else {"qdim": 16}
+    trainer = train(flags, encoder=encoder, **more)
+    config = yaml.safe_load((trainer.folder / "config.yaml").read_text())
+    assert config["dataset_args"]["particles"] == stack.particles
+    run_host("eval_vol", trainer.folder / "weights.pkl", "-c", trainer.folder / "config.yaml",
+             "-z", 0, 0, 0, "-o", tmp_path / "vol.mrc")  # fmt: skip
+    steps = newer.training_steps(
+        stack.particles, stack.poses, stack.ctf, zdim=3, width=16, layers=1, batch_size=8
+    )
+    assert [next(steps) for _ in range(2)] == [8, 8]
+
+
+def test_a_flag_that_only_a_newer_host_knows_is_refused_by_name(newer, flags, plugins):
+    from cryodrgn_amort.cli import train_amort
+    from cryodrgn_amort.runs import settings_from_flags
+
+    parser = argparse.ArgumentParser()
+    train_amort.add_args(parser)
+    assert "_args-file" not in parser.format_help()
+    base = ["p.mrcs", "-o", "out", "--zdim", "3", "--poses", "poses.pkl"]
+    settings_from_flags(vars(parser.parse_args(base)), plugins)
+    given = vars(parser.parse_args([*base, "--prefetch-factor", "4"]))
+    with pytest.raises(InputError, match="--prefetch-factor: a flag of cryodrgn 4") as refusal:
+        settings_from_flags(given, plugins)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("encoder", ["resid", "vlt"])
+def test_weights_of_a_model_wrapped_for_several_gpus_are_read(runs, encoder, tmp_path):
+    """DistributedDataParallel and DataParallel put ``module.`` before every name."""
+    from cryodrgn_amort.runs import load_run
+
+    folder = tmp_path / "run"
+    shutil.copytree(runs[encoder].folder, folder)
+    (folder / "checksums.sha256").unlink()
+    for path in folder.glob("weights*.pkl"):
+        checkpoint = torch.load(path, weights_only=False)
+        state = checkpoint["model_state_dict"]
+        checkpoint["model_state_dict"] = {f"module.{name}": v for name, v in state.items()}
+        torch.save(checkpoint, path)
+    before, after = (load_run(f) for f in (runs[encoder].folder, folder))
+    z = torch.zeros(1, 3)
+    volumes = [
+        next(iter(r.load_decoder()[0].decode_volumes(z, (0.0, 1.0)))) for r in (before, after)
+    ]
+    assert torch.equal(*volumes)

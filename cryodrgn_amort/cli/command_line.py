@@ -148,6 +148,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(INTERRUPTED) from None
 
 
+class _Version(argparse.Action):
+    """Says the versions that a report of a fault needs, and the device."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(nargs=0, **more)
+
+    def __call__(self, *_: Any) -> NoReturn:
+        import platform
+        from importlib.metadata import version
+
+        from cryodrgn_amort.core import default_device, device_name
+
+        used = ", ".join(f"{name} {version(name)}" for name in ("cryodrgn", "torch", "numpy"))
+        python = f"Python {platform.python_version()}, {platform.system()}"
+        print(f"cryodrgn_amort {__version__}\n{used}, {python}\n{device_name(default_device())}")
+        raise SystemExit(0)
+
+
 def _main(argv: Sequence[str] | None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = load_plugins().commands()
@@ -155,7 +173,7 @@ def _main(argv: Sequence[str] | None) -> None:
         prog="cryodrgn_amort",
         description="Replace cryoDRGN's amortized encoder, and measure how far it can be trusted",
     )
-    parser.add_argument("--version", action="version", version=f"cryodrgn_amort {__version__}")
+    parser.add_argument("--version", action=_Version, help="Also those of what it stands on")
     subparsers = parser.add_subparsers(title="Choose a command", metavar="COMMAND", required=True)
     wanted = argv[0] if argv and argv[0] in commands else None
     for name, spec in commands.items():

@@ -26,7 +26,8 @@ class StudyOptions(Options):
     outdir: str = flag("-o", "--outdir", metavar="STUDY", help="Its folder")
     preset: str | None = flag(
         "--preset", default=None, group=_NEW, metavar="NAME",
-        help="demo (minutes on two cores), paper (its settings), or a plan of your own (.yaml)\n"
+        help="demo (minutes on two cores), real (at the signal of real particles, an hour), paper\n"
+        "(its settings), or a plan of your own (.yaml)\n"
         "(default: paper with particles, demo without)",
     )  # fmt: skip
     seeds: tuple[int, ...] | None = flag(

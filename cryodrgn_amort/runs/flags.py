@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cryodrgn_amort import host
 from cryodrgn_amort.core import InputError
 from cryodrgn_amort.models import EncoderSpec, resolve
 from cryodrgn_amort.options import REPLACED, TrainSettings, check_mode, flag_name
@@ -63,6 +64,9 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Registry) -> TrainSet
     given = {dest: value for dest, value in given.items() if dest in values}
     own = {f.name for f in fields(TrainSettings)} - {"extra"}
     extra = {dest: values.pop(dest) for dest in list(values) if dest not in own}
+    for dest in sorted(host.train_vae_defaults().keys() & extra.keys()):
+        raise InputError(f"{flag_name(dest)}: a flag of cryodrgn {host.VERSION} that is not known "
+                         "here: cryodrgn_amort is older")  # fmt: skip
     settings = TrainSettings(**with_defaults(values), ignored=ignored, extra=extra)
     encoder, shown = resolve(settings, plugins)
     _check_copies(settings, encoder, shown)

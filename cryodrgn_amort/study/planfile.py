@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PRESETS", "changed_plan", "load_plan", "write_plan"]
 
-PRESETS = ("demo", "paper")
+PRESETS = ("demo", "paper", "real")
 _SECTIONS = ("data", "seeds", "more_seeds", "train", "evaluate", "recipes")
 
 

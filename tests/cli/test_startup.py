@@ -41,7 +41,7 @@ def environment(tmp_path_factory):
     )
     script.chmod(0o755)
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "cryodrgn_amort"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "cryodrgn_amort"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
     return types.SimpleNamespace(folder=folder, site=site, source=source, script=script)
@@ -172,3 +172,13 @@ def test_the_script_lists_and_helps(cli):
     assert "(default: 16)" in out  # the host's --batch-size
     assert cli()[0] == 2
     assert cli("train_vae")[0] == 2
+
+
+def test_the_version_names_all_that_a_report_of_a_fault_needs(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    for name in ("cryodrgn", "torch", "numpy"):
+        assert f"{name} {importlib.metadata.version(name)}" in said
+    assert said.splitlines()[-1] == "cpu" or "GPU" in said or "NVIDIA" in said

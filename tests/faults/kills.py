@@ -16,7 +16,7 @@ import numpy as np
 
 from cryodrgn_amort.core import INTERRUPTED, epochs
 from faults.damage import Finding
-from faults.stage import EVALUATE, NET, PARTICLES, SMALL, STUDY
+from faults.stage import EVALUATE, NET, PARTICLES, SMALL, STUDY, TURNS
 from faults.trials import digest, run
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ WORKS = (
     Work("second stage", ["train_amort", "--from", "vlt", "--encoder", "anchored", "--anchors",
                           "3", "--enc-dim", "8", "--enc-layers", "1", "-n", "6", "--checkpoint",
                           "1", "--seed", "1", "--no-analysis", "-o", "out"], goes_on=_LATEST),
+    Work("turns", ["train_amort", *PARTICLES, "-n", "8", "-o", "out", "--holdout", "0.2", *TURNS],
+         goes_on=_LATEST),
     Work("evaluation", ["eval_amort", "net", "--transform", "roll:1", *EVALUATE, "-o", "out"]),
     Work("fits", ["infer_amort", "vlt", "--start", "mean", "--steps", "3", "--batch-size", "4",
                   "-o", "out"]),

@@ -16,6 +16,7 @@ from faults.trials import digest, run
 
 SMALL = ["--dec-dim", "8", "--dec-layers", "1", "--seed", "1", "--no-analysis", "-b", "8"]
 NET = [*SMALL, "--enc-dim", "8", "--enc-layers", "1"]
+TURNS = [*NET, "--encoder", "alternate", "--anchors", "3", "--checkpoint", "1"]
 PARTICLES = ["in/particles.mrcs", "--poses", "in/poses.pkl", "--ctf", "in/ctf.pkl", "--zdim", "2"]
 EVALUATE = ["--bootstrap", "5", "--volumes", "2", "--labelled", "2", "--fit", "2", "--no-umap",
             "--maps", "0"]  # fmt: skip
@@ -89,6 +90,8 @@ def _write_inputs(folder: Path) -> None:
     table["blob/shape"] = 16
     with open(folder / "particles.cs", "wb") as handle:
         np.save(handle, table)
+    (folder / "noise.txt").write_text("".join(f"{4 - shell / 3:.3f}\n" for shell in range(8)))
+    _write_model(folder / "model.cif")
     digits = folder / "digits"
     digits.mkdir()
     for part, n in (("train", 40), ("t10k", 40)):
@@ -128,6 +131,12 @@ SCENES = (
     Scene("second stage", ["train_amort", "--from", "vlt", "--encoder", "anchored", "--anchors",
                            "3", "--enc-dim", "8", "--enc-layers", "1", "-n", "1", "--seed", "1",
                            "--no-analysis", "-o", "out"], ("vlt/*",), "out"),
+    Scene("turns go on", ["train_amort", *PARTICLES, *TURNS, "--holdout", "0.2", "-n", "4",
+                          "--load", "latest", "-o", "turns"],
+          ("turns/*", "turns/.interrupted.pkl"), "turns"),
+    Scene("atoms", ["simulate_amort", "-n", "12", "-D", "16", "--atoms", "in/model.cif", "--turn",
+                    "B:10", "--noise-spectrum", "in/noise.txt", "-o", "out"],
+          ("in/model.cif", "in/noise.txt"), "out", vouched=False),
     Scene("evaluation", ["eval_amort", "net", "--transform", "roll:1", *EVALUATE, "-o", "out"],
           ("net/*",), "out"),
     Scene("truth", ["eval_amort", "simulated", "--transform", *EVALUATE, "--truth", "sim", "-o",
@@ -141,6 +150,25 @@ SCENES = (
     Scene("digits go on", _MNIST, ("mnist/runs/*/*",), "mnist"),
 )  # fmt: skip
 """Every command that reads files, and files of every kind that we read."""
+
+
+def _write_model(path: Path) -> None:
+    """Write two chains of carbon atoms."""
+    import gemmi
+
+    structure, model = gemmi.Structure(), gemmi.Model(1)
+    for name, offset in (("A", 0.0), ("B", 12.0)):
+        chain = gemmi.Chain(name)
+        for number in range(6):
+            residue, atom = gemmi.Residue(), gemmi.Atom()
+            residue.name, residue.seqid = "ALA", gemmi.SeqId(number + 1, " ")
+            atom.name, atom.element = "CA", gemmi.Element("C")
+            atom.pos, atom.b_iso = gemmi.Position(offset + 3.0 * number, 2.0 * number, offset), 30.0
+            residue.add_atom(atom)
+            chain.add_residue(residue)
+        model.add_chain(chain)
+    structure.add_model(model)
+    structure.make_mmcif_document().write_file(str(path))
 
 
 def build(folder: Path, *, quick: bool) -> None:
@@ -160,7 +188,11 @@ def build(folder: Path, *, quick: bool) -> None:
     _write_inputs(folder / "in")
     made("train_amort", *PARTICLES, "--encoder", "vlt", *SMALL, "-n", "2", "-o", "vlt")
     made("train_amort", *PARTICLES, *NET, "-n", "2", "--holdout", "0.2", "-o", "net")
-    _stop_within_an_epoch(folder)
+    stopped = ["train_amort", *PARTICLES, *NET, "--holdout", "0.2", "-o", "stopped"]
+    made(*stopped, "-n", "2")
+    _stop_within_an_epoch(folder, [*stopped, "-n", "3", "--load", "latest"], 2)
+    turns = ["train_amort", *PARTICLES, *TURNS, "--holdout", "0.2", "-o", "turns", "-n", "4"]
+    _stop_within_an_epoch(folder, turns, 6)
     made("simulate_amort", "-n", "24", "-D", "16", "--seed", "0", "-o", "sim")
     made("train_amort", "sim/particles.mrcs", "--poses", "sim/poses.pkl", "--ctf", "sim/ctf.pkl",
          "--zdim", "2", *NET, "-n", "1", "-o", "simulated")  # fmt: skip
@@ -172,10 +204,8 @@ def build(folder: Path, *, quick: bool) -> None:
         made(*_MNIST)
 
 
-def _stop_within_an_epoch(folder: Path) -> None:
-    """Stop a training by SIGTERM in its third epoch."""
-    argv = ["train_amort", *PARTICLES, *NET, "--holdout", "0.2", "-o", "stopped"]
-    found = run([*argv, "-n", "2"], folder)
+def _stop_within_an_epoch(folder: Path, argv: list[str], after: int) -> None:
+    """Stop a training by SIGTERM, so many steps after it has begun or goes on."""
     child = os.fork()
     if not child:
         import signal
@@ -185,15 +215,16 @@ def _stop_within_an_epoch(folder: Path) -> None:
         step, count = training.train_step, iter(range(100))
 
         def stopped(*args: object, **kwargs: object) -> object:
-            if next(count) == 2:
+            if next(count) == after:
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(*args, **kwargs)
 
         training.train_step = stopped
-        found = run([*argv, "-n", "3", "--load", "latest"], folder)
+        found = run(argv, folder)
         os._exit(0 if found.code == 128 + signal.SIGTERM else 1)
-    if found.code or os.waitpid(child, 0)[1] or not (folder / "stopped/.interrupted.pkl").exists():
-        raise RuntimeError(f"stopped: {found.said}")
+    out = argv[argv.index("-o") + 1]
+    if os.waitpid(child, 0)[1] or not (folder / out / ".interrupted.pkl").exists():
+        raise RuntimeError(f"{out}: was not stopped")
 
 
 def _interrupt_fits(folder: Path) -> None:

@@ -91,7 +91,14 @@ def test_whatever_a_plan_holds_it_is_read_or_refused(plugins, parsers, tmp_path,
     assert steps_of(read) or not read.recipes
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+def test_the_real_preset_holds_turns_and_what_they_are_held_against(plugins, parsers, tmp_path):
+    plan = load_plan(tmp_path, changed_plan(tmp_path, "real", {}, None), plugins, parsers)
+    assert {"baseline", "vlt", "anchored", "alternate", "vlt-frozen-zero"} <= set(plan.recipes)
+    assert plan.data["simulate"]["snr"] == 0.1
+    assert plan.data["simulate"]["noise"] == "coloured"
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "real"])
 def test_presets_hold_every_recipe(preset, plugins, parsers, tmp_path):
     plan = load_plan(tmp_path, changed_plan(tmp_path, preset, {}, None), plugins, parsers)
     assert set(plan.recipes) == {recipe.name for recipe in RECIPES}
