@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
 pins="$root/examples/constraints.txt"
 install() {
     local target="$root/.venv/bin/python"
-    command -v uv >/dev/null && uv pip install --quiet --python "$target" "$@" && return
+    command -v uv >/dev/null && uv pip install --quiet --compile-bytecode --python "$target" "$@" && return
     "$target" -m pip install --quiet --disable-pip-version-check "$@" # uv does not read pip's settings
 }
 if ! cmp -s "$pins" "$root/.venv/constraints.txt"; then
