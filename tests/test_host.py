@@ -262,7 +262,7 @@ def test_a_flag_that_only_a_newer_host_knows_is_refused_by_name(newer, flags, pl
 
 
 @pytest.mark.parametrize("encoder", ["resid", "vlt"])
-def test_weights_of_a_model_wrapped_for_several_gpus_are_read(runs, encoder, tmp_path):
+def test_weights_of_a_model_wrapped_for_several_gpus_are_read(runs, encoder, tmp_path, plugins):
     """DistributedDataParallel and DataParallel put ``module.`` before every name."""
     from cryodrgn_amort.runs import load_run
 
@@ -274,7 +274,7 @@ def test_weights_of_a_model_wrapped_for_several_gpus_are_read(runs, encoder, tmp
         state = checkpoint["model_state_dict"]
         checkpoint["model_state_dict"] = {f"module.{name}": v for name, v in state.items()}
         torch.save(checkpoint, path)
-    before, after = (load_run(f) for f in (runs[encoder].folder, folder))
+    before, after = (load_run(f, plugins) for f in (runs[encoder].folder, folder))
     z = torch.zeros(1, 3)
     volumes = [
         next(iter(r.load_decoder()[0].decode_volumes(z, (0.0, 1.0)))) for r in (before, after)

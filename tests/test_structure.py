@@ -23,7 +23,7 @@ ROOMS = {
     "inference": "core options data measures models runs",
     "report": "core host options measures runs",
     "evaluation": "core options data measures models simulation runs inference report",
-    "study": "core host options data measures models simulation runs inference report",
+    "study": "core host options data measures models simulation runs training inference report",
     "plugins": "core options data models training report",
     "cli": "core options simulation runs training inference report evaluation study plugins",
     "api": "core options simulation runs training inference report evaluation plugins",

@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         load_plan,
         read_study,
         run_steps,
-        snakefile,
+        snakemake_rules,
         study_locked,
         write_plan,
         write_study_report,
@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
             return
         if options.dry_run:
             path = folder / "Snakefile"
-            write_text(path, snakefile(part))
+            write_text(path, snakemake_rules(part))
             print(f"snakemake -s {path} --cores {os.cpu_count()}")
             return
         failed = run_steps(part, commands, options.jobs or default_jobs())

@@ -9,4 +9,4 @@ from .runner import (
     run_steps as run_steps,
     study_locked as study_locked,
 )
-from .snakefile import snakefile as snakefile
+from .snakefile import snakemake_rules as snakemake_rules

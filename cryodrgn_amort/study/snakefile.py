@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.study.steps import Step
 
 
-__all__ = ["snakefile"]
+__all__ = ["snakemake_rules"]
 
 _TIMED = 4  # batches, after as many that are not
 _SPARE = 2.0  # times what was measured
@@ -75,7 +75,7 @@ rule {name}:
 """
 
 
-def snakefile(plan: Plan) -> str:
+def snakemake_rules(plan: Plan) -> str:
     """Return a Snakefile of what is still to be done, and mark that as planned.
 
     Each training is timed on a few batches of the particles, here, if these are there.

@@ -163,7 +163,10 @@ def _write_model(path: Path) -> None:
             residue, atom = gemmi.Residue(), gemmi.Atom()
             residue.name, residue.seqid = "ALA", gemmi.SeqId(number + 1, " ")
             atom.name, atom.element = "CA", gemmi.Element("C")
-            atom.pos, atom.b_iso = gemmi.Position(offset + 3.0 * number, 2.0 * number, offset), 30.0
+            atom.pos, atom.b_iso = (
+                gemmi.Position(offset + 3.0 * number, 2.0 * number, offset / 4),
+                30.0,
+            )
             residue.add_atom(atom)
             chain.add_residue(residue)
         model.add_chain(chain)
