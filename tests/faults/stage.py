@@ -153,20 +153,18 @@ SCENES = (
 
 
 def _write_model(path: Path) -> None:
-    """Write two chains of carbon atoms."""
+    """Write two chains of carbon atoms, the second where the first one ends."""
     import gemmi
 
     structure, model = gemmi.Structure(), gemmi.Model(1)
-    for name, offset in (("A", 0.0), ("B", 12.0)):
+    for name, start in (("A", 0), ("B", 6)):
         chain = gemmi.Chain(name)
         for number in range(6):
             residue, atom = gemmi.Residue(), gemmi.Atom()
             residue.name, residue.seqid = "ALA", gemmi.SeqId(number + 1, " ")
             atom.name, atom.element = "CA", gemmi.Element("C")
-            atom.pos, atom.b_iso = (
-                gemmi.Position(offset + 3.0 * number, 2.0 * number, offset / 4),
-                30.0,
-            )
+            at = start + number
+            atom.pos, atom.b_iso = gemmi.Position(3.0 * at, 2.0 * at, at % 2), 30.0
             residue.add_atom(atom)
             chain.add_residue(residue)
         model.add_chain(chain)
