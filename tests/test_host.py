@@ -2,6 +2,8 @@
 
 import argparse
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -280,3 +282,17 @@ def test_weights_of_a_model_wrapped_for_several_gpus_are_read(runs, encoder, tmp
         next(iter(r.load_decoder()[0].decode_volumes(z, (0.0, 1.0)))) for r in (before, after)
     ]
     assert torch.equal(*volumes)
+
+
+def test_what_only_notebooks_need_is_imported_when_it_is_used():
+    code = (
+        "import sys\n"
+        "from cryodrgn_amort import host\n"
+        "host.train_vae_defaults()\n"
+        "assert 'jsonschema' not in sys.modules\n"
+        "from cryodrgn.commands import analyze\n"
+        "assert analyze.nbformat.NO_CONVERT is sys.modules['nbformat'].NO_CONVERT\n"
+        "import nbformat.v4\n"
+        "assert nbformat.v4.new_notebook() and 'jsonschema' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
