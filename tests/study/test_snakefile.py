@@ -26,11 +26,18 @@ def rules(text):
 
 
 def test_rules_are_the_steps(tmp_path):
-    folder = new_study(tmp_path / "study", **TWO)
+    folder = new_study(tmp_path / "of {all} kinds", **TWO)
     said = run(folder, "--dry-run", "snakemake").stdout
-    assert said.startswith(f"snakemake -s {folder}/Snakefile --cores ")
+    assert said.startswith("snakemake -s ")
     assert not (folder / "runs").exists()
-    found = rules((folder / "Snakefile").read_text())
+    text = (folder / "Snakefile").read_text()
+    found = rules(text)
+    shells = [
+        ast.literal_eval(line) for line in re.findall(r"^    shell: (.*)$", text, re.MULTILINE)
+    ]
+    words = [shlex.split(line.format(log="log")) for line in shells]
+    assert all(any(str(folder) in word for word in line) for line in words)
+    assert words[0] == ["cryodrgn", "study_amort", "-o", str(folder)]
     lines = run(folder, "--dry-run").stdout.splitlines()
     steps = [re.search(r"# (\S+?)(?:,|$)", line)[1] for line in lines]
     assert set(found) == {"all", "report", *(re.sub(r"\W", "_", step) for step in steps)}
@@ -56,13 +63,6 @@ def test_trainings_are_timed_on_the_users_particles(stack, tmp_path):
     assert all(int(n) >= 10 for n in re.findall(r"runtime=(\d+)", text))
     assert not (folder / "runs").exists()
     assert sorted(os.listdir(stack.folder)) == before
-
-
-def test_a_mistake_is_one_line(tmp_path):
-    folder = new_study(tmp_path / "study", **ONE)
-    said = run(folder, "--dry-run", "make", code=2).stderr
-    assert "--dry-run" in said.splitlines()[-1]
-    assert not (folder / "Snakefile").exists()
 
 
 @pytest.mark.skipif(SNAKEMAKE is None, reason="no snakemake (name it with SNAKEMAKE=...)")
@@ -97,15 +97,3 @@ def same_numbers(found, expected, where):
         assert found == pytest.approx(expected, rel=0.02, abs=0.02, nan_ok=True), where
     elif not isinstance(expected, str):
         assert found == expected, where
-
-
-def test_a_folder_with_braces_and_spaces_is_written_whole(tmp_path):
-    folder = new_study(tmp_path / "of {all} kinds", **ONE)
-    run(folder, "--dry-run", "snakemake")
-    text = (folder / "Snakefile").read_text()
-    lines = [
-        ast.literal_eval(line) for line in re.findall(r"^    shell: (.*)$", text, re.MULTILINE)
-    ]
-    words = [shlex.split(line.format(log="log")) for line in lines]
-    assert all(any(str(folder) in word for word in line) for line in words)
-    assert words[0] == ["cryodrgn", "study_amort", "-o", str(folder)]
