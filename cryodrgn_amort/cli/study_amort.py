@@ -46,6 +46,7 @@ def main(args: argparse.Namespace) -> None:
     """Plan, run, report."""
     import importlib
     import os
+    import shlex
 
     from cryodrgn_amort.core import InputError, write_text
     from cryodrgn_amort.options import REPAIR
@@ -88,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
         if options.dry_run:
             path = folder / "Snakefile"
             write_text(path, snakemake_rules(part))
-            print(f"snakemake -s {path} --cores {os.cpu_count()}")
+            print(shlex.join(["snakemake", "-s", str(path), "--cores", str(os.cpu_count())]))
             return
         failed = run_steps(part, commands, options.jobs or default_jobs())
         study = read_study(plan)

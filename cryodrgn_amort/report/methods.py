@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from cryodrgn_amort import host
 from cryodrgn_amort.core import __version__, number
-from cryodrgn_amort.report.results import MODES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,7 +102,7 @@ def _said(m: Measure) -> str:
 
 
 def _generalisation(evaluation: Evaluation) -> Iterator[str]:
-    tried = [r for r in evaluation.results if r.mode in MODES and not r.is_control]
+    tried = [r for r in evaluation.results if not r.is_control and "retrieval_rank" in r.measures]
     if not tried:
         return
     yield ("To ask whether the encoder generalises [2], each particle's image was changed in ways "
@@ -114,7 +112,7 @@ def _generalisation(evaluation: Evaluation) -> Iterator[str]:
     each = [f"{r.title} (pose and CTF "
             f"{'kept' if r.mode == 'held' else 'transformed with the image'}) "
             f"{_said(r.measures['retrieval_rank'])}"
-            for r in tried if "retrieval_rank" in r.measures]  # fmt: skip
+            for r in tried]  # fmt: skip
     yield "; ".join(each) + "."
 
 
@@ -135,5 +133,5 @@ def _fits(evaluation: Evaluation) -> Iterator[str]:
     if evaluation.results or fits:
         yield (f"Intervals are of {evaluation.options.bootstrap} bootstrap samples of the "
                "particles.")  # fmt: skip
-    if evaluation.left_out is not None and np.size(evaluation.left_out):
-        yield f"{np.size(evaluation.left_out)} particles without finite latents were left out."
+    if len(evaluation.left_out):
+        yield f"{len(evaluation.left_out)} particles without finite latents were left out."

@@ -94,10 +94,9 @@ def _with_encoder(
     """Look up the encoder; return it, and the flags with what it says of them."""
     tilted = _tilted(values)
     named: EncoderSpec | InputSpec = plugins.encoder(values.get("encoder", "resid"))
-    if not isinstance(named, EncoderSpec) or named.host_mode is not None:
-        if values.get("use_real"):
-            raise InputError(f"--use-real: {REPLACED['use_real']}")
-        check_mode(values.get("encode_mode", "resid"))
+    network = not isinstance(named, EncoderSpec) or named.host_mode is not None
+    if network and values.get("use_real"):
+        raise InputError(f"--use-real: {REPLACED['use_real']}")
     if not isinstance(named, EncoderSpec):
         if values.get("from_run"):
             raise InputError(f"--from: does not apply to --encoder {named.name}")

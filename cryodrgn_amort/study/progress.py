@@ -122,6 +122,18 @@ class Progress:
             if trained and all(map(stamp.is_older_than, step.outputs)):
                 stamp.finish()
 
+    def plan_rest(self) -> list[tuple[Step, Stamp]]:
+        """Return what is still to be done, with the commands that do it, and mark it as planned."""
+        self.finish_killed()
+        rest = []
+        for step in self.steps.values():
+            if not self.is_done(step):
+                argv, stamp = self.argv(step), self.stamp(step)  # before it is marked as begun
+                if not stamp.is_begun():
+                    stamp.begin()
+                rest.append((replace(step, argv=argv), stamp))
+        return rest
+
     def argv(self, step: Step) -> tuple[str, ...]:
         """Return the command that finishes a step: a training that was killed goes on.
 
@@ -152,15 +164,9 @@ def commands_line(plan: Plan) -> list[str]:
     Each line that succeeds leaves its mark in ``steps/``, so that the study knows of it.
     """
     progress = Progress(plan)
-    progress.finish_killed()
     lines = []
-    for step in progress.steps.values():
-        if progress.is_done(step):
-            continue
-        argv, stamp = progress.argv(step), progress.stamp(step)
-        if not stamp.is_begun():
-            stamp.begin()
+    for step, stamp in progress.plan_rest():
         after = [name for name in step.after if not progress.is_done(progress.steps[name])]
-        line = f"{replace(step, argv=argv).shell} && {stamp.shell}"
+        line = f"{step.shell} && {stamp.shell}"
         lines.append(f"{line}  # {step.name}" + (f", after {' '.join(after)}" if after else ""))
     return lines

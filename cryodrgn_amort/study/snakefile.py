@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cryodrgn_amort.core import default_device, device_name, on_gpu
+from cryodrgn_amort.core import InputError, default_device, device_name, on_gpu
 from cryodrgn_amort.data import load_particles
 from cryodrgn_amort.runs import settings_from_flags, source_of
 from cryodrgn_amort.study.progress import Progress
@@ -28,6 +28,8 @@ from cryodrgn_amort.study.steps import parse
 from cryodrgn_amort.training import Trainer, endless_steps
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from cryodrgn_amort.options import TrainSettings
     from cryodrgn_amort.study.plan import Plan
     from cryodrgn_amort.study.steps import Step
@@ -79,50 +81,56 @@ def snakemake_rules(plan: Plan) -> str:
     """Return a Snakefile of what is still to be done, and mark that as planned.
 
     Each training is timed on a few batches of the particles, here, if these are there.
+
+    Raises
+    ------
+    InputError
+        If the study's folder has braces in its name, which are wildcards to Snakemake.
     """
+    if set("{}") & set(str(plan.folder)):
+        raise InputError(f"-o {plan.folder}: braces are wildcards to Snakemake; it needs a folder "
+                         "without them")  # fmt: skip
     progress = Progress(plan)
-    progress.finish_killed()
-    todo = [s for s in progress.steps.values() if not progress.is_done(s)]
     needs = _Needs(plan, progress)
     rules = []
-    for step in todo:
-        argv, stamp = progress.argv(step), progress.stamp(step)
-        if not stamp.is_begun():
-            stamp.begin()
+    for step, stamp in progress.plan_rest():
         memory, minutes = needs.of(step)
-        line = f"{replace(step, argv=argv).shell} > {{log}} 2>&1 && {stamp.shell}"
-        before = [str(plan.layout.stamp(name, "json")) for name in step.after]
         rules.append(
             _RULE.format(
                 name=re.sub(r"\W", "_", step.name),
-                before=", ".join(map(repr, before)),
+                before=_marks(plan, step.after),
                 mark=repr(str(stamp.done)),
                 log=repr(str(plan.layout.log(step.name))),
                 memory=memory,
                 minutes=minutes,
                 gpu=0 if step.argv[0] in _LIGHT else "GPU",
-                line=_literal(line),
+                line=_literal(step.shell, " > {log:q} 2>&1 && ", stamp.shell),
             )
         )
     path, report = plan.folder / "Snakefile", plan.folder / "report.html"
-    marks = [repr(str(plan.layout.stamp(name, "json"))) for name in progress.steps]
     head = _HEAD.format(
-        count=len(todo),
+        count=len(rules),
         folder=plan.folder,
         path=path,
         measured=needs.said,
         gpu=int(on_gpu(default_device())),
         report=repr(str(report)),
-        marks=", ".join(marks),
+        marks=_marks(plan, progress.steps),
         base=_BASE_MB,
         study=_literal(shlex.join(["cryodrgn", "study_amort", "-o", str(plan.folder)])),
     )
     return head + "".join(rules)
 
 
-def _literal(line: str) -> str:
-    """Write a line for a shell as Snakemake reads it: braces of its own are doubled."""
-    return repr(line.replace("{", "{{").replace("}", "}}").replace("{{log}}", "{log}"))
+def _literal(text: str, between: str = "", more: str = "") -> str:
+    """Write a line for a shell for Snakemake: braces are doubled, but for those ``between``."""
+    before, after = (t.replace("{", "{{").replace("}", "}}") for t in (text, more))
+    return repr(before + between + after)
+
+
+def _marks(plan: Plan, steps: Iterable[str]) -> str:
+    """Return the files that say that steps are done, as a rule needs them."""
+    return ", ".join(repr(str(plan.layout.stamp(name, "json"))) for name in steps)
 
 
 class _Needs:
@@ -137,6 +145,7 @@ class _Needs:
     def __init__(self, plan: Plan, progress: Progress) -> None:
         self._plan, self._progress = plan, progress
         self._known: dict[str, tuple[int, int]] = {}
+        self._measured: dict[str, tuple[int, int]] = {}
         where = f"by a few batches on {device_name(default_device())}"
         self.said = (
             "Times are guesses: the particles are not there yet."
@@ -160,7 +169,11 @@ class _Needs:
         flags = parse(self._plan.parsers["train_amort"], step.argv[1:])
         if "from_run" in flags or "table_init" in flags:  # of a run that is not there yet
             return usual
-        return _measured(settings_from_flags(flags, self._plan.plugins), self._plan)
+        settings = settings_from_flags({**flags, "seed": 0}, self._plan.plugins)
+        same = str(replace(settings, outdir=""))  # but for the seed
+        if same not in self._measured:
+            self._measured[same] = _measured(settings, self._plan)
+        return self._measured[same]
 
 
 def _measured(settings: TrainSettings, plan: Plan) -> tuple[int, int]:

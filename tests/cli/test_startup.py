@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cryodrgn_amort.cli import command_line as cli
+from cryodrgn_amort.core import default_device, device_name
 
 ROOT = Path(__file__).parents[2]
 OURS = (
@@ -181,4 +182,4 @@ def test_the_version_names_all_that_a_report_of_a_fault_needs(capsys):
     said = capsys.readouterr().out
     for name in ("cryodrgn", "torch", "numpy"):
         assert f"{name} {importlib.metadata.version(name)}" in said
-    assert said.splitlines()[-1] == "cpu" or "GPU" in said or "NVIDIA" in said
+    assert said.splitlines()[-1] == device_name(default_device())

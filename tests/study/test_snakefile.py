@@ -11,6 +11,8 @@ import sys
 import pytest
 from study.test_study import ONE, PLAN, new_study, numbers, run
 
+from cryodrgn_amort.study.snakefile import _literal
+
 SNAKEMAKE = shutil.which(os.environ.get("SNAKEMAKE", "snakemake"))
 TWO = {**ONE, "recipes": {"baseline": {"enc-dim": 16}, "vlt": {}}}
 
@@ -20,22 +22,25 @@ def rules(text):
     found = {}
     for name, body in re.findall(r"^rule (\w+):\n((?:    .*\n?)+)", text, re.MULTILINE):
         lines = dict(re.findall(r"^    (\w+): (.*)$", body, re.MULTILINE))
-        found[name] = {key: re.findall(r"'([^']+)'", value) for key, value in lines.items()}
+        found[name] = {
+            key: re.findall(r"'([^']+)'", value)
+            for key, value in lines.items() if key in ("input", "output")
+        }  # fmt: skip
         found[name]["text"] = body
     return found
 
 
 def test_rules_are_the_steps(tmp_path):
-    folder = new_study(tmp_path / "of {all} kinds", **TWO)
+    folder = new_study(tmp_path / "of all kinds", **TWO)
     said = run(folder, "--dry-run", "snakemake").stdout
-    assert said.startswith("snakemake -s ")
+    assert shlex.split(said)[:3] == ["snakemake", "-s", f"{folder}/Snakefile"]
     assert not (folder / "runs").exists()
     text = (folder / "Snakefile").read_text()
     found = rules(text)
     shells = [
         ast.literal_eval(line) for line in re.findall(r"^    shell: (.*)$", text, re.MULTILINE)
     ]
-    words = [shlex.split(line.format(log="log")) for line in shells]
+    words = [shlex.split(line.replace("{log:q}", "log").format()) for line in shells]
     assert all(any(str(folder) in word for word in line) for line in words)
     assert words[0] == ["cryodrgn", "study_amort", "-o", str(folder)]
     lines = run(folder, "--dry-run").stdout.splitlines()
@@ -49,6 +54,17 @@ def test_rules_are_the_steps(tmp_path):
     assert found["eval_vlt_seed0"]["input"] == [mark % "train.vlt.seed0"]
     assert "gpu=GPU" in train["text"]
     assert "gpu=0" in found["simulate"]["text"]
+
+
+def test_braces_in_paths_are_refused_and_those_of_flags_are_kept(tmp_path):
+    braces = new_study(tmp_path / "of {all} kinds", **ONE)
+    said = run(braces, "--dry-run", "snakemake", code=2).stderr
+    assert "braces are wildcards to Snakemake" in said.splitlines()[-1]
+    assert not (braces / "Snakefile").exists()
+    assert not (braces / "steps").exists()
+    assert ast.literal_eval(_literal("-o a{b}", " > {log:q} && ", "mv {c}")) == (
+        "-o a{{b}} > {log:q} && mv {{c}}"
+    )
 
 
 def test_trainings_are_timed_on_the_users_particles(stack, tmp_path):
@@ -67,7 +83,7 @@ def test_trainings_are_timed_on_the_users_particles(stack, tmp_path):
 
 @pytest.mark.skipif(SNAKEMAKE is None, reason="no snakemake (name it with SNAKEMAKE=...)")
 def test_snakemake_makes_the_same_report(tmp_path):
-    folder = new_study(tmp_path / "rules", **TWO)
+    folder = new_study(tmp_path / "of all kinds", **TWO)
     run(folder, "--dry-run", "snakemake")
     scripts = os.path.dirname(sys.executable)
     environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
