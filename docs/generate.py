@@ -12,6 +12,7 @@ Links to files of the repository that are no pages become their names.
 from __future__ import annotations
 
 import argparse
+import html
 import importlib
 import os
 import re
@@ -100,7 +101,8 @@ def _name(action: argparse.Action) -> str:
     if action.nargs == 0:
         return names
     values = formatter._format_args(action, (action.dest if not names else action.dest.upper()))
-    return f"{names} `{values}`".strip().replace("|", "\\|")
+    values = html.escape(values).replace("|", "&#124;")  # a table's own sign
+    return f"{names} <code>{values}</code>".strip()
 
 
 def _what(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
