@@ -280,7 +280,7 @@ def simulate_particles(
     n: int | None = None,
     heldout: int = SimulateOptions.heldout,
     D: int | None = None,
-    snr: float = SimulateOptions.snr,
+    snr: float | None = SimulateOptions.snr,
     **options: Any,
 ) -> Simulation:
     """Simulate particles with known heterogeneity, as ``cryodrgn simulate_amort`` does.
@@ -295,7 +295,8 @@ def simulate_particles(
         Variance of the noise-free images over that of the noise.
     **options
         Others of ``cryodrgn_amort.options.SimulateOptions``: ``classes=``, ``hinge_deg=``,
-        ``volumes=``, ``atoms=``, ``turn=``, ``poses=``, ``ctf=``, ``seed=``, ``overwrite=True``
+        ``volumes=``, ``atoms=``, ``turn=``, ``like=``, ``homogeneous=True``, ``poses=``,
+        ``ctf=``, ``seed=``, ``overwrite=True``
         and more.
 
     Returns
@@ -316,7 +317,8 @@ def simulate_particles(
     ['particles.mrcs']
     """
     given = {"n": n, "heldout": heldout, "D": D, "snr": snr, **options}
-    return simulate(SimulateOptions.of_keywords({"outdir": os.fspath(outdir), **given}))
+    asked = SimulateOptions.of_keywords({"outdir": os.fspath(outdir), **given})
+    return simulate(asked, load_plugins())
 
 
 def _opened(run: Run) -> Run:

@@ -12,6 +12,7 @@ Written to the output folder:
 - volumes/class0_t0.50.mrc ...: clean volumes, here of class 0 with the arm at 0.5; without motion
 one per class, volumes/class0.mrc ...; volumes/mean.mrc: their average over all particles
 - volumes/part0.mrc ...: what moves as one, on a finer grid (only with --atoms)
+- truth/: a run folder whose decoder and z.pkl are the truth (only with --like)
 - clean.mrcs: the images without noise (only with --clean)
 - simulation.yaml: settings, versions, signal variance, noise sigma; hinge, parts, noise spectrum
 
@@ -30,6 +31,10 @@ $ cryodrgn simulate_amort -o tomo -n 2000 --tilts 10
 # Your own volumes, poses and CTFs: three of the particles in four are of the first volume
 $ cryodrgn simulate_amort -o mine --volumes a.mrc b.mrc --shares 3 1 \
                           --poses poses.pkl --ctf ctf.pkl --snr 0.1 --noise coloured
+
+# As the particles of a run of yours, but with known truth: what would you find if it were this?
+$ cryodrgn simulate_amort -o twin --like outs/vlt
+$ cryodrgn simulate_amort -o null --like outs/vlt --homogeneous
 
 # An atomic model: chain B turns by up to 16 degrees, one particle in three lacks chains C and D
 $ cryodrgn simulate_amort -o twin --atoms model.cif --turn B:16 --without C,D --shares 2 1 -D 64
@@ -53,6 +58,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Simulate."""
+    from cryodrgn_amort.plugins import load_plugins
     from cryodrgn_amort.simulation import simulate
 
-    simulate(SimulateOptions.of(args))
+    simulate(SimulateOptions.of(args), load_plugins())

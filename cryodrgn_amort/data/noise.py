@@ -133,6 +133,13 @@ class NoiseModel:
         raw = self._coloured(self._gains[self.groups[index]], white)
         return self._processed(raw, None if trans is None else trans[index])
 
+    def raw(self, index: Tensor, white: Tensor) -> Tensor:
+        """Return the noise of particles ``index`` `(B,)` as in their stack, of white noise.
+
+        That is `(B, box, box)`, of variance 1.
+        """
+        return self._coloured(self._gains[self.groups[index]], white)
+
     def facts(self) -> dict[str, Any]:
         """Return the variance in each shell, by optics group, and how many particles these have."""
         return {

@@ -307,6 +307,24 @@ class Particles:
         real: Tensor = host.iht2_center(whole.view(-1, self.D, self.D)[:, :-1, :-1]) * self.box
         return real
 
+    def unprocessed(self, y: Tensor, rows: Tensor) -> Tensor:
+        """Return images as they would be in the stack: `(B, box, box)`, but for the window.
+
+        Parameters
+        ----------
+        y
+            Masked pixels of centred Hartley images, `(B, P)`.
+        rows
+            Whose translations they have, `(B,)`.
+        """
+        (offset, scale), sign = self.norm, -1 if self.images.invert_data else 1
+        moved = y if self.trans is None else self.shift(y, -self.trans[rows])
+        whole = torch.full((len(y), self.D**2), offset, dtype=y.dtype, device=y.device)
+        whole[:, self.mask] += scale * moved
+        plain = whole.view(-1, self.D, self.D)[:, :-1, :-1]
+        raw: Tensor = sign * host.iht2_center(plain)
+        return raw
+
     @staticmethod
     def flip(y: Tensor, ctf: Tensor | None) -> Tensor:
         """Flip the phases of Hartley images by the sign of their CTF, pixel by pixel."""

@@ -57,6 +57,7 @@ class TruePosterior:
     def __init__(
         self, particles: Particles, truth: Truth, imaging: Imaging, rows: np.ndarray
     ) -> None:
+        assert truth.model is not None
         self._particles, self._imaging, self._model = particles, imaging, truth.model()
         shares = self._model.shares if imaging.shares is None else imaging.shares
         self.shares: np.ndarray = shares / shares.sum()
@@ -112,14 +113,16 @@ class TruePosterior:
 def attainable(subject: Subject, truth: Truth, spreads: np.ndarray | None) -> list[Measure]:
     """Measure what the exact posterior tells of class, coordinate and volume.
 
-    Nothing, but for a line in the log, if it contradicts the truth: then the images are not what
-    the simulation's folder says.
+    Nothing where the truth is not made of a few classes; and, but for a line in the log, if it
+    contradicts the truth: then the images are not what the simulation's folder says.
 
     Parameters
     ----------
     spreads
         Of ``VolumeErrors``, of ``Subject.truth_sample``; None: all volumes are the same.
     """
+    if truth.model is None:
+        return []
     sample, theirs, options = subject.sample, subject.truth_sample, subject.options
     rows = np.union1d(sample, theirs)
     assert subject.imaging is not None

@@ -130,7 +130,7 @@ class Subject:
         rest = len(self.labelled) + rng.permutation(n - len(self.labelled))
         count = max(options.volumes, len(self.labelled))
         self.volume_sample = np.concatenate([self.labelled, rest])[:count]
-        self.known = load_known(options, particles)
+        self.known = load_known(options, particles, run.plugins)
         truth = options.truth
         self.imaging = None if truth is None else load_imaging(truth, particles)
         self.codec = Codec(particles, *run.load(particles), options.batch_size, processes)
@@ -172,7 +172,7 @@ class Subject:
         if "held-out" not in self.fitters:
             return Known()
         try:
-            theirs = load_known(self.options, self.fitters["held-out"].particles)
+            theirs = load_known(self.options, self.fitters["held-out"].particles, self.run.plugins)
         except InputError:  # of the training particles alone
             return Known()
         names = {name: number for number, name in enumerate(self.known.label_names)}

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from cryodrgn_amort.core import (
     CHECKSUMS,
@@ -20,18 +18,14 @@ from cryodrgn_amort.core import (
     write_pickle,
     write_poses,
     write_text,
-    write_weights,
-    write_z,
 )
 from cryodrgn_amort.inference.inferred import inferred_facts, inferred_summary
 from cryodrgn_amort.measures import kl_by_dimension
-from cryodrgn_amort.models import VLT, LookupTable, build_model
-from cryodrgn_amort.runs import CHOSEN, INPUT_FILES, INPUTS, model_args, write_config
+from cryodrgn_amort.runs import CHOSEN, INPUT_FILES, INPUTS, write_table
 
 if TYPE_CHECKING:
     from cryodrgn_amort.inference.fitter import Fitter
     from cryodrgn_amort.inference.inferred import Inferred
-    from cryodrgn_amort.models import AmortVAE
     from cryodrgn_amort.options import InferOptions
 
 
@@ -88,23 +82,7 @@ def _write_files(fitter: Fitter, options: InferOptions, out: Path, found: Inferr
             write_poses(out / name, particles.rots, particles.trans, particles.D)
     else:
         given["do_pose_sgd"] = False
-    settings = replace(
-        run.settings, encoder="vlt", recipe=None, holdout=None, outdir=str(out.absolute()),
-        extra={"table_freeze": True}, **given,
-    )  # fmt: skip
-    particles.held_out = None
-    write_config(out, settings, VLT, particles)
-    table = LookupTable(torch.from_numpy(found.mean), torch.from_numpy(found.logvar), None)
-    args = model_args(settings, VLT, particles.D)
-    model: AmortVAE = build_model(args, particles.lattice, table)
-    model.decoder.load_state_dict(fitter.model.decoder.state_dict())
-    for name in (f"z.{epoch}.pkl", "z.pkl"):
-        write_z(out / name, found.mean, found.logvar)
-    for name in (f"weights.{epoch}.pkl", "weights.pkl"):
-        write_weights(
-            out / name, epoch, model.host_state_dict(), encoder="vlt",
-            encoder_state_dict=model.own_state_dict(), norm=list(particles.norm),
-        )  # fmt: skip
+    write_table(out, run, particles, fitter.model, (found.mean, found.logvar), given)
     _write_log(fitter, out, found)
     write_pickle(out / "elbo.pkl", found.elbo)
     write_pickle(out / "converged.pkl", found.converged)

@@ -23,7 +23,12 @@ from .step import (
     set_rate as set_rate,
     train_step as train_step,
 )
-from .synthetic import SyntheticImages as SyntheticImages, unexplained as unexplained
+from .synthetic import (
+    SyntheticImages as SyntheticImages,
+    measure_noise as measure_noise,
+    unexplained as unexplained,
+    whole_ctf as whole_ctf,
+)
 from .vae import (
     TOKEN_ENCODER as TOKEN_ENCODER,
     TOKEN_TILT_PARAMS as TOKEN_TILT_PARAMS,

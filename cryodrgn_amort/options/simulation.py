@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from cryodrgn_amort.core import InputError
-from cryodrgn_amort.options.fields import Options, flag
+from cryodrgn_amort.options.fields import Options, flag, flags_of
 
 __all__ = ["MOST_CLASSES", "SimulateOptions"]
 
 MOST_CLASSES = 5
 """Compositions of the made-up object."""
 _STEEPEST_DEG = 70.0
-_OBJECT, _IMAGING = "Object", "Imaging"
+_OBJECT, _LIKE, _IMAGING = "Object", "What a run has found, in its place", "Imaging"
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class SimulateOptions(Options):
     outdir: str = flag("-o", "--outdir", metavar="DIR", help="Output folder")
     n: int | None = flag(
         "-n", default=None, least=1, metavar="N",
-        help="Particles for training (default: 2000; with --poses or --ctf: all rows that are\n"
-        "not held out). With tables, the first N + HELDOUT rows are used",
+        help="Particles for training (default: 2000; with --poses, --ctf or --like: all that\n"
+        "are not held out). With them, the first N + HELDOUT are used",
     )  # fmt: skip
     heldout: int = flag(
         "--heldout", default=0, least=0, metavar="N",
@@ -76,11 +76,21 @@ class SimulateOptions(Options):
         "--without", default=(), group=_OBJECT, action="append", metavar="SELECTION",
         help="One more class, that lacks these atoms; can be given again. Class 0 is whole",
     )  # fmt: skip
-    snr: float = flag(
-        "--snr", default=0.3, above=0, most=math.inf, wanted="must be positive (inf: no noise)",
+    like: str | None = flag(
+        "--like", default=None, group=_LIKE, metavar="RUN",
+        help="Particles as those that a run was trained on: their poses, CTFs, shifts and scale,\n"
+        "noise as its latents leave it, and for each what the decoder shows at a latent of its\n"
+        "posterior. DIR/truth is the truth, as a run. Excludes object and imaging",
+    )  # fmt: skip
+    homogeneous: bool = flag(
+        "--homogeneous", default=False, group=_LIKE,
+        help="The mean latent for all: no heterogeneity",
+    )  # fmt: skip
+    snr: float | None = flag(
+        "--snr", default=None, above=0, most=math.inf, wanted="must be positive (inf: no noise)",
         group=_IMAGING,
         help="Signal-to-noise ratio: variance of the noise-free images with CTF over all pixels,\n"
-        "divided by the variance of the noise; inf: no noise",
+        "divided by the variance of the noise; inf: no noise (default: 0.3)",
     )  # fmt: skip
     tilts: int | None = flag(
         "--tilts", default=None, least=1, group=_IMAGING, metavar="N",
@@ -152,6 +162,7 @@ class SimulateOptions(Options):
         ):
             if given is not None and other:
                 raise InputError(f"{name} {given}: {why}")
+        self._check_like()
         if self.turn is not None:
             _ = self.turn_parts  # checks it
         steepest = max(map(abs, self.tilt_angles_deg))
@@ -160,6 +171,17 @@ class SimulateOptions(Options):
                 f"--tilts {self.tilts}: would tilt by {steepest:g} degrees; at most "
                 f"{_STEEPEST_DEG:g} (--tilt-step-deg)"
             )
+
+    def _check_like(self) -> None:
+        """Refuse what ``--like`` decides."""
+        if self.like is None:
+            if self.homogeneous:
+                raise InputError("--homogeneous: is for --like")
+            return
+        for dest, known in flags_of(SimulateOptions).items():
+            default = next(f.default for f in fields(self) if f.name == dest)
+            if known.group in (_OBJECT, _IMAGING) and getattr(self, dest) != default:
+                raise InputError(f"{known.name}: --like {self.like} decides that")
 
     @property
     def turn_parts(self) -> tuple[str, float]:

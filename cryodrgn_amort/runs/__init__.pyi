@@ -15,4 +15,5 @@ from .flags import (
 )
 from .parser import add_train_flags as add_train_flags
 from .reader import Run as Run, load_run as load_run
+from .table import write_table as write_table
 from .writer import METRICS as METRICS, NOISE as NOISE, RunFolder as RunFolder

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from scipy.interpolate import CubicSpline
 
 from cryodrgn_amort.core import InputError, read_pickle, read_yaml, to_array
+from cryodrgn_amort.runs import Run, load_run
+from cryodrgn_amort.simulation.like import TRUTH, decoded_images
 from cryodrgn_amort.simulation.parts import PartModel
 from cryodrgn_amort.simulation.specimens import BlobModel, VolumeModel, clean_images, read_volume
 
@@ -19,7 +22,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cryodrgn_amort.core import Registry
     from cryodrgn_amort.data import Particles
+    from cryodrgn_amort.models import AmortVAE
     from cryodrgn_amort.options import EvalOptions
     from cryodrgn_amort.simulation.specimens import Model
 
@@ -30,6 +35,7 @@ _MOST_CLASSES = 500
 _NODES = 33
 _POSITIONS_BOX = 32  # the made-up object scales with its box, and so do all distances
 _PARTS_BOX = 64  # of molecules: frequencies beyond it hardly change distances
+_FREQUENCIES, _POSITIONS_RADIUS = 512, 16
 _MOST_APART_DEG = 60.0  # orientations that have nothing to do with each other: 132 degrees
 
 
@@ -44,7 +50,7 @@ class Truth:
     render
         Makes the volume `(box, box, box)` of a label and a coordinate, density positive.
     model
-        Makes what was simulated.
+        Makes what was simulated; None: it is not made of a few classes.
     positions
         `(N, d)`: Euclidean distances are those between the particles' true volumes, but for a
         factor. The volumes' principal components; between 33 coordinates, cubic splines of them.
@@ -54,7 +60,7 @@ class Truth:
     labels: np.ndarray
     coordinate: np.ndarray | None
     render: Callable[[int, float], np.ndarray]
-    model: Callable[[], Model]
+    model: Callable[[], Model] | None
     positions: np.ndarray
 
     def clean(self, particles: Particles, rows: Tensor) -> Tensor:
@@ -66,12 +72,43 @@ class Truth:
         none = np.zeros((len(at), 2), np.float32)
         trans = none if particles.trans is None else particles.trans[rows].cpu().numpy()
         ctf = None if particles.ctf_params is None else particles.ctf_params[rows].cpu().numpy()
+        assert self.model is not None
         return clean_images(self.model(), rots, trans, self.labels[at], coordinate, ctf)
 
     def volumes(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Render the true volumes of some particles, one by one."""
         at = np.full(len(self.labels), 0.5) if self.coordinate is None else self.coordinate
         return (self.render(int(self.labels[i]), float(at[i])) for i in rows)
+
+
+@dataclass(frozen=True)
+class DecodedTruth(Truth):
+    """The truth of particles made up ``--like`` a run.
+
+    Attributes
+    ----------
+    run
+        The decoder that showed them.
+    z
+        True latents, `(N, zdim)`.
+    """
+
+    run: Run
+    z: np.ndarray
+
+    def clean(self, particles: Particles, rows: Tensor) -> Tensor:
+        """Return the noise-free raw images of ``rows``, `(B, box, box)`."""
+        decoder, z = self._decoder, torch.from_numpy(self.z[rows.cpu().numpy()])
+        return decoded_images(decoder, particles, z.to(particles.device), rows).cpu()
+
+    @functools.cached_property
+    def _decoder(self) -> AmortVAE:
+        return self.run.load_decoder()[0]
+
+    def volumes(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Decode the true volumes of some particles, one by one."""
+        sign = 1 if self.run.settings.invert_data else -1
+        return (sign * volume for volume in self.run.decode(self.z[rows]))
 
 
 @dataclass(frozen=True)
@@ -92,15 +129,22 @@ class Known:
     truth: Truth | None = None
 
 
-def load_known(options: EvalOptions, particles: Particles) -> Known:
+def load_known(
+    options: EvalOptions, particles: Particles, plugins: Registry | None = None
+) -> Known:
     """Read what ``--truth``, ``--labels`` and ``--coordinate`` name.
+
+    Parameters
+    ----------
+    plugins
+        With which the run is opened that the particles were made up like.
 
     Raises
     ------
     InputError
         Names the flag and file that do not fit.
     """
-    truth = None if options.truth is None else load_truth(options.truth, particles)
+    truth = None if options.truth is None else load_truth(options.truth, particles, plugins)
     labels = _per_particle(options.labels, "--labels", particles)
     coordinate = _per_particle(options.coordinate, "--coordinate", particles)
     if truth is not None:
@@ -143,7 +187,7 @@ def _named(flag: str, given: str | np.ndarray) -> str:
     return f"{flag} {given}" if isinstance(given, str) else flag
 
 
-def load_truth(folder: str, particles: Particles) -> Truth:
+def load_truth(folder: str, particles: Particles, plugins: Registry | None = None) -> Truth:
     """Read the output folder of ``simulate_amort`` that a run's particles are from.
 
     Raises
@@ -158,15 +202,18 @@ def load_truth(folder: str, particles: Particles) -> Truth:
     try:
         settings = found["settings"]
         box, files = int(settings["D"]), list(settings["volumes"])
-        apart = bool(settings.get("atoms"))
+        apart, like = bool(settings.get("atoms")), bool(settings.get("like"))
         made = None
-        if not files and not apart:
+        if not files and not apart and not like:
             made = int(settings["classes"]), float(settings["hinge_deg"])
         blobs = BlobModel(box, *made) if made else None
     except Exception as err:  # whatever a damaged file leads to
         raise InputError(f"{what}: simulation.yaml is damaged ({type(err).__name__})") from None
     if box != particles.box:
         raise InputError(f"{what}: of {box} px, but the run's particles have {particles.box} px")
+    if like:
+        assert plugins is not None
+        return _of_run(path, len(found["classes"]), particles, plugins)
     if apart:
         return _of_parts(path, found, particles)
     classes = len(files) if blobs is None else len(blobs.shares)
@@ -179,6 +226,27 @@ def load_truth(folder: str, particles: Particles) -> Truth:
         return Truth(labels, None, lambda k, _: volumes[k], model, positions)
     small = BlobModel(_POSITIONS_BOX, *(made or ()))
     return _of_model(path, blobs, small, labels, particles)
+
+
+def _of_run(path: Path, classes: int, particles: Particles, plugins: Registry) -> DecodedTruth:
+    """Read the truth of particles made up like a run's: distances are those at some frequencies."""
+    labels = _stored_labels(path, classes, particles)
+    run = load_run(path / TRUTH, plugins, flag="--truth")
+    z = run.z()[0]
+    _check_count(path, f"{TRUTH}/z.pkl", z, particles)
+    z = z if particles.ind is None else z[particles.ind]
+    rng = np.random.default_rng(0)
+    k = rng.uniform(-1, 1, (8 * _FREQUENCIES, 3)) * min(0.5, _POSITIONS_RADIUS / particles.box)
+    k = k[np.linalg.norm(k, axis=1) < np.abs(k).max()][:_FREQUENCIES].astype(np.float32)
+    decoder = run.load_decoder()[0]
+    coords, latents = (torch.from_numpy(a).to(particles.device) for a in (k, z))
+    values = [v.flatten().float().cpu() for v in decoder.fast.values(coords, latents)]
+    positions = torch.stack(values).numpy()
+    return DecodedTruth(labels, None, _no_render, None, positions - positions.mean(0), run, z)
+
+
+def _no_render(label: int, coordinate: float) -> np.ndarray:
+    raise NotImplementedError("each particle has a volume of its own")
 
 
 def _of_parts(path: Path, found: Mapping[str, Any], particles: Particles) -> Truth:

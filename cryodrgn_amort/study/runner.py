@@ -88,7 +88,8 @@ def check_inputs(plan: Plan, steps: Iterable[Step]) -> None:
     settings = settings_from_flags(args, plan.plugins)
     particles = load_particles(source_of(settings), default_device())
     labels, coordinate, truth = (plan.data.get(n) for n in ("labels", "coordinate", "truth"))
-    load_known(EvalOptions(labels=labels, coordinate=coordinate, truth=truth), particles)
+    known = EvalOptions(labels=labels, coordinate=coordinate, truth=truth)
+    load_known(known, particles, plan.plugins)
     if truth is not None:
         load_imaging(truth, particles)
 

@@ -18,7 +18,7 @@ from cryodrgn_amort import host
 from cryodrgn_amort.core import CHECKSUMS, InputError, locked
 from cryodrgn_amort.data import ParticleSource, load_particles
 from cryodrgn_amort.options import SimulateOptions
-from cryodrgn_amort.simulation import simulate, simulator as module
+from cryodrgn_amort.simulation import imager, simulate, simulator as module
 from cryodrgn_amort.simulation.specimens import BlobModel, VolumeModel, read_volume
 
 D = 32
@@ -347,7 +347,7 @@ def test_user_volumes_give_the_same_bytes(tmp_path, mrc, monkeypatch):
 
 def test_the_stack_is_streamed(tmp_path, monkeypatch):
     sizes, together = [], []
-    clean = module._Imager.clean
+    clean = imager.ModelImager.clean
 
     def spy(self, rows):
         temporary = tmp_path / "sim/.particles.mrcs.tmp"
@@ -355,7 +355,7 @@ def test_the_stack_is_streamed(tmp_path, monkeypatch):
         together.append(len(rows))
         return clean(self, rows)
 
-    monkeypatch.setattr(module._Imager, "clean", spy)
+    monkeypatch.setattr(imager.ModelImager, "clean", spy)
     monkeypatch.setattr(module, "_CHUNK", 128)
     make(tmp_path / "sim", n=1280)
     assert max(together) == 64
@@ -440,10 +440,10 @@ def test_interruption_leaves_the_earlier_simulation(tmp_path, monkeypatch):
     make(tmp_path / "sim", n=200)
     before = {p: p.read_bytes() for p in (tmp_path / "sim").rglob("*") if p.is_file()}
 
-    def interrupted(self, count, colour, stream):
+    def interrupted(self, rows, stream):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Imager, "noise", interrupted)
+    monkeypatch.setattr(imager.ModelImager, "noise", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "sim", n=100, seed=5, overwrite=True)
     assert {p: p.read_bytes() for p in (tmp_path / "sim").rglob("*") if p.is_file()} == before
