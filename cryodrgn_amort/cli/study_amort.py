@@ -53,8 +53,8 @@ def main(args: argparse.Namespace) -> None:
     from cryodrgn_amort.plugins import load_plugins
     from cryodrgn_amort.study import (
         COMMANDS,
-        adopt,
         changed_plan,
+        check_inputs,
         claims_table,
         commands_line,
         default_jobs,
@@ -62,7 +62,8 @@ def main(args: argparse.Namespace) -> None:
         read_study,
         run_steps,
         snakemake_rules,
-        study_locked,
+        work_locked,
+        work_of,
         write_plan,
         write_study_report,
     )
@@ -78,11 +79,10 @@ def main(args: argparse.Namespace) -> None:
     more = [recipe.name for recipe in REPAIR] if options.repair else []
     text = changed_plan(folder, options.preset, options.data(), options.seeds, more)
     plan = load_plan(folder, text, plugins, parsers)
-    part = plan.only(options.only) if options.only else plan
+    part = work_of(plan.only(options.only) if options.only else plan)
     folder.mkdir(parents=True, exist_ok=True)
-    with study_locked(folder):
+    with work_locked(folder, "study_amort"):
         write_plan(folder, text)
-        adopt(plan)
         if options.dry_run == "shell":
             print("\n".join(commands_line(part)))
             return
@@ -91,6 +91,7 @@ def main(args: argparse.Namespace) -> None:
             write_text(path, snakemake_rules(part))
             print(shlex.join(["snakemake", "-s", str(path), "--cores", str(os.cpu_count())]))
             return
+        check_inputs(plan, part)
         failed = run_steps(part, commands, options.jobs or default_jobs())
         study = read_study(plan)
         report = write_study_report(study)

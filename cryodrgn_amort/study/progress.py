@@ -14,16 +14,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cryodrgn_amort.core import INTERRUPTED, epochs, write_text
-from cryodrgn_amort.study.steps import Fingerprints, steps_of
+from cryodrgn_amort.study.steps import Fingerprints
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cryodrgn_amort.study.plan import Plan
-    from cryodrgn_amort.study.steps import Step
+    from cryodrgn_amort.study.steps import Step, Work
 
 
-__all__ = ["Progress", "Stamp", "adopt", "commands_line"]
+__all__ = ["Progress", "Stamp", "commands_line"]
 
 
 @dataclass
@@ -52,14 +51,6 @@ class Stamp:
     def other_versions(self) -> list[str]:
         """Return those that it was done with, which are not there any more."""
         return [v for v in _read(self.done).get("versions", ()) if v not in self.step.versions]
-
-    def adopt(self, former: str) -> None:
-        """Know by its fingerprint what was known by its former one."""
-        for path in (self.done, self.planned):
-            if _read(path).get("fingerprint") == former:
-                began = path.stat().st_mtime_ns
-                self._write(path)
-                os.utime(path, ns=(began, began))
 
     def is_older_than(self, path: Path) -> bool:
         """Tell whether a file has been written since the step was begun."""
@@ -97,15 +88,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class Progress:
-    """The steps of a plan, and what of them is done."""
+    """Steps, and what of them is done."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.steps = plan, steps_of(plan)
-        self.fingerprints = Fingerprints(plan, self.steps)
+    def __init__(self, work: Work) -> None:
+        self.layout, self.steps = work.layout, work.steps
+        self.fingerprints = Fingerprints(work)
 
     def stamp(self, step: Step) -> Stamp:
         """Return what is known of a step on disk."""
-        done, planned = (self.plan.layout.stamp(step.name, kind) for kind in ("json", "planned"))
+        done, planned = (self.layout.stamp(step.name, kind) for kind in ("json", "planned"))
         return Stamp(step, self.fingerprints.of(step), done, planned)
 
     def is_done(self, step: Step) -> bool:
@@ -148,22 +139,12 @@ class Progress:
         return (*step.argv, "--overwrite")
 
 
-def adopt(plan: Plan) -> None:
-    """Keep what was done before fingerprints knew recipes, versions, and which files a step reads.
-
-    Nobody knows what these were then: they are taken to be what they are now.
-    """
-    progress = Progress(plan)
-    for step in progress.steps.values():
-        progress.stamp(step).adopt(progress.fingerprints.former(step))
-
-
-def commands_line(plan: Plan) -> list[str]:
+def commands_line(work: Work) -> list[str]:
     """Return what is still to be done as lines for a shell, and mark it as planned.
 
     Each line that succeeds leaves its mark in ``steps/``, so that the study knows of it.
     """
-    progress = Progress(plan)
+    progress = Progress(work)
     lines = []
     for step, stamp in progress.plan_rest():
         after = [name for name in step.after if not progress.is_done(progress.steps[name])]

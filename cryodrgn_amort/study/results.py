@@ -24,6 +24,7 @@ from cryodrgn_amort.core import (
 from cryodrgn_amort.measures import Measure, measure, memorisation, ratio_of_means
 from cryodrgn_amort.runs import METRICS
 from cryodrgn_amort.study.progress import Progress
+from cryodrgn_amort.study.steps import work_of
 
 if TYPE_CHECKING:
     from cryodrgn_amort.options import Recipe
@@ -192,7 +193,7 @@ def read_study(plan: Plan) -> Study:
     InputError
         If a file is damaged, or gone.
     """
-    progress = Progress(plan)
+    progress = Progress(work_of(plan))
     done = {name for name, step in progress.steps.items() if progress.is_done(step)}
     members: dict[tuple[str, int], Member] = {}
     missing = []

@@ -33,14 +33,14 @@ from cryodrgn_amort.study.progress import Progress
 from cryodrgn_amort.study.steps import parse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from cryodrgn_amort.core import CommandSpec
     from cryodrgn_amort.study.plan import Plan
-    from cryodrgn_amort.study.steps import Step
+    from cryodrgn_amort.study.steps import Step, Work
 
 
-__all__ = ["default_jobs", "run_steps", "study_locked"]
+__all__ = ["check_inputs", "default_jobs", "run_steps", "work_locked"]
 
 _STATUS_SECONDS = 30.0
 _MOST_JOBS = 4
@@ -58,31 +58,35 @@ def default_jobs() -> int:
 
 
 @contextlib.contextmanager
-def study_locked(folder: Path) -> Iterator[None]:
-    """Keep others from running the same study at the same time.
+def work_locked(folder: Path, command: str) -> Iterator[None]:
+    """Keep others from running the same ``command`` in a folder at the same time.
 
     Raises
     ------
     InputError
         If another process runs it.
     """
-    other = "another study_amort is running it"
+    other = f"another {command} is running it"
     with locked(folder, other), open(folder / ".workers", "wb") as workers:
         fcntl.flock(workers, fcntl.LOCK_EX)  # what is left of a killed one ends within a moment
         fcntl.flock(workers, fcntl.LOCK_UN)
         yield
 
 
-def check_inputs(plan: Plan, steps: Iterable[Step]) -> None:
+def check_inputs(plan: Plan, work: Work) -> None:
     """Open the user's particles and what is known of them, before anything is trained.
+
+    Nothing is opened if all is done.
 
     Raises
     ------
     InputError
         If something is wrong with them.
     """
-    trained = [s for s in steps if s.argv[0] == "train_amort"]
-    if "simulate" in plan.data or not trained:
+    progress = Progress(work)
+    trained = [s for s in work.steps.values() if s.argv[0] == "train_amort"]
+    done = all(map(progress.is_done, work.steps.values()))
+    if "simulate" in plan.data or not trained or done:
         return
     args = parse(plan.parsers["train_amort"], trained[0].argv[1:])
     settings = settings_from_flags(args, plan.plugins)
@@ -94,7 +98,7 @@ def check_inputs(plan: Plan, steps: Iterable[Step]) -> None:
         load_imaging(truth, particles)
 
 
-def run_steps(plan: Plan, commands: Mapping[str, CommandSpec], jobs: int) -> list[str]:
+def run_steps(work: Work, commands: Mapping[str, CommandSpec], jobs: int) -> list[str]:
     """Run every step that is not done; returns what failed, a line each.
 
     Steps that depend on a failed one are left out, all others are run.
@@ -102,9 +106,9 @@ def run_steps(plan: Plan, commands: Mapping[str, CommandSpec], jobs: int) -> lis
     Raises
     ------
     InputError
-        If something is wrong with the particles, or the process of a step was killed.
+        If the process of a step was killed.
     """
-    progress = Progress(plan)
+    progress = Progress(work)
     progress.finish_killed()
     steps = progress.steps
     waiting = {s.name: s for s in steps.values() if not progress.is_done(s)}
@@ -117,16 +121,15 @@ def run_steps(plan: Plan, commands: Mapping[str, CommandSpec], jobs: int) -> lis
     if others:
         named = ", ".join(sorted({version for found in others.values() for version in found}))
         _say(f"{len(others)} steps were done with {named}, and are done again")
-    check_inputs(plan, steps.values())
     threads = max((os.cpu_count() or 1) // jobs, 1)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[name] = str(threads)  # the workers inherit them
-    (plan.folder / "logs").mkdir(exist_ok=True)
+    (work.folder / "logs").mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     _start_server()
     of_caller = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, context, _start_worker, (str(plan.folder), threads))
+    pool = ProcessPoolExecutor(jobs, context, _start_worker, (str(work.folder), threads))
     try:
         return _Runner(progress, commands, pool, jobs, kept).run(waiting)
     except BaseException:  # Ctrl-C too: nothing may go on behind the user's back
@@ -162,7 +165,7 @@ class _Runner:
         jobs: int,
         count: int,
     ) -> None:
-        self.progress, self.layout = progress, progress.plan.layout
+        self.progress, self.layout = progress, progress.layout
         self.commands, self.pool, self.jobs, self.count = commands, pool, jobs, count
         self.running: dict[Future[str | None], tuple[Step, float]] = {}
         self.failed: dict[str, str] = {}

@@ -30,9 +30,9 @@ from cryodrgn_amort.training import Trainer, endless_steps
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from cryodrgn_amort.core import Registry
     from cryodrgn_amort.options import TrainSettings
-    from cryodrgn_amort.study.plan import Plan
-    from cryodrgn_amort.study.steps import Step
+    from cryodrgn_amort.study.steps import Step, Work
 
 
 __all__ = ["snakemake_rules"]
@@ -43,7 +43,7 @@ _BASE_MB, _BYTES = 4000, 12  # of a process; of a pixel: preprocessed, its CTF, 
 _LIGHT = ("simulate_amort", "compare_amort")
 
 _HEAD = """\
-# {count} steps of the study in {folder}, by `cryodrgn study_amort --dry-run snakemake`:
+# {count} steps in {folder}, by `cryodrgn {command} --dry-run snakemake`:
 #
 #     snakemake -s {path} --cores 2                        # here
 #     snakemake -s {path} --executor slurm --jobs 20       # with snakemake-executor-plugin-slurm
@@ -77,7 +77,7 @@ rule {name}:
 """
 
 
-def snakemake_rules(plan: Plan) -> str:
+def snakemake_rules(work: Work) -> str:
     """Return a Snakefile of what is still to be done, and mark that as planned.
 
     Each training is timed on a few batches of the particles, here, if these are there.
@@ -85,39 +85,40 @@ def snakemake_rules(plan: Plan) -> str:
     Raises
     ------
     InputError
-        If the study's folder has braces in its name, which are wildcards to Snakemake.
+        If the folder has braces in its name, which are wildcards to Snakemake.
     """
-    if set("{}") & set(str(plan.folder)):
-        raise InputError(f"-o {plan.folder}: braces are wildcards to Snakemake; it needs a folder "
+    if set("{}") & set(str(work.folder)):
+        raise InputError(f"-o {work.folder}: braces are wildcards to Snakemake; it needs a folder "
                          "without them")  # fmt: skip
-    progress = Progress(plan)
-    needs = _Needs(plan, progress)
+    progress = Progress(work)
+    needs = _Needs(work)
     rules = []
     for step, stamp in progress.plan_rest():
         memory, minutes = needs.of(step)
         rules.append(
             _RULE.format(
                 name=re.sub(r"\W", "_", step.name),
-                before=_marks(plan, step.after),
+                before=_marks(work, step.after),
                 mark=repr(str(stamp.done)),
-                log=repr(str(plan.layout.log(step.name))),
+                log=repr(str(work.layout.log(step.name))),
                 memory=memory,
                 minutes=minutes,
                 gpu=0 if step.argv[0] in _LIGHT else "GPU",
                 line=_literal(step.shell, " > {log:q} 2>&1 && ", stamp.shell),
             )
         )
-    path, report = plan.folder / "Snakefile", plan.folder / "report.html"
+    path, report = work.folder / "Snakefile", work.folder / "report.html"
     head = _HEAD.format(
         count=len(rules),
-        folder=plan.folder,
+        folder=work.folder,
+        command=work.report[0],
         path=path,
         measured=needs.said,
         gpu=int(on_gpu(default_device())),
         report=repr(str(report)),
-        marks=_marks(plan, progress.steps),
+        marks=_marks(work, progress.steps),
         base=_BASE_MB,
-        study=_literal(shlex.join(["cryodrgn", "study_amort", "-o", str(plan.folder)])),
+        study=_literal(shlex.join(["cryodrgn", *work.report])),
     )
     return head + "".join(rules)
 
@@ -128,9 +129,9 @@ def _literal(text: str, between: str = "", more: str = "") -> str:
     return repr(before + between + after)
 
 
-def _marks(plan: Plan, steps: Iterable[str]) -> str:
+def _marks(work: Work, steps: Iterable[str]) -> str:
     """Return the files that say that steps are done, as a rule needs them."""
-    return ", ".join(repr(str(plan.layout.stamp(name, "json"))) for name in steps)
+    return ", ".join(repr(str(work.layout.stamp(name, "json"))) for name in steps)
 
 
 class _Needs:
@@ -142,15 +143,14 @@ class _Needs:
         Where the times are from.
     """
 
-    def __init__(self, plan: Plan, progress: Progress) -> None:
-        self._plan, self._progress = plan, progress
+    def __init__(self, work: Work) -> None:
+        self._work = work
         self._known: dict[str, tuple[int, int]] = {}
         self._measured: dict[str, tuple[int, int]] = {}
-        where = f"by a few batches on {device_name(default_device())}"
-        self.said = (
-            "Times are guesses: the particles are not there yet."
-            if "simulate" in plan.data else f"Times are {_SPARE:g} times what was measured {where}."
-        )  # fmt: skip
+        here = device_name(default_device())
+        measured = f"Times are {_SPARE:g} times what was measured by a few batches on {here}."
+        unknown = "Times are guesses: the particles are not there yet."
+        self.said = unknown if "simulate" in work.steps else measured
 
     def of(self, step: Step) -> tuple[int, int]:
         """Return MB and minutes of a step."""
@@ -159,24 +159,26 @@ class _Needs:
         return self._known[step.name]
 
     def _find(self, step: Step) -> tuple[int, int]:
-        before = [self.of(self._progress.steps[name]) for name in step.after]
+        before = [self.of(self._work.steps[name]) for name in step.after]
         memory = max((m for m, _ in before), default=_BASE_MB)
         usual = memory, max((minutes for _, minutes in before), default=60)
         if step.argv[0] in _LIGHT:
             return usual[0], min(60, usual[1])
-        if step.argv[0] != "train_amort" or "simulate" in self._plan.data:
+        if step.argv[0] != "train_amort":
             return usual
-        flags = parse(self._plan.parsers["train_amort"], step.argv[1:])
+        flags = parse(self._work.parsers["train_amort"], step.argv[1:])
+        if not os.path.exists(flags["particles"]):  # they are yet to be made
+            return usual
         if "from_run" in flags or "table_init" in flags:  # of a run that is not there yet
             return usual
-        settings = settings_from_flags({**flags, "seed": 0}, self._plan.plugins)
+        settings = settings_from_flags({**flags, "seed": 0}, self._work.plugins)
         same = str(replace(settings, outdir=""))  # but for the seed
         if same not in self._measured:
-            self._measured[same] = _measured(settings, self._plan)
+            self._measured[same] = _measured(settings, self._work.plugins)
         return self._measured[same]
 
 
-def _measured(settings: TrainSettings, plan: Plan) -> tuple[int, int]:
+def _measured(settings: TrainSettings, plugins: Registry) -> tuple[int, int]:
     """Time a few batches of a training, of particles from the start of the stack."""
     whole = load_particles(source_of(settings), default_device())
     rows = np.arange(whole.n) if whole.ind is None else np.asarray(whole.ind)
@@ -188,7 +190,7 @@ def _measured(settings: TrainSettings, plan: Plan) -> tuple[int, int]:
         short = replace(
             settings, ind=str(ind), holdout=None, outdir=os.path.join(name, "run"), memory=None
         )
-        steps = endless_steps(Trainer(short, plan.plugins))
+        steps = endless_steps(Trainer(short, plugins))
         for _ in range(_TIMED):
             next(steps)
         began = time.perf_counter()

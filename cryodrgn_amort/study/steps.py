@@ -22,17 +22,18 @@ from typing import TYPE_CHECKING, Any
 from cryodrgn_amort.core import InputError, __version__, actions_of
 from cryodrgn_amort.models import EncoderSpec
 from cryodrgn_amort.options import flag_name
-from cryodrgn_amort.study.plan import KNOWN
+from cryodrgn_amort.study.plan import KNOWN, Layout
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Mapping, Sequence
 
+    from cryodrgn_amort.core import Registry
     from cryodrgn_amort.options import Recipe
     from cryodrgn_amort.study.plan import Plan
 
 
-__all__ = ["Fingerprints", "Step", "action_of", "parse", "steps_of"]
+__all__ = ["Fingerprints", "Step", "Work", "action_of", "parse", "steps_of", "to_argv", "work_of"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,38 @@ class Step:
         return shlex.join(("cryodrgn", *self.argv))
 
 
+@dataclass(frozen=True)
+class Work:
+    """Steps in a folder, and what they are done with.
+
+    Attributes
+    ----------
+    steps
+        By name, each after those that it needs.
+    report
+        The command, with its flags, that does what is left and makes the report.
+    parsers
+        Of commands, by name.
+    """
+
+    folder: Path
+    steps: Mapping[str, Step]
+    report: tuple[str, ...]
+    parsers: Mapping[str, argparse.ArgumentParser]
+    plugins: Registry
+
+    @property
+    def layout(self) -> Layout:
+        """Where its parts are."""
+        return Layout(self.folder)
+
+
+def work_of(plan: Plan) -> Work:
+    """Return the work that a plan stands for; raises what ``steps_of`` does."""
+    report = ("study_amort", "-o", str(plan.folder))
+    return Work(plan.folder, steps_of(plan), report, plan.parsers, plan.plugins)
+
+
 def steps_of(plan: Plan) -> dict[str, Step]:
     """Return all steps of a plan by name, each after those that it needs.
 
@@ -101,7 +134,7 @@ def _steps(plan: Plan) -> Iterable[Step]:
     start: tuple[str, ...] = ()
     if "simulate" in plan.data:
         argv = ("simulate_amort", "-o", str(plan.layout.simulated), "--overwrite")
-        flags = _to_argv(plan.data["simulate"])
+        flags = to_argv(plan.data["simulate"])
         yield Step("simulate", (*argv, *flags), (), (plan.layout.simulated / "simulation.yaml",))
         start = ("simulate",)
     for name in plan.recipes:
@@ -143,8 +176,8 @@ def _sleeps(plan: Plan, recipe: Recipe) -> bool:
 def _train(plan: Plan, recipe: Recipe, seed: int, start: tuple[str, ...]) -> Step:
     inputs, out = plan.inputs(), plan.layout.run(recipe.name, seed)
     flags = _flags(plan, recipe, plan.train)
-    argv = ["train_amort", inputs.pop("particles"), *_to_argv(inputs)]
-    argv += ["--recipe", recipe.name, *_to_argv(flags)]
+    argv = ["train_amort", inputs.pop("particles"), *to_argv(inputs)]
+    argv += ["--recipe", recipe.name, *to_argv(flags)]
     after = list(start)
     for flag, parent in recipe.parents.items():
         argv += [flag_name(flag), str(plan.layout.run(parent, seed))]
@@ -167,10 +200,10 @@ def _evaluate(plan: Plan, recipe: Recipe, seed: int) -> Step:
     known = {name: plan.data[name] for name in KNOWN if plan.data.get(name)}
     if plan.truth is not None:
         known["truth"] = str(plan.truth)
-    argv += _to_argv(known)
+    argv += to_argv(known)
     own = recipe.command == "eval_amort"
     flags = _flags(plan, recipe, plan.evaluate) if own else plan.evaluate
-    argv += _to_argv(flags)
+    argv += to_argv(flags)
     after = (f"train.{of}.seed{seed}",)
     outputs = (out / "amortization.json", out / "report.html")
     asked = flags.get("transform") or ()
@@ -198,37 +231,29 @@ def _time(plan: Plan, recipe: Recipe) -> Step:
     flags, names = _flags(plan, recipe, {}), plan.needed(recipe.name)
     flags.pop("recipes")
     folders = [str(plan.layout.run(name, seed)) for name in names]
-    argv = ("time_amort", *folders, *_to_argv(flags), "-o", str(plan.layout.timing))
+    argv = ("time_amort", *folders, *to_argv(flags), "-o", str(plan.layout.timing))
     after = tuple(f"train.{name}.seed{seed}" for name in names)
     return Step(recipe.name, argv, after, (plan.layout.timing,))
 
 
 def _digits(plan: Plan, recipe: Recipe) -> Step:
     out = plan.layout.digits.parent
-    argv = ["mnist_amort", "-o", str(out), "--overwrite", *_to_argv(_flags(plan, recipe, {}))]
+    argv = ["mnist_amort", "-o", str(out), "--overwrite", *to_argv(_flags(plan, recipe, {}))]
     argv += ["--seeds", *map(str, plan.seeds)]
     return Step(recipe.name, tuple(argv), (), (plan.layout.digits, out / "report.html"))
 
 
 class Fingerprints:
-    """Hashes of all that decides what the steps of a plan give."""
+    """Hashes of all that decides what steps give."""
 
-    def __init__(self, plan: Plan, steps: Mapping[str, Step]) -> None:
-        self.plan, self.steps = plan, steps
+    def __init__(self, work: Work) -> None:
+        self.folder, self.steps = work.folder, work.steps
 
     def of(self, step: Step) -> str:
         """Return a hash of all that decides what a step gives."""
-        argv = [_within(argument, self.plan.folder) for argument in step.argv]
+        argv = [_within(argument, self.folder) for argument in step.argv]
         before = [self.of(self.steps[name]) for name in step.after]
         return _hash([argv, before, self._files(step), step.reads, step.versions])
-
-    def former(self, step: Step) -> str:
-        """Return what it was before it knew recipes, versions, and which files a step reads."""
-        argv = [_within(argument, self.plan.folder) for argument in step.argv]
-        before = [self.former(self.steps[name]) for name in step.after]
-        given = [] if "simulate" in self.plan.data else sorted(self.plan.data.items())
-        files = [[p, *_identity(p)] if os.path.isfile(p) else [p] for _, p in given]
-        return _hash([argv, before, files])
 
     def _files(self, step: Step) -> list[Any]:
         """Tell the user's files and folders that a step's command names, and their versions."""
@@ -245,7 +270,7 @@ class Fingerprints:
     @cached_property
     def _made(self) -> set[Path]:
         """What the steps make: files, and folders that are theirs alone."""
-        folder = Path(os.path.abspath(self.plan.folder))
+        folder = Path(os.path.abspath(self.folder))
         outputs = {Path(os.path.abspath(p)) for s in self.steps.values() for p in s.outputs}
         return (outputs | {path.parent for path in outputs}) - {folder}
 
@@ -278,7 +303,7 @@ def _dest(parser: argparse.ArgumentParser, key: str) -> str:
     return key if action is None else action.dest
 
 
-def _to_argv(flags: Mapping[str, Any]) -> list[str]:
+def to_argv(flags: Mapping[str, Any]) -> list[str]:
     """Write flags as on a command line, in one order; a flag that is off leaves no trace."""
     argv: list[str] = []
     for key, value in sorted(flags.items()):

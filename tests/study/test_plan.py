@@ -19,7 +19,7 @@ from cryodrgn_amort.runs import settings_from_flags
 from cryodrgn_amort.study import COMMANDS, changed_plan, load_plan
 from cryodrgn_amort.study.plan import PLAN
 from cryodrgn_amort.study.planfile import PRESETS
-from cryodrgn_amort.study.steps import Fingerprints, parse, steps_of
+from cryodrgn_amort.study.steps import Fingerprints, parse, steps_of, work_of
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +44,9 @@ def plan_of(plugins, parsers, tmp_path):
 
 
 def fingerprints(plan):
-    steps = steps_of(plan)
-    known = Fingerprints(plan, steps)
-    return {name: known.of(step) for name, step in steps.items()}
+    work = work_of(plan)
+    known = Fingerprints(work)
+    return {name: known.of(step) for name, step in work.steps.items()}
 
 
 def test_recipes_of_plugins_that_need_each_other_or_nothing_that_is_trained(plan_of):
