@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cryodrgn_amort.core import InputError, text_table, write_json
+from cryodrgn_amort.core import InputError, number, text_table, write_json
 from cryodrgn_amort.measures import (
     DEFINITIONS,
     K,
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "compare", "comparison_table", "write_comparison"]
 logger = logging.getLogger("cryodrgn_amort")
 
+_JUDGED = ("knn_overlap", "volume_fsc")
+_HARDLY = 4.0  # times what is shared by chance
 _FEWEST = 3  # particles that runs must have in common
 _NOT_CONFIGURATION = {
     "seed", "shuffle_seed", "outdir", "load", "overwrite", "do_analysis", "checkpoint",
@@ -203,10 +205,53 @@ def comparison_table(found: Sequence[Comparison]) -> str:
         seed = " (other seed)" if pair.only_seed else ""
         names = (Path(pair.first).name, Path(pair.second).name + seed)
         rows += [(*names, *text_row(m)) for m in pair.measures.values()]
-    note = "" if any(pair.only_seed for pair in found) else (
-        "\nNo two runs differ in the seed alone: what counts as agreement here is not known."
-    )  # fmt: skip
-    return text_table(rows) + note
+    return "\n".join([text_table(rows), *comparison_words(found)])
+
+
+def comparison_words(found: Sequence[Comparison]) -> list[str]:
+    """Say which pairs agree as two seeds do, a sentence each."""
+    seeds = [pair for pair in found if pair.only_seed]
+    if not seeds:
+        return [
+            "No two runs differ in the seed alone: what counts as agreement here is not known. "
+            f"Train {Path(found[0].first).name} once more with another --seed, and give it, too."
+        ]
+    said, hardly = [], False
+    for pair in seeds:
+        knn = pair.measures["knn_overlap"]
+        few = knn.value < _HARDLY * (knn.null or 0.0)
+        hardly |= few
+        verdict = (
+            "little is found again, do not believe its latents"
+            if few
+            else "what others are held against"
+        )
+        said.append(
+            f"{_names(pair)}, two seeds: share {number(knn.value)} of neighbours, "
+            f"{number(knn.null)} by chance: {verdict}"
+        )
+    for pair in found:
+        if pair.only_seed:
+            continue
+        below = [name for name in _JUDGED if _is_below(pair, seeds, name)]
+        alike = "as little as two seeds do" if hardly else "as two seeds do"
+        agrees = f"less than two seeds do ({', '.join(below)})" if below else alike
+        said.append(f"{_names(pair)}: agree {agrees}")
+    return said
+
+
+def _names(pair: Comparison) -> str:
+    return f"{Path(pair.first).name} and {Path(pair.second).name}"
+
+
+def _is_below(pair: Comparison, seeds: Sequence[Comparison], name: str) -> bool:
+    """Tell whether a measure is surely below those of all pairs of seeds, over their nulls."""
+    if name not in pair.measures:
+        return False
+    m = pair.measures[name]
+    high = (m.value if m.high is None else m.high) - (m.null or 0.0)
+    others = [seed.measures[name] for seed in seeds]
+    return high < min((o.value if o.low is None else o.low) - (o.null or 0.0) for o in others)
 
 
 def write_comparison(found: Sequence[Comparison], path: str | os.PathLike[str]) -> None:

@@ -140,6 +140,13 @@ DEFINITIONS = {
         null=0.0,
         ideal=1.0,
     ),
+    "training_score": Definition(
+        "Training score",
+        "The same of particles that were trained on: what the encoder's latents, or the table's "
+        "rows, gain over one latent for all, of what fitted ones gain.",
+        null=0.0,
+        ideal=1.0,
+    ),
     "approximation_gap": Definition(
         "Approximation gap",
         "By how much an importance-weighted bound of log p(x), with 64 samples, is above the ELBO "

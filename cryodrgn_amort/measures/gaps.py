@@ -58,10 +58,11 @@ def fit_measures(found: FitValues, seen: FitValues | None, opts: dict[str, Any])
             measure("generalisation_gap", difference_of_means, found.gap[both],
                     seen.gap[both], **opts)
         )  # fmt: skip
-    if seen is not None and known.any():
+    if known.any():
         gained, possible = found.constant - found.encoder, found.constant - found.fitted
+        name = "training_score" if seen is None else "held_out_score"
         measures.append(
-            measure("held_out_score", gained_share, gained[known], possible[known], **opts)
+            measure(name, gained_share, gained[known], possible[known], **opts)
         )  # fmt: skip
     known = np.isfinite(found.tighter)
     if known.any():

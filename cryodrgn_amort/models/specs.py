@@ -68,6 +68,11 @@ class EncoderSpec:
         if (self.build is None) == (self.host_mode is None):
             raise ValueError(f"encoder {self.name!r}: give either build or host_mode")
 
+    @property
+    def told_pose(self) -> bool:
+        """Whether ours, which compares particles with images at their poses, is told these."""
+        return self.host_mode is None and (self.sleeps or self.in_turns)
+
     def make(self, settings: TrainSettings, particles: Particles) -> Encoder | None:
         """Make the encoder; None: it is the host's own network."""
         if self.build is None:

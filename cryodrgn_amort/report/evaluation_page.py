@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cryodrgn_amort.core import warn
+from cryodrgn_amort.report.answers import answers
 from cryodrgn_amort.report.html import Picture, environment, picture
 from cryodrgn_amort.report.methods import CITATION, methods
 from cryodrgn_amort.report.trust import STABLE
@@ -55,7 +56,7 @@ class _PluginPart:
 
 
 _PARTS: Mapping[str, Callable[[Evaluation], dict[str, Any]]] = {
-    "verdict": lambda e: {"verdict": verdict(e), "mode_notes": MODE_NOTES},
+    "verdict": lambda e: {"verdict": verdict(e), "answers": answers(e), "mode_notes": MODE_NOTES},
     "transforms": lambda e: {"transforms": _by_transform(e)},
     "fits": lambda e: {"fitted_measures": {k: m for f in e.fits for k, m in f.measures.items()}},
     "latents": lambda _: {},

@@ -192,6 +192,18 @@ class Evaluation:
         return [r for r in self.results if r.name in names]
 
     @property
+    def tests(self) -> list[TransformResult]:
+        """The results that judge the encoder: no controls, and no poses that are made wrong.
+
+        That is what the pose table is of a copy that is turned and "held", to an encoder that is
+        told the pose. If there are no others, all.
+        """
+        told = self.run.encoder.told_pose
+        found = [r for r in self.results if not r.is_control]
+        right = [r for r in found if not (told and r.mode == "held")]
+        return right or found or self.results
+
+    @property
     def reason(self) -> str:
         """Why amortization was not measured; empty if it was."""
         return "" if self.applicable else NOT_APPLICABLE

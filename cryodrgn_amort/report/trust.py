@@ -12,12 +12,13 @@ from cryodrgn_amort.core import replacing, write_pickle
 from cryodrgn_amort.measures import looked_up, retrieval_rank
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from cryodrgn_amort.report.results import Evaluation
 
 
-__all__ = ["STABLE", "trust_table", "write_trust"]
+__all__ = ["STABLE", "stable_rows", "trust_table", "write_trust"]
 
 STABLE = 0.05
 """A particle is stable if under no transform a larger share of the others is nearer to its copy."""
@@ -27,19 +28,19 @@ def trust_table(evaluation: Evaluation) -> dict[str, np.ndarray]:
     """Return what is known of each particle, each `(N,)`; NaN where it was not measured.
 
     ``rank.KEY`` and ``displacement.KEY`` for each transform and mode, ``reconstruction`` and
-    ``gap`` in nats, and ``trust``: 1 minus the largest rank under a transform that is no control.
+    ``gap`` in nats, and ``trust``: 1 minus the largest rank of ``Evaluation.tests``.
     """
     z, n = evaluation.z, len(evaluation.z)
     others = looked_up(n, evaluation.options.seed)
     table: dict[str, np.ndarray] = {}
-    worst = np.full(n, np.nan)
+    worst, tests = np.full(n, np.nan), {r.key for r in evaluation.tests}
     for result in evaluation.results:
         rank = result.arrays["retrieval_rank"]
         if np.isnan(rank).any():  # of large sets, all particles among a sample of the others
             rank = retrieval_rank(z, result.z, others=others)
         table[f"rank.{result.key}"] = rank
         table[f"displacement.{result.key}"] = result.arrays["displacement"]
-        if not result.is_control:
+        if result.key in tests and not result.is_control:
             worst = np.fmax(worst, rank)
     table["reconstruction"] = evaluation.arrays["reconstruction"]
     fitted = [f for f in evaluation.fits if f.key == "training.train"]
@@ -50,6 +51,12 @@ def trust_table(evaluation: Evaluation) -> dict[str, np.ndarray]:
     if evaluation.results:
         table["trust"] = 1 - worst
     return table
+
+
+def stable_rows(table: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Tell which particles of a ``trust_table`` are stable, `(N,)` bool."""
+    stable: np.ndarray = table["trust"] >= 1 - STABLE
+    return stable
 
 
 def write_trust(evaluation: Evaluation, folder: Path) -> None:
@@ -74,7 +81,7 @@ def write_trust(evaluation: Evaluation, folder: Path) -> None:
     if "trust" not in table:
         return
     write_pickle(folder / "trust.pkl", evaluation.of_all(table["trust"]))
-    stable = table["trust"] >= 1 - STABLE
+    stable = stable_rows(table)
     for name, chosen in (("stable", stable), ("unstable", ~stable)):
         if chosen.any():
             write_pickle(folder / f"ind_{name}.pkl", stack[chosen])

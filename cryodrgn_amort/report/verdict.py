@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cryodrgn_amort.core import number
+from cryodrgn_amort.report.trust import stable_rows, trust_table
 
 if TYPE_CHECKING:
     from cryodrgn_amort.measures import Measure
@@ -22,6 +25,8 @@ MODE_NOTES = {
     "has changed. The network never sees the rotation: the modes differ only in how its image is "
     "centred and phase-flipped",
 }
+_LEAK, _LEAKS = "nuisance_leak_", 0.02  # of the variance, surely, beyond what chance tells
+_INVERTED = 2.0  # times the greatest density, the least one
 GAIN_BOUNDS = (0.95, 1.05)
 """A gain ratio that is surely outside is said in the headline of a report."""
 # Upper end of the retrieval rank, and what is said of it.
@@ -33,7 +38,8 @@ _WORDS = (
     (math.inf, "lands at a place that has next to nothing to do with its particle", "poor"),
 )
 VERDICT_RULE = (
-    "by the largest mean retrieval rank that is not a control. "
+    "by the largest mean retrieval rank that is not a control, nor, where the encoder is told the "
+    "pose, of a pose that is made wrong. "
     + "; ".join(f"{words}: up to {most:g}" for most, words, _ in _WORDS[:-1])
     + f"; {_WORDS[-1][1]}: above"
 )
@@ -68,9 +74,9 @@ def verdict(evaluation: Evaluation) -> Verdict:
     if not evaluation.results:
         headline = "Amortization: not measured (no transforms were asked for)"
         return Verdict(headline, "none", (), _cautions(evaluation))
-    tests = [r for r in evaluation.results if not r.is_control] or evaluation.results
-    known = [r for r in tests if math.isfinite(r.measures["retrieval_rank"].value)]
-    lines = tuple(_sentence(r) for r in evaluation.results)
+    known = [r for r in evaluation.tests if math.isfinite(r.measures["retrieval_rank"].value)]
+    told = evaluation.run.encoder.told_pose
+    lines = tuple(_sentence(r, told=told) for r in evaluation.results)
     if not known:
         return Verdict("Amortization: could not be measured", "none", lines, _cautions(evaluation))
     worst = max(known, key=lambda r: r.measures["retrieval_rank"].value)
@@ -84,10 +90,12 @@ def _words(rank: float) -> tuple[str, str]:
     return next((words, tone) for most, words, tone in _WORDS if rank <= most)
 
 
-def _sentence(result: TransformResult) -> str:
+def _sentence(result: TransformResult, *, told: bool) -> str:
     m = result.measures["retrieval_rank"]
     interval = f", 95 % interval {number(m.low)} to {number(m.high)}" if _finite(m.low) else ""
     tail = ". A control: centring undoes it" if result.is_control else ""
+    if told and result.mode == "held" and not result.is_control:
+        tail = ". Not judged: this encoder is told the pose, which is wrong for this copy"
     return f"{result.title}, {result.mode}: {number(m.value)}{interval}{tail}"
 
 
@@ -97,6 +105,13 @@ def _finite(value: float | None) -> bool:
 
 def _cautions(evaluation: Evaluation) -> tuple[str, ...]:
     found = []
+    if _inverted(evaluation.volumes):
+        inverts = evaluation.run.settings.invert_data
+        now, other = ("without", "with") if inverts else ("with", "without")
+        found.append(
+            "The density that is decoded is mostly negative: the contrast looks inverted. This run "
+            f"was trained {now} --uninvert-data; train {other} it."
+        )
     if _value(evaluation.measures, "active_units") == 0:
         found.append(
             "No latent dimension is active: all particles lie nearly at one place, and ranks and "
@@ -116,9 +131,36 @@ def _cautions(evaluation: Evaluation) -> tuple[str, ...]:
                 f"Latents of their own gain {what} for particles than for images that the decoder "
                 f"makes up (gain ratio {number(gain.value)}): {why}."
             )
+    elif evaluation.calibration is not None:
+        found.append(
+            "There is no gain ratio: the encoder's latents gain nothing of images that the decoder "
+            "makes up."
+        )
+    leaks = [m for name, m in evaluation.measures.items() if name.startswith(_LEAK)]
+    for m in leaks:
+        low = m.value if m.low is None else m.low
+        if low > max(m.null or 0.0, 0.0) + _LEAKS:
+            found.append(
+                f"The latents tell of the {m.name.removeprefix(_LEAK).replace('_', ' ')} (R2 "
+                f"{number(m.value)}): look at clusters by it before you believe them."
+            )
+    if evaluation.results:
+        stable = stable_rows(trust_table(evaluation))
+        if 2 * stable.sum() < len(stable):
+            found.append(
+                f"Only {stable.sum()} of {len(stable)} particles are stable when they are moved: "
+                "ind_stable.pkl is no selection of good ones, and trust says more of the encoder "
+                "than of the particles."
+            )
     if len(evaluation.z) < 100:
         found.append(f"Only {len(evaluation.z)} particles: small ranks are coarse.")
     return tuple(found)
+
+
+def _inverted(volumes: np.ndarray) -> bool:
+    """Tell whether the strongest densities of most volumes `(L, ...)` are negative, by far."""
+    flat = volumes.reshape(len(volumes), -1)
+    return bool(len(flat) and np.median(-flat.min(1) / np.maximum(flat.max(1), 1e-12)) > _INVERTED)
 
 
 def _value(measures: dict[str, Measure], name: str) -> float | None:
