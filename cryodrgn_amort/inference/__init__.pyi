@@ -1,4 +1,9 @@
-from .elbo import ElboScale as ElboScale, errors_at as errors_at
+from .elbo import (
+    ElboScale as ElboScale,
+    anchored as anchored,
+    elbo as elbo,
+    errors_at as errors_at,
+)
 from .fitter import Fitter as Fitter
 from .gaps import fit_values as fit_values
 from .inferred import inferred_summary as inferred_summary

@@ -1,0 +1,293 @@
+"""A decoder and particles that it has not seen: fits of them, and images made up in their place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from cryodrgn_amort.core import InputError, bar, replacing
+from cryodrgn_amort.data import BatchLoader, NoiseModel, Shells
+from cryodrgn_amort.inference import ElboScale, Fitter, anchored, elbo, errors_at
+from cryodrgn_amort.models import whole_ctf
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from cryodrgn_amort.data import Batch, Particles
+    from cryodrgn_amort.models import AmortVAE
+    from cryodrgn_amort.runs import Run
+
+
+__all__ = ["NATS", "Case", "Fits", "Whitened"]
+
+NATS = ElboScale.implied(1.0)
+"""Errors are in units of the noise: half of them are nats."""
+_TOGETHER = 64
+_STEPS, _STEP = 6, 0.2  # of a fit; standard deviations of the latents, for differences
+
+
+class Whitened:
+    """A decoder whose errors are in units of the noise: see ``inference.Decoder``.
+
+    Parameters
+    ----------
+    spectrum
+        Variance of the noise in each shell of masked pixels.
+    """
+
+    def __init__(self, model: AmortVAE, shells: Shells, spectrum: Tensor) -> None:
+        self.fast = model.fast
+        self.gain = spectrum.clamp(min=1e-12)[shells.of_pixel].rsqrt()
+
+    def errors(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the total error, differentiable by z, and that of each particle `(B,)`."""
+        assert batch.rot is not None
+        half = self.gain[: len(self.gain) // 2]
+        ctf = half.expand(len(batch.y), -1) if batch.ctf is None else batch.ctf * half
+        return self.fast.squared_errors(batch.rot, batch.y * self.gain, ctf, z)
+
+
+@dataclass(frozen=True)
+class Fits:
+    """Posteriors fitted to particles of a case, with the spectrum of their noise.
+
+    Attributes
+    ----------
+    rows
+        Positions among the particles of the case, `(M,)`, sorted.
+    mean, logvar
+        `(M, zdim)`.
+    elbo, constant
+        In nats up to one constant, `(M,)`: the ELBO of the fit, and the log likelihood at the one
+        latent that explains all of them best.
+    centre
+        That latent, `(zdim,)`.
+    spectrum
+        Variance of the noise in each shell: what the fits leave unexplained.
+    """
+
+    rows: np.ndarray
+    mean: np.ndarray
+    logvar: np.ndarray
+    elbo: np.ndarray
+    constant: np.ndarray
+    centre: np.ndarray
+    spectrum: np.ndarray
+
+    def write(self, path: Path) -> None:
+        """Keep them in an .npz file."""
+        with replacing(path) as temporary, open(temporary, "wb") as handle:
+            kept = {f.name: getattr(self, f.name) for f in fields(self)}
+            np.savez(handle, **kept)
+
+    @classmethod
+    def read(cls, path: Path) -> Fits:
+        """Read what ``write`` has kept.
+
+        Raises
+        ------
+        InputError
+            If the file is damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                return cls(**{f.name: found[f.name] for f in fields(cls)})
+        except Exception as err:  # zip, numpy and the system have many for a damaged one
+            raise InputError(f"{path}: damaged ({type(err).__name__}); remove it") from None
+
+
+class Case:
+    """A decoder, and particles.
+
+    Parameters
+    ----------
+    run
+        Whose decoder it is.
+    particles
+        Those that are asked about.
+    own
+        Whether the decoder has been trained on them.
+    """
+
+    def __init__(self, run: Run, particles: Particles, *, own: bool, seed: int = 0) -> None:
+        self.run, self.particles, self.own, self.seed = run, particles, own, seed
+        self.fitter = Fitter(run, particles, own=False, seed=seed)
+        self.model: AmortVAE = self.fitter.model
+        self.loader = BatchLoader(particles, None, memory=0)
+        self.shells = Shells(particles)
+
+    def sample(self, count: int) -> np.ndarray:
+        """Draw positions of at most so many particles, sorted."""
+        mixed = np.random.default_rng(self.seed).permutation(self.particles.n)
+        return np.sort(mixed[:count])
+
+    def whitened(self, spectrum: np.ndarray) -> Whitened:
+        """Return the decoder with errors in units of this noise."""
+        values = torch.from_numpy(spectrum).float().to(self.particles.device)
+        return Whitened(self.model, self.shells, values)
+
+    def decoded(self, batch: Batch, z: Tensor) -> Tensor:
+        """Return what latents `(B, zdim)` explain of a batch, with CTF: `(B, P)`."""
+        assert batch.rot is not None
+        images = self.model.fast.images(batch.rot, z[:, None])[:, 0]
+        return images if batch.ctf is None else images * whole_ctf(batch.ctf)
+
+    def fit(self, count: int) -> Fits:
+        """Fit so many of the particles, by the noise that they turn out to have."""
+        rows = self.sample(count)
+        spectrum = self._first_spectrum(rows)
+        fits = self._fitted(rows, spectrum)
+        return self._measured(replace(fits, spectrum=self._left(rows, fits.mean)))
+
+    def _first_spectrum(self, rows: np.ndarray) -> np.ndarray:
+        """Return the spectrum of what the best of some latents leaves of each particle."""
+        flat = self.whitened(np.full(self.shells.count, self.fitter.variance, np.float32))
+        parts = [
+            anchored(flat, self.loader.read(index), self.fitter.anchors, 1.0)[0].cpu()
+            for index in torch.from_numpy(rows).split(_TOGETHER)
+        ]
+        return self._left(rows, torch.cat(parts).numpy())
+
+    def _left(self, rows: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        """Return the mean power in each shell of what latents leave unexplained."""
+        total = torch.zeros(self.shells.count, dtype=torch.float64)
+        places = torch.arange(len(rows)).split(_TOGETHER)
+        for at in places:
+            batch = self.loader.read(torch.from_numpy(rows)[at])
+            z = torch.from_numpy(mean[at.numpy()]).to(batch.y)
+            total += self.shells.power(batch.y - self.decoded(batch, z)).double().sum(0).cpu()
+        found: np.ndarray = (total / len(rows)).float().numpy()
+        return found
+
+    def _fitted(self, rows: np.ndarray, spectrum: np.ndarray) -> Fits:
+        white, means, logvars = self.whitened(spectrum), [], []
+        for index in bar(torch.from_numpy(rows).split(_TOGETHER), f"fits, {self.run.name}"):
+            mean, logvar = self.posterior(white, self.loader.read(index))
+            means.append(mean.cpu())
+            logvars.append(logvar.cpu())
+        none = np.empty(0)
+        together = (torch.cat(part).numpy() for part in (means, logvars))
+        return Fits(rows, *together, none, none, none, spectrum)
+
+    @torch.no_grad()
+    def posterior(self, white: Whitened, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Fit the particles of a batch: mean and log variance of each, `(B, zdim)`.
+
+        Gauss-Newton steps (Levenberg, Marquardt) from latents weighted by how well they explain
+        each particle, and Laplace's approximation, without correlations.
+        """
+        z = anchored(white, batch, self.fitter.anchors, 1.0)[0]
+        damping = torch.ones(len(z), 1, dtype=torch.float64, device=z.device)
+        least = self._cost(white, batch, z)
+        for _ in range(_STEPS):
+            g, H = self.slopes(white, batch, z)
+            diagonal = H.diagonal(dim1=1, dim2=2)
+            damped = H + torch.diag_embed(damping * diagonal)
+            step = torch.linalg.solve(damped, g[:, :, None])[:, :, 0].to(z)
+            cost = self._cost(white, batch, z + step)
+            better = cost < least
+            z = torch.where(better[:, None], z + step, z)
+            least = torch.where(better, cost, least)
+            damping = torch.where(better[:, None], damping / 5, damping * 5)
+        diagonal = self.slopes(white, batch, z)[1].diagonal(dim1=1, dim2=2)
+        return z, -diagonal.log().to(z)
+
+    def _cost(self, white: Whitened, batch: Batch, z: Tensor) -> Tensor:
+        error = errors_at(white, batch, z[None])[0]
+        return error.double() / 2 + z.double().square().sum(1) / 2
+
+    def slopes(self, white: Whitened, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return slope `(B, zdim)` and curvature of the log posterior by the latent.
+
+        By differences of images, whose second derivatives are left out (Gauss and Newton).
+        """
+        shown, by_latent = self.images_around(white, batch, z)
+        left = (batch.y * white.gain - shown).double()
+        g = torch.einsum("bip,bp->bi", by_latent, left) - z.double()
+        H = torch.einsum("bip,bjp->bij", by_latent, by_latent)
+        return g, H + torch.eye(z.shape[1], dtype=H.dtype, device=H.device)
+
+    def images_around(self, white: Whitened, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images of latents in units of the noise, and their differences by the latent.
+
+        That is `(B, P)` and `(B, zdim, P)`, the latter in double precision.
+        """
+        assert batch.rot is not None
+        ctf = white.gain if batch.ctf is None else whole_ctf(batch.ctf) * white.gain
+        steps = _STEP * self.fitter.spread.clamp(min=1e-3)
+        zdim = z.shape[1]
+        moves = torch.cat([z.new_zeros(1, zdim), torch.diag(steps), -torch.diag(steps)])
+        images = self.model.fast.images(batch.rot, z[:, None] + moves)
+        ahead, back = images[:, 1 : 1 + zdim], images[:, 1 + zdim :]
+        slopes = (ahead - back) / (2 * steps[:, None])
+        return images[:, 0] * ctf, (slopes * ctf.unsqueeze(-2)).double()
+
+    def _measured(self, fits: Fits) -> Fits:
+        """Measure ELBO and log likelihoods by the spectrum."""
+        white, elbos, others = self.whitened(fits.spectrum), [], []
+        device = self.particles.device
+        single = torch.cat([self.fitter.centre[None], self.fitter.anchors])
+        generator = torch.Generator().manual_seed(self.seed)
+        for at in torch.arange(len(fits.rows)).split(_TOGETHER):
+            batch = self.loader.read(torch.from_numpy(fits.rows)[at])
+            pair = (torch.from_numpy(a[at.numpy()]).to(device) for a in (fits.mean, fits.logvar))
+            mean, logvar = pair
+            draws = torch.randn(8, *mean.shape, generator=generator).to(mean)
+            elbos.append(elbo(white, batch, (mean, logvar), NATS, draws).cpu())
+            each = single[:, None].expand(-1, len(mean), -1)
+            others.append(-errors_at(white, batch, each).cpu() / 2)
+        likelihood = torch.cat(others, 1).double()
+        best = int(likelihood.sum(1).argmax())
+        return replace(
+            fits, elbo=torch.cat(elbos).double().numpy(), constant=likelihood[best].numpy(),
+            centre=single[best].cpu().numpy(),
+        )  # fmt: skip
+
+    def made_up(
+        self, fits: Fits, at: Tensor, turns: Tensor | None, generator: torch.Generator
+    ) -> tuple[Batch, Tensor]:
+        """Make images up in place of fitted particles, and return their latents, too.
+
+        Each has a latent of the particle's posterior, its CTF and shift, and new noise. Its pose is
+        the particle's, which ``turns`` `(B, 3, 3)` have turned before; the batch does not say so.
+
+        Parameters
+        ----------
+        at
+            Positions among the fits, `(B,)`.
+        """
+        rows = torch.from_numpy(fits.rows)[at]
+        batch = self.loader.read(rows)
+        assert batch.rot is not None
+        mean, logvar = (torch.from_numpy(a[at.numpy()]) for a in (fits.mean, fits.logvar))
+        z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
+        z = z.to(batch.y)
+        rot = batch.rot if turns is None else turns.to(batch.rot) @ batch.rot
+        shown = self.decoded(replace(batch, rot=rot), z)
+        noise = self.noise(fits.spectrum).draw(rows.to(batch.y.device), generator)
+        return replace(batch, y=shown + noise), z
+
+    def noise(self, spectrum: np.ndarray) -> NoiseModel:
+        """Return noise of a spectrum, in all optics groups alike."""
+        if self._noise is None or not np.array_equal(self._noise[0], spectrum):
+            values = torch.from_numpy(spectrum)[None].to(self.particles.device)
+            groups = torch.zeros(self.particles.n, dtype=torch.long)
+            self._noise = (
+                spectrum,
+                NoiseModel(self.particles, self.shells, values, groups, self.seed),
+            )
+        return self._noise[1]
+
+    _noise: tuple[np.ndarray, NoiseModel] | None = None
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Positions of the particles in their stack, `(N,)`."""
+        ind = self.particles.ind
+        return np.arange(self.particles.n) if ind is None else np.asarray(ind)

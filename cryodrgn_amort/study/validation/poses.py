@@ -1,0 +1,152 @@
+"""How wrong the poses are: what turns and shifts would explain of particles, next to known ones.
+
+The log likelihood of a particle is taken to second order in a small turn and shift of its pose: with
+slope g and curvature H, of which what another latent would explain as well is taken out (a Schur
+complement). If poses are off by errors of variance D, the slopes have the covariance H + H D H, and
+D follows by maximum likelihood over many particles. What that gives is too small where errors are
+large, since images are not linear in the pose, and too large where the decoder is wrong: it is read
+against images made up, at the same poses, with errors that are known.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from scipy.spatial.transform import Rotation
+
+from cryodrgn_amort.core import bar
+from cryodrgn_amort.models import whole_ctf
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cryodrgn_amort.data import Batch
+    from cryodrgn_amort.study.validation.case import Case, Fits, Whitened
+
+
+__all__ = ["KNOWN_DEG", "PoseSlopes", "likely_errors", "measured_slopes", "pose_slopes", "turned"]
+
+KNOWN_DEG = (0.0, 1.0, 2.0, 4.0, 7.0, 12.0, 20.0)
+"""Errors of the images made up, rms angles about random axes."""
+_TURN = math.radians(2.0)  # differences of images, to each side
+_SHIFT = 0.25  # pixels
+_TOGETHER = 64
+_STARTS = ((1.0, 0.1), (5.0, 0.3))  # degrees, pixels
+_LEAST = 1e-6
+
+
+@dataclass(frozen=True)
+class PoseSlopes:
+    """Slope and curvature of log likelihoods by poses: turns in radians, shifts in pixels.
+
+    Attributes
+    ----------
+    slope, curvature
+        `(M, 5)` and `(M, 5, 5)`: turns about x, y and z of the image, shifts along x and y.
+    """
+
+    slope: np.ndarray
+    curvature: np.ndarray
+
+    def of(self, rows: np.ndarray) -> PoseSlopes:
+        """Return those of some particles."""
+        return PoseSlopes(self.slope[rows], self.curvature[rows])
+
+    @classmethod
+    def joined(cls, parts: list[PoseSlopes]) -> PoseSlopes:
+        """Put parts together."""
+        return cls(
+            np.concatenate([p.slope for p in parts]), np.concatenate([p.curvature for p in parts])
+        )
+
+
+def turned(vectors: Tensor) -> Tensor:
+    """Return rotation matrices `(B, 3, 3)` of rotation vectors `(B, 3)`, in radians."""
+    found: Tensor = torch.from_numpy(Rotation.from_rotvec(vectors.double().cpu()).as_matrix())
+    return found.to(vectors)
+
+
+@torch.no_grad()
+def pose_slopes(case: Case, white: Whitened, batch: Batch, z: Tensor) -> PoseSlopes:
+    """Differentiate the log likelihoods of a batch by the poses, latents `(B, zdim)` aside."""
+    assert batch.rot is not None
+    rot, count, zdim = batch.rot, *z.shape
+    ctf = white.gain if batch.ctf is None else whole_ctf(batch.ctf) * white.gain
+    shown, by_latent = case.images_around(white, batch, z)
+    columns = []
+    for axis in range(3):
+        vector = torch.zeros(1, 3, device=z.device)
+        vector[0, axis] = _TURN
+        ahead, back = (
+            case.model.fast.images(turned(sign * vector) @ rot, z[:, None])[:, 0] * ctf
+            for sign in (1, -1)
+        )
+        columns.append((ahead - back) / (2 * _TURN))
+    for axis in range(2):
+        move = torch.zeros(count, 2, device=z.device)
+        move[:, axis] = _SHIFT
+        ahead, back = (case.particles.shift(shown, sign * move) for sign in (-1, 1))
+        columns.append((ahead - back) / (2 * _SHIFT))
+    slopes = torch.cat([torch.stack(columns, 1).double(), by_latent], 1)
+    left = (batch.y * white.gain - shown).double()
+    g = torch.einsum("bip,bp->bi", slopes, left)
+    H = torch.einsum("bip,bjp->bij", slopes, slopes)
+    of_latent = H[:, 5:, 5:] + torch.eye(zdim, dtype=H.dtype, device=H.device)
+    taken = torch.linalg.solve(of_latent, H[:, 5:, :5])  # (B, zdim, 5)
+    g_pose = g[:, :5] - torch.einsum("bzi,bz->bi", taken, g[:, 5:] - z.double())
+    H_pose = H[:, :5, :5] - H[:, :5, 5:] @ taken
+    return PoseSlopes(g_pose.cpu().numpy(), H_pose.cpu().numpy())
+
+
+def likely_errors(slopes: PoseSlopes) -> tuple[float, float]:
+    """Return the rms errors that explain slopes best: of the angle in degrees, and in pixels."""
+    found = [
+        minimize(
+            _unlikely, np.log([math.radians(deg), px]), (slopes,), method="Nelder-Mead",
+            options={"xatol": 1e-2, "fatol": 1e-6, "maxiter": 300},
+        )
+        for deg, px in _STARTS
+    ]  # fmt: skip
+    turn, shift = np.exp(min(found, key=lambda f: f.fun).x)
+    return math.degrees(turn) * math.sqrt(3), float(shift) * math.sqrt(2)
+
+
+def _unlikely(logs: np.ndarray, slopes: PoseSlopes) -> float:
+    turn, shift = np.exp(2 * np.clip(logs, -12, 6))
+    H = slopes.curvature
+    covariance = H + (H * np.array([turn] * 3 + [shift] * 2)) @ H
+    covariance += _LEAST * np.trace(H, axis1=1, axis2=2)[:, None, None] * np.eye(5) + 1e-9 * np.eye(
+        5
+    )
+    root = np.linalg.cholesky(covariance)
+    scaled = np.linalg.solve(root, slopes.slope[..., None])[..., 0]
+    logs_det = np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)
+    return float((logs_det + 0.5 * (scaled**2).sum(1)).mean())
+
+
+def measured_slopes(case: Case, fits: Fits) -> tuple[PoseSlopes, dict[float, PoseSlopes]]:
+    """Return the slopes of fitted particles, and of images made up with each of ``KNOWN_DEG``."""
+    white = case.whitened(fits.spectrum)
+    places = torch.arange(len(fits.rows)).split(_TOGETHER)
+    own = []
+    for at in places:
+        batch = case.loader.read(torch.from_numpy(fits.rows)[at])
+        z = torch.from_numpy(fits.mean[at.numpy()]).to(batch.y)
+        own.append(pose_slopes(case, white, batch, z))
+    known = {}
+    for degrees in bar(KNOWN_DEG, "images made up at poses that are off"):
+        generator = torch.Generator().manual_seed(case.seed)  # the same but for the errors
+        parts = []
+        for at in places:
+            axes = torch.randn(len(at), 3, generator=generator) / math.sqrt(3)
+            turns = turned(axes * math.radians(degrees))
+            batch, _ = case.made_up(fits, at, turns, generator)
+            z = case.posterior(white, batch)[0]
+            parts.append(pose_slopes(case, white, batch, z))
+        known[degrees] = PoseSlopes.joined(parts)
+    return PoseSlopes.joined(own), known
