@@ -12,6 +12,7 @@ from .attainable import (
 from .bootstrap import (
     Measure as Measure,
     measure as measure,
+    ratio as ratio,
     ratio_of_means as ratio_of_means,
     single as single,
 )

@@ -288,6 +288,28 @@ DEFINITIONS = {
         ideal=1.0,
         attainable="attainable_class",
     ),
+    "heterogeneity_gain": Definition(
+        "Heterogeneity gain",
+        "By how much the ELBO of latents fitted to particles that the decoder has not seen is "
+        "above their log likelihood at the one latent that explains all of them best, by the "
+        "noise's spectrum; mean over the particles. Its null is that of a run on particles without "
+        "heterogeneity.",
+        "nats per particle",
+        null="measured",
+    ),
+    "halves_agreement": Definition(
+        "Agreement of the halves",
+        "Correlation of the volumes that the decoders of two halves show for a particle, each "
+        "minus its mean over particles, up to 16 Fourier pixels; one of them has not seen the "
+        "particle.",
+        null=0.0,
+        ideal=1.0,
+    ),
+    "halves_agreement_others": Definition(
+        "Agreement of the halves, other particles",
+        "The same with the volume that the other half shows for another particle.",
+        null=0.0,
+    ),
     "knn_overlap": Definition(
         "Neighbour overlap",
         "Share of a particle's 15 nearest neighbours in one run that are so in the other; mean.",

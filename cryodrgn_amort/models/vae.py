@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ so that ``cryodrgn eval_images`` fails instead of encoding with weights that wer
 _VOLUME_ROWS = 1 << 13  # voxels at a time
 _VOXELS_AT_ONCE = 100_000_000  # of decoded volumes: 400 MB
 _ACTIVATION = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
+_SAMPLED, _SAMPLED_RADIUS = 512, 16  # frequencies, and how far they reach
 _OWN = "amort."
 
 
@@ -189,6 +191,20 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
                     volume[part] = real - imag
             for volume in volumes:
                 yield host.volume_of(volume.view(size, size, size), norm).cpu()
+
+    @torch.no_grad()
+    def sampled(self, z: Tensor) -> np.ndarray:
+        """Decode latents `(M, zdim)` at the same random frequencies: `(M, F)`.
+
+        Euclidean distances are those between the volumes up to 16 Fourier pixels, but for a factor
+        and the error of a sample of 512.
+        """
+        rng, reach = np.random.default_rng(0), min(0.5, _SAMPLED_RADIUS / (self.lattice.D - 1))
+        k = rng.uniform(-reach, reach, (8 * _SAMPLED, 3))
+        k = k[np.linalg.norm(k, axis=1) < reach][:_SAMPLED].astype(np.float32)
+        device = self.lattice.coords.device
+        values = self.fast.values(torch.from_numpy(k).to(device), z.to(device))
+        return torch.stack([row.flatten().float().cpu() for row in values]).numpy()
 
     def host_state_dict(self) -> dict[str, Tensor]:
         """Return the state that the host's ``HetOnlyVAE`` has, and no more."""

@@ -17,3 +17,4 @@ from .train import (
     check_mode as check_mode,
     flag_name as flag_name,
 )
+from .validation import ValidateOptions as ValidateOptions

@@ -22,6 +22,7 @@ _COMMANDS = {
     "infer_amort": "fit latents particle by particle, for a run's own particles or new ones",
     "compare_amort": "compare finished runs of the same particles",
     "time_amort": "time the training step of several runs, side by side",
+    "validate_amort": "is it in the particles? a verdict on a run, without any truth",
     "scores_amort": "add scores of particles to the .star or .cs file that they are from",
     "study_amort": "run a whole study: every recipe, every figure, one report",
     "mnist_amort": "ask the same questions of handwritten digits, the paper's Appendix B",

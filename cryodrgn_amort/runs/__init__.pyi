@@ -1,3 +1,4 @@
+from .again import settings_argv as settings_argv, trained_settings as trained_settings
 from .config import (
     CHOSEN as CHOSEN,
     HOLDOUT as HOLDOUT,

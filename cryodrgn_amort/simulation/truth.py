@@ -35,7 +35,6 @@ _MOST_CLASSES = 500
 _NODES = 33
 _POSITIONS_BOX = 32  # the made-up object scales with its box, and so do all distances
 _PARTS_BOX = 64  # of molecules: frequencies beyond it hardly change distances
-_FREQUENCIES, _POSITIONS_RADIUS = 512, 16
 _MOST_APART_DEG = 60.0  # orientations that have nothing to do with each other: 132 degrees
 
 
@@ -235,13 +234,7 @@ def _of_run(path: Path, classes: int, particles: Particles, plugins: Registry) -
     z = run.z()[0]
     _check_count(path, f"{TRUTH}/z.pkl", z, particles)
     z = z if particles.ind is None else z[particles.ind]
-    rng = np.random.default_rng(0)
-    k = rng.uniform(-1, 1, (8 * _FREQUENCIES, 3)) * min(0.5, _POSITIONS_RADIUS / particles.box)
-    k = k[np.linalg.norm(k, axis=1) < np.abs(k).max()][:_FREQUENCIES].astype(np.float32)
-    decoder = run.load_decoder()[0]
-    coords, latents = (torch.from_numpy(a).to(particles.device) for a in (k, z))
-    values = [v.flatten().float().cpu() for v in decoder.fast.values(coords, latents)]
-    positions = torch.stack(values).numpy()
+    positions = run.load_decoder()[0].sampled(torch.from_numpy(z))
     return DecodedTruth(labels, None, _no_render, None, positions - positions.mean(0), run, z)
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.study.steps import Step, Work
 
 
-__all__ = ["snakemake_rules"]
+__all__ = ["measured_needs", "snakemake_rules"]
 
 _TIMED = 4  # batches, after as many that are not
 _SPARE = 2.0  # times what was measured
@@ -174,12 +174,15 @@ class _Needs:
         settings = settings_from_flags({**flags, "seed": 0}, self._work.plugins)
         same = str(replace(settings, outdir=""))  # but for the seed
         if same not in self._measured:
-            self._measured[same] = _measured(settings, self._work.plugins)
+            self._measured[same] = measured_needs(settings, self._work.plugins)
         return self._measured[same]
 
 
-def _measured(settings: TrainSettings, plugins: Registry) -> tuple[int, int]:
-    """Time a few batches of a training, of particles from the start of the stack."""
+def measured_needs(settings: TrainSettings, plugins: Registry) -> tuple[int, int]:
+    """Time a few batches of a training, of particles from the start of the stack.
+
+    Returns MB and minutes, the latter with some to spare.
+    """
     whole = load_particles(source_of(settings), default_device())
     rows = np.arange(whole.n) if whole.ind is None else np.asarray(whole.ind)
     some = rows[: 2 * _TIMED * settings.batch_size]

@@ -263,6 +263,8 @@ class Fingerprints:
             if not is_path or flag == "--datadir":  # whatever else is there
                 continue
             path = Path(os.path.abspath(argument))
+            if path == Path(os.path.abspath(self.folder)):
+                continue
             if self._made.isdisjoint((path, *path.parents)):
                 found += _identity(path) if path.is_file() else _listing(path)
         return found

@@ -174,7 +174,7 @@ def test_a_report_warns_of_decoders_that_are_not_like_the_particles(interval, sa
     ratio = Measure("gain_ratio", (low + high) / 2, low, high, 0.0, 1.0, 400)
     evaluation = SimpleNamespace(
         measures={"gain_ratio": ratio}, z=np.zeros((200, 2)), applicable=True, results=[],
-        reason="",
+        reason="", volumes=np.ones((2, 4, 4, 4)), calibration=None,
     )  # fmt: skip
     for applicable in (True, False):
         evaluation.applicable = applicable

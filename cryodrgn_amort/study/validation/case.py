@@ -168,12 +168,12 @@ class Case:
     def _fitted(self, rows: np.ndarray, spectrum: np.ndarray) -> Fits:
         white, means, logvars = self.whitened(spectrum), [], []
         for index in bar(torch.from_numpy(rows).split(_TOGETHER), f"fits, {self.run.name}"):
-            mean, logvar = self.posterior(white, self.loader.read(index))
-            means.append(mean.cpu())
-            logvars.append(logvar.cpu())
+            found = self.posterior(white, self.loader.read(index))
+            means.append(found[0].cpu())
+            logvars.append(found[1].cpu())
         none = np.empty(0)
-        together = (torch.cat(part).numpy() for part in (means, logvars))
-        return Fits(rows, *together, none, none, none, spectrum)
+        mean, logvar = torch.cat(means).numpy(), torch.cat(logvars).numpy()
+        return Fits(rows, mean, logvar, none, none, none, spectrum)
 
     @torch.no_grad()
     def posterior(self, white: Whitened, batch: Batch) -> tuple[Tensor, Tensor]:

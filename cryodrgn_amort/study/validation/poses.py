@@ -1,11 +1,11 @@
 """How wrong the poses are: what turns and shifts would explain of particles, next to known ones.
 
-The log likelihood of a particle is taken to second order in a small turn and shift of its pose: with
-slope g and curvature H, of which what another latent would explain as well is taken out (a Schur
-complement). If poses are off by errors of variance D, the slopes have the covariance H + H D H, and
-D follows by maximum likelihood over many particles. What that gives is too small where errors are
-large, since images are not linear in the pose, and too large where the decoder is wrong: it is read
-against images made up, at the same poses, with errors that are known.
+The log likelihood of a particle is taken to second order in a small turn and shift of its pose:
+with slope g and curvature H, of which what another latent would explain as well is taken out (a
+Schur complement). If poses are off by errors of variance D, the slopes have the covariance
+H + H D H, and D follows by maximum likelihood over many particles. What that gives is too small
+where errors are large, since images are not linear in the pose, and too large where the decoder is
+wrong: it is read against images made up, at the same poses, with errors that are known.
 """
 
 from __future__ import annotations
@@ -23,15 +23,25 @@ from cryodrgn_amort.core import bar
 from cryodrgn_amort.models import whole_ctf
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from cryodrgn_amort.data import Batch
     from cryodrgn_amort.study.validation.case import Case, Fits, Whitened
 
 
-__all__ = ["KNOWN_DEG", "PoseSlopes", "likely_errors", "measured_slopes", "pose_slopes", "turned"]
+__all__ = [
+    "KNOWN_DEG",
+    "PoseSlopes",
+    "likely_errors",
+    "measured_slopes",
+    "pose_slopes",
+    "read_off",
+    "turned",
+]
 
-KNOWN_DEG = (0.0, 1.0, 2.0, 4.0, 7.0, 12.0, 20.0)
+KNOWN_DEG = (0.0, 2.0, 4.0, 7.0, 12.0, 20.0)
 """Errors of the images made up, rms angles about random axes."""
 _TURN = math.radians(2.0)  # differences of images, to each side
 _SHIFT = 0.25  # pixels
@@ -116,13 +126,21 @@ def likely_errors(slopes: PoseSlopes) -> tuple[float, float]:
     return math.degrees(turn) * math.sqrt(3), float(shift) * math.sqrt(2)
 
 
+def read_off(degrees: float, known: Mapping[float, tuple[float, float]]) -> float:
+    """Return the error of images made up whose likely error is so large; between them linear.
+
+    Beyond the largest one it is that.
+    """
+    at = [found for found, _ in known.values()]
+    return float(np.interp(degrees, np.maximum.accumulate(at), list(known)))
+
+
 def _unlikely(logs: np.ndarray, slopes: PoseSlopes) -> float:
     turn, shift = np.exp(2 * np.clip(logs, -12, 6))
     H = slopes.curvature
     covariance = H + (H * np.array([turn] * 3 + [shift] * 2)) @ H
-    covariance += _LEAST * np.trace(H, axis1=1, axis2=2)[:, None, None] * np.eye(5) + 1e-9 * np.eye(
-        5
-    )
+    least = 1e-9 + _LEAST * np.trace(H, axis1=1, axis2=2)
+    covariance += least[:, None, None] * np.eye(5)
     root = np.linalg.cholesky(covariance)
     scaled = np.linalg.solve(root, slopes.slope[..., None])[..., 0]
     logs_det = np.log(np.diagonal(root, axis1=1, axis2=2)).sum(1)

@@ -1,0 +1,50 @@
+"""What ``validate_amort`` is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cryodrgn_amort.options.fields import Options, flag
+
+__all__ = ["ValidateOptions"]
+
+_NOW = "This call"
+
+
+@dataclass(frozen=True)
+class ValidateOptions(Options):
+    """What ``validate_amort`` is asked to do; ``run`` is a folder."""
+
+    run: str = flag("run", metavar="RUN", help="Run folder of train_amort or train_vae")
+    outdir: str = flag("-o", "--outdir", metavar="OUT", help="Output folder")
+    quick: bool = flag(
+        "--quick", default=False,
+        help="Train nothing: ask RUN's own decoder, of the particles held out from it, or else of\n"
+        "its own. Leaves out heterogeneity and epochs",
+    )  # fmt: skip
+    nulls: int = flag(
+        "--nulls", default=1, least=1, metavar="N",
+        help="Data sets like RUN's without heterogeneity, on each of which a half is trained",
+    )  # fmt: skip
+    sample: int = flag(
+        "--sample", default=300, least=20, metavar="N",
+        help="Particles of each half that are fitted one by one",
+    )  # fmt: skip
+    bootstrap: int = flag(
+        "--bootstrap", default=200, least=20, metavar="N", help="Rounds for the 95 %% intervals"
+    )
+    seed: int = flag("--seed", default=0, least=0, help="Of halves, nulls, samples and trainings")
+    jobs: int | None = flag(
+        "--jobs", default=None, least=1, group=_NOW, metavar="N",
+        help="Steps at a time (default: 1 on GPUs, else one per core, at most 4)",
+    )  # fmt: skip
+    dry_run: str | None = flag(
+        "--dry-run", default=None, choices=("shell", "snakemake"), group=_NOW, nargs="?",
+        const="shell", metavar="shell|snakemake",
+        help="Run nothing; print the commands for a shell, or write them as OUT/Snakefile\n"
+        "(default: shell)",
+    )  # fmt: skip
+    part: str | None = flag(
+        "--part", default=None, group=_NOW, metavar="NAME",
+        help="Do this part alone, as the steps of --dry-run do",
+    )  # fmt: skip

@@ -1,0 +1,68 @@
+"""Is there heterogeneity: what latents gain of unseen particles, and what two halves agree on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from cryodrgn_amort.measures import measure, ratio
+
+if TYPE_CHECKING:
+    from cryodrgn_amort.measures import Measure
+    from cryodrgn_amort.runs import Run
+    from cryodrgn_amort.study.validation.case import Case, Fits
+
+
+__all__ = ["agreement", "gain", "volume_spread"]
+
+
+def gain(name: str, fits: Fits, rounds: int, seed: int) -> Measure:
+    """Measure by how much latents of their own explain particles better than one for all."""
+    return measure(name, np.mean, fits.elbo - fits.constant, rounds=rounds, seed=seed)
+
+
+def volume_spread(case: Case) -> float:
+    """Return the variance of the volumes of a run's latents over the power of their mean."""
+    values = _sampled(case, case.run.z()[0][:1000])
+    mean = values.mean(0)
+    return float(((values - mean) ** 2).sum(1).mean() / (mean**2).sum())
+
+
+def agreement(
+    case: Case, fits: Fits, other: Run, rounds: int, seed: int
+) -> tuple[Measure, Measure]:
+    """Measure whether two halves find the same of a particle.
+
+    Its volume by this half, which has not seen it, is compared with that by the half that was
+    trained on it, each minus the mean over the particles: the correlation of both up to 16 Fourier
+    pixels, and the same with another particle's, which is the null.
+    """
+    places = {position: row for row, position in enumerate(_index(other).tolist())}
+    rows = np.array([places[p] for p in case.positions[fits.rows].tolist()])
+    mine = _sampled(case, fits.mean)
+    theirs = _sampled(case, other.z()[0][rows], other)
+    mine, theirs = mine - mine.mean(0), theirs - theirs.mean(0)
+    crossed = np.roll(theirs, 1, 0)
+    found = []
+    for name, with_these in (("halves_agreement", theirs), ("halves_agreement_others", crossed)):
+        terms = [(mine * with_these).sum(1), (mine**2).sum(1), (with_these**2).sum(1)]
+        found.append(measure(name, _correlation, *terms, null=0.0, ideal=1.0, rounds=rounds,
+                             seed=seed))  # fmt: skip
+    return found[0], found[1]
+
+
+def _correlation(products: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
+    return ratio(products.sum(), float(np.sqrt(first.sum() * second.sum())))
+
+
+def _index(run: Run) -> np.ndarray:
+    index = run.index
+    assert index is not None
+    return index
+
+
+def _sampled(case: Case, z: np.ndarray, run: Run | None = None) -> np.ndarray:
+    model = case.model if run is None else run.load_decoder()[0]
+    return model.sampled(torch.from_numpy(np.ascontiguousarray(z, np.float32)))

@@ -1,0 +1,129 @@
+"""The parts of a validation: each reads what those before it have written, and writes its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cryodrgn_amort.core import InputError, matrix_products, write_json
+from cryodrgn_amort.study.validation.case import Fits
+from cryodrgn_amort.study.validation.epochs import epoch_curve
+from cryodrgn_amort.study.validation.gains import agreement, gain, volume_spread
+from cryodrgn_amort.study.validation.misfits import misfits, share_of_misfits
+from cryodrgn_amort.study.validation.poses import (
+    PoseSlopes,
+    likely_errors,
+    measured_slopes,
+    read_off,
+)
+
+if TYPE_CHECKING:
+    from cryodrgn_amort.measures import Measure
+    from cryodrgn_amort.study.validation.plan import Validation
+
+
+__all__ = ["do_part"]
+
+_POSE_ROUNDS = 24  # of the bootstrap
+
+
+@matrix_products()
+def do_part(validation: Validation, name: str) -> None:
+    """Do a part, and write what it found.
+
+    Raises
+    ------
+    InputError
+        If there is no such part, or what it needs is not there.
+    """
+    kind, _, case = name.partition(".")
+    validation.part(name).parent.mkdir(exist_ok=True)
+    if kind == "fit" and case in (*validation.halves, *validation.nulls):
+        fits = validation.case(case).fit(validation.options.sample)
+        fits.write(validation.part(name, "npz"))
+        return
+    if name not in _PARTS:
+        raise InputError(f"--part {name}: there is none of that name; --dry-run lists them")
+    write_json(validation.part(name), _PARTS[name](validation))
+
+
+def _fits(validation: Validation, name: str) -> Fits:
+    path = validation.part(f"fit.{name}", "npz")
+    if not path.is_file():
+        raise InputError(f"--part: needs fit.{name}, which is not done yet ({path})")
+    return Fits.read(path)
+
+
+def _gain(validation: Validation) -> dict[str, Any]:
+    rounds, seed = validation.options.bootstrap, validation.options.seed
+    found: dict[str, Any] = {"gain": {}, "spread": {}, "agreement": {}}
+    for name in (*validation.halves, *validation.nulls):
+        case, fits = validation.case(name), _fits(validation, name)
+        found["gain"][name] = _facts(gain("heterogeneity_gain", fits, rounds, seed))
+        found["spread"][name] = volume_spread(case)
+        if name in validation.halves:
+            other = validation.trained("half1" if name == "half0" else "half0")
+            pair = agreement(case, fits, other, rounds, seed)
+            found["agreement"][name] = {m.name: _facts(m) for m in pair}
+    return found
+
+
+def _facts(measure: Measure) -> dict[str, Any]:
+    return asdict(measure)
+
+
+def _poses(validation: Validation) -> dict[str, Any]:
+    found = {}
+    groups = {"particles": validation.halves, **{name: [name] for name in validation.nulls}}
+    for group, names in groups.items():
+        parts = []
+        for name in names:
+            parts.append(measured_slopes(validation.case(name), _fits(validation, name)))
+        own = PoseSlopes.joined([p[0] for p in parts])
+        known = {deg: PoseSlopes.joined([p[1][deg] for p in parts]) for deg in parts[0][1]}
+        curve = {deg: likely_errors(slopes) for deg, slopes in known.items()}
+        value = likely_errors(own)
+        rng = np.random.default_rng(validation.options.seed)
+        n = len(own.slope)
+        drawn = [likely_errors(own.of(rng.integers(n, size=n))) for _ in range(_POSE_ROUNDS)]
+        angles = [read_off(d[0], curve) for d in drawn]
+        found[group] = {
+            "degrees": read_off(value[0], curve), "low": float(np.percentile(angles, 2.5)),
+            "high": float(np.percentile(angles, 97.5)), "pixels": value[1], "n": n,
+            "pixels_at_known_poses": curve[0.0][1],
+            "reading": value[0], "known": {str(k): v[0] for k, v in curve.items()},
+        }  # fmt: skip
+    return found
+
+
+def _misfits(validation: Validation) -> dict[str, Any]:
+    positions, values, ranks = [], [], []
+    for name in validation.halves:
+        case = validation.case(name)
+        explained, p = misfits(case, _fits(validation, name))
+        positions.append(case.positions)
+        values.append(explained)
+        ranks.append(p)
+    order = np.argsort(np.concatenate(positions))
+    p = np.concatenate(ranks)[order]
+    path = validation.part("misfits", "npz")
+    np.savez(path, position=np.concatenate(positions)[order], p=p,
+             explained=np.concatenate(values)[order])  # fmt: skip
+    return {"share": share_of_misfits(p), "below_0.05": float((p < 0.05).mean()), "n": len(p)}
+
+
+def _epochs(validation: Validation) -> dict[str, Any]:
+    case, fits = validation.case("half0"), _fits(validation, "half0")
+    curve = epoch_curve(case, fits, validation.options.sample)
+    gained, error, whole = curve.growth
+    return {
+        "epochs": curve.epochs.tolist(), "elbo": curve.elbo.mean(1).tolist(), "best": curve.best,
+        "error": (curve.elbo.std(1) / np.sqrt(curve.elbo.shape[1])).tolist(),
+        "last_quarter": gained, "last_quarter_error": error, "all": whole,
+        "improves": curve.improves, "declines": curve.declines,
+    }  # fmt: skip
+
+
+_PARTS = {"gain": _gain, "poses": _poses, "misfits": _misfits, "epochs": _epochs}

@@ -1,0 +1,158 @@
+"""The answers of a validation: yes, no, or that it cannot be told, with the numbers behind it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cryodrgn_amort.core import number
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+__all__ = ["CANNOT", "NO", "YES", "Answer", "answers"]
+
+YES, NO, CANNOT = "yes", "no", "cannot tell"
+_AGREE, _ALIKE = 0.2, 0.1  # correlation of halves that is something, and that is nothing
+_ABOVE = 1.5  # times the gain of particles without heterogeneity
+_OFF_DEG, _MISFITS = 2.5, 0.05
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a user's question.
+
+    Attributes
+    ----------
+    said
+        "yes", "no", "cannot tell".
+    tone
+        "good", "fair", "poor", "none".
+    because
+        The numbers, with what they would be if there were nothing.
+    do
+        What to do next.
+    """
+
+    question: str
+    said: str
+    tone: str
+    because: str
+    do: str = ""
+
+
+def answers(found: Mapping[str, Mapping[str, Any]]) -> list[Answer]:
+    """Return answers by what the parts have found, by name; parts may be missing."""
+    asked = (
+        ("gain", _heterogeneity), ("epochs", _epochs), ("poses", _poses), ("misfits", _misfits),
+    )  # fmt: skip
+    return [answer(found[name]) for name, answer in asked if name in found]
+
+
+def corrected(found: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Return the pose error, and its interval, less what a decoder's own faults look like.
+
+    Those are read off particles without heterogeneity at exactly known poses, on which a decoder
+    was trained likewise; squares add up.
+    """
+    own = found["particles"]
+    base = [f["degrees"] for name, f in found.items() if name != "particles"]
+    least, most = (min(base), max(base)) if base else (0.0, 0.0)
+    middle = sum(base) / len(base) if base else 0.0
+
+    def less(value: float, of: float) -> float:
+        return math.sqrt(max(0.0, value**2 - of**2))
+
+    return less(own["degrees"], middle), less(own["low"], most), less(own["high"], least)
+
+
+def _interval(m: Mapping[str, Any]) -> str:
+    return f"{number(m['value'])} ({number(m['low'])} to {number(m['high'])})"
+
+
+def _heterogeneity(found: Mapping[str, Any]) -> Answer:
+    question = "Is there heterogeneity in the particles, beyond noise?"
+    halves = [m for name, m in found["gain"].items() if not name.startswith("null")]
+    nulls = [m for name, m in found["gain"].items() if name.startswith("null")]
+    agree = [pair["halves_agreement"] for pair in found["agreement"].values()]
+    crossed = [pair["halves_agreement_others"] for pair in found["agreement"].values()]
+    most = max(m["high"] for m in nulls)
+    gains = all(m["low"] > _ABOVE * max(most, 0.0) for m in halves)
+    none = all(m["low"] <= most for m in halves)
+    together = all(m["low"] > _AGREE for m in agree)
+    apart = all(m["low"] < _ALIKE for m in agree)
+    because = (
+        "Latents of their own explain particles that the decoder has not seen by "
+        f"{' and '.join(map(_interval, halves))} nats better than one latent for all; without "
+        f"heterogeneity by {' and '.join(map(_interval, nulls))}. What two halves show for a "
+        f"particle correlates by {' and '.join(map(_interval, agree))}, with another particle's "
+        f"by {' and '.join(map(_interval, crossed))}."
+    )
+    if gains and together:
+        return Answer(question, YES, "good", because, "Both halves find it: look at its volumes.")
+    if none and apart:
+        return Answer(
+            question, NO, "poor", because,
+            "What the volumes of this run differ by is noise. Refine as one structure.",
+        )  # fmt: skip
+    return Answer(
+        question, CANNOT, "fair", because,
+        "More particles, or --encoder alternate, which finds more where there is little signal.",
+    )  # fmt: skip
+
+
+def _epochs(found: Mapping[str, Any]) -> Answer:
+    question = "Has it been trained for long enough?"
+    last = found["epochs"][-1]
+    gained, error = found["last_quarter"], found["last_quarter_error"]
+    because = (
+        f"The last quarter of {last} epochs changed the ELBO of particles not seen by "
+        f"{number(gained)} +- {number(error)} nats, all of them by {number(found['all'])}. From "
+        f"epoch {found['best']} on none is surely better."
+    )
+    if found["improves"]:
+        return Answer(question, NO, "fair", because, f"Train longer than {last} epochs.")
+    if found["declines"]:
+        return Answer(
+            question, YES, "fair", because,
+            f"Take epoch {found['best']}: later ones follow the noise of the particles trained on.",
+        )  # fmt: skip
+    return Answer(question, YES, "good", because, "")
+
+
+def _poses(found: Mapping[str, Any]) -> Answer:
+    question = "Are the poses right?"
+    value, low, high = corrected(found)
+    own, base = found["particles"], [f for name, f in found.items() if name != "particles"]
+    because = (
+        f"Turning particles explains them as images would be that are off by {number(value)} "
+        f"degrees rms ({number(low)} to {number(high)})"
+    )
+    if base:
+        because += (
+            f"; {number(own['degrees'])} before what a decoder trained like this one shows at "
+            f"exact poses, {' and '.join(number(f['degrees']) for f in base)}, is taken off"
+        )
+    because += "."
+    if low > _OFF_DEG:
+        return Answer(question, NO, "poor", because, "Refine the poses, or --do-pose-sgd.")
+    if high < 2 * _OFF_DEG:
+        return Answer(question, YES, "good", because, "")
+    return Answer(question, CANNOT, "fair", because, "More particles (--sample) narrow it.")
+
+
+def _misfits(found: Mapping[str, Any]) -> Answer:
+    question = "Are there particles that the decoder cannot explain?"
+    share, small = found["share"], found["below_0.05"]
+    because = (
+        f"{number(100 * small)} % of {found['n']} particles are explained worse than 95 % of "
+        f"images made up in their place; by the whole distribution, {number(100 * share)} % are "
+        "none of these."
+    )
+    if small > 0.05 + _MISFITS:
+        return Answer(
+            question, YES, "poor", because, "Look at ind_misfit.pkl; train without them (--ind)."
+        )
+    return Answer(question, NO, "good", because, "")

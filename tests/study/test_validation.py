@@ -1,0 +1,354 @@
+"""``validate_amort``: what it says where the answer is known; it goes on where it stopped."""
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import read_pickles
+from scipy.stats import kstest
+
+from cryodrgn_amort.core import InputError
+from cryodrgn_amort.options import SimulateOptions, ValidateOptions
+from cryodrgn_amort.runs import load_run, settings_argv, settings_from_flags, trained_settings
+from cryodrgn_amort.simulation import simulate
+from cryodrgn_amort.study.validation.case import Case, Fits
+from cryodrgn_amort.study.validation.epochs import EpochCurve
+from cryodrgn_amort.study.validation.gains import agreement, gain
+from cryodrgn_amort.study.validation.misfits import _explained, misfits, share_of_misfits
+from cryodrgn_amort.study.validation.poses import (
+    PoseSlopes,
+    likely_errors,
+    pose_slopes,
+    read_off,
+    turned,
+)
+from cryodrgn_amort.study.validation.verdict import CANNOT, NO, YES, answers, corrected
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "sim"
+    simulate(SimulateOptions(outdir=str(folder), n=240, D=16, snr=2.0, seed=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory, plugins):
+    """A table of 240 particles whose decoder has learnt something."""
+    from cryodrgn_amort.training import Trainer
+
+    out = tmp_path_factory.mktemp("run") / "vlt"
+    flags = {
+        "particles": str(data / "particles.mrcs"), "poses": str(data / "poses.pkl"),
+        "ctf": str(data / "ctf.pkl"), "outdir": str(out), "num_epochs": 12, "do_analysis": False,
+        "seed": 0, "zdim": 2, "pdim": 32, "players": 2, "lr": 3e-3, "encoder": "vlt",
+        "batch_size": 16, "checkpoint": 4,
+    }  # fmt: skip
+    Trainer(settings_from_flags(flags, plugins), plugins).fit()
+    return load_run(out, plugins)
+
+
+@pytest.fixture(scope="module")
+def case(trained):
+    return Case(trained, trained.particles(), own=True)
+
+
+@pytest.fixture(scope="module")
+def fits(case):
+    return case.fit(120)
+
+
+def test_fits_are_whitened_and_explain(case, fits, tmp_path):
+    white = case.whitened(fits.spectrum)
+    batch = case.loader.read(torch.from_numpy(fits.rows))
+    left = (batch.y - case.decoded(batch, torch.from_numpy(fits.mean))) * white.gain
+    assert float(left.square().mean()) == pytest.approx(1, rel=0.02)
+    assert (fits.elbo - fits.constant).mean() > 1
+    error = white.errors(batch, torch.from_numpy(fits.mean))[1]
+    torch.testing.assert_close(error, left.square().sum(1), rtol=1e-3, atol=1e-2)
+    fits.write(tmp_path / "fits.npz")
+    again = Fits.read(tmp_path / "fits.npz")
+    np.testing.assert_array_equal(again.elbo, fits.elbo)
+    (tmp_path / "fits.npz").write_bytes(b"no")
+    with pytest.raises(InputError, match="damaged"):
+        Fits.read(tmp_path / "fits.npz")
+
+
+def test_posteriors_are_where_nothing_near_is_better(case, fits):
+    white = case.whitened(fits.spectrum)
+    batch = case.loader.read(torch.from_numpy(fits.rows[:32]))
+    z = torch.from_numpy(fits.mean[:32])
+    best = case._cost(white, batch, z)
+    for step in (0.1, -0.1):
+        for k in range(2):
+            moved = z.clone()
+            moved[:, k] += step * case.fitter.spread[k]
+            worse = case._cost(white, batch, moved) - best
+            assert (worse > -0.3).float().mean() > 0.9  # of a spectrum measured before
+
+
+def test_slopes_point_to_the_turn_that_images_have(case, fits):
+    """Images without noise, turned by a degree about an axis: the likely turn is that."""
+    white = case.whitened(fits.spectrum)
+    batch = case.loader.read(torch.from_numpy(fits.rows[:64]))
+    z = torch.from_numpy(fits.mean[:64])
+    for axis in range(3):
+        vector = torch.zeros(1, 3)
+        vector[0, axis] = math.radians(1)
+        shown = SimpleNamespace(**vars(batch))
+        shown.rot = turned(vector) @ batch.rot
+        batch.y = case.decoded(shown, z)
+        slopes = pose_slopes(case, white, batch, z)
+        H, g = slopes.curvature.sum(0), slopes.slope.sum(0)
+        g += np.zeros(5)
+        found = np.degrees(np.linalg.solve(H, g)[:3])
+        wanted = np.zeros(3)
+        wanted[axis] = 1
+        np.testing.assert_allclose(found, wanted, atol=0.35)
+
+
+def test_slopes_point_to_the_shift_that_images_have(case, fits):
+    white = case.whitened(fits.spectrum)
+    batch = case.loader.read(torch.from_numpy(fits.rows[:64]))
+    z = torch.from_numpy(fits.mean[:64])
+    shown = case.decoded(batch, z)
+    batch.y = case.particles.shift(shown, torch.tensor([[-0.2, 0.1]]).expand(64, 2))
+    slopes = pose_slopes(case, white, batch, z)
+    found = np.linalg.solve(slopes.curvature.sum(0), slopes.slope.sum(0))[3:]
+    np.testing.assert_allclose(found, [0.2, -0.1], atol=0.04)
+
+
+def test_likely_errors_are_those_that_slopes_were_drawn_with():
+    rng = np.random.default_rng(0)
+    n, turn, shift = 3000, math.radians(3), 0.2
+    roots = rng.standard_normal((n, 5, 12)) * np.array([40, 40, 60, 8, 8])[:, None] / 3
+    H = roots @ roots.transpose(0, 2, 1)
+    errors = rng.standard_normal((n, 5)) * np.array([turn] * 3 + [shift] * 2)
+    noise = np.einsum("bij,bj->bi", roots, rng.standard_normal((n, 12)))
+    slopes = PoseSlopes(np.einsum("bij,bj->bi", H, errors) + noise, H)
+    degrees, pixels = likely_errors(slopes)
+    assert degrees == pytest.approx(3 * math.sqrt(3), rel=0.05)
+    assert pixels == pytest.approx(shift * math.sqrt(2), rel=0.1)
+    none = likely_errors(PoseSlopes(noise, H))
+    assert none[0] < 0.5
+    assert read_off(3.0, {0.0: (1.0, 0), 2.0: (2.0, 0), 4.0: (4.0, 0)}) == 3.0
+
+
+def test_misfits_are_found_and_others_are_uniform(case, fits):
+    values, p = misfits(case, fits)
+    assert len(values) == len(p) == 240
+    assert 0 < p.min() <= p.max() <= 1
+    white, generator = case.whitened(fits.spectrum), torch.Generator().manual_seed(9)
+    made = [case.made_up(fits, torch.arange(120), None, generator)[0] for _ in range(2)]
+    good = torch.cat([_explained(case, white, batch) for batch in made]).numpy()
+    known = torch.cat([_explained(case, white, case.made_up(
+        fits, torch.arange(120), None, generator)[0]) for _ in range(4)]).numpy()  # fmt: skip
+    assert kstest(np.searchsorted(np.sort(known), good) / len(known), "uniform").pvalue > 0.001
+    batch = made[0]
+    batch.y = case.noise(fits.spectrum).draw(batch.index, generator)
+    noise = _explained(case, white, batch).numpy()
+    assert (noise[:, None] < good[None, :120]).mean() > 0.95  # area under the curve
+    assert share_of_misfits(np.linspace(0, 1, 1000)) < 0.01
+    assert share_of_misfits(np.r_[np.zeros(300), np.linspace(0, 1, 700)]) == pytest.approx(
+        0.3, abs=0.01
+    )
+
+
+def test_halves_that_are_the_same_agree_and_with_other_particles_do_not(case, fits, trained):
+    own, others = agreement(case, fits, trained, 20, 0)
+    assert own.value > 0.5
+    assert abs(others.value) < 0.3
+    m = gain("heterogeneity_gain", fits, 20, 0)
+    assert m.value == pytest.approx((fits.elbo - fits.constant).mean())
+    assert m.low < m.value < m.high
+
+
+@pytest.mark.parametrize(
+    ("means", "best", "improves", "declines"),
+    [
+        ([0, 20, 30, 38, 44], 25, True, False),
+        ([0, 30, 40, 40.1, 40.1], 15, False, False),
+        ([0, 30, 40, 36, 30], 15, False, True),
+    ],
+)
+def test_epoch_curves(means, best, improves, declines):
+    rng = np.random.default_rng(0)
+    particles = rng.standard_normal(400) * 20
+    each = np.array(means)[:, None] + particles + rng.standard_normal((5, 400)) * 2
+    curve = EpochCurve(np.array([5, 10, 15, 20, 25]), each)
+    assert (curve.best, curve.improves, curve.declines) == (best, improves, declines)
+
+
+def _measure(low, high):
+    return {"value": (low + high) / 2, "low": low, "high": high}
+
+
+def _gain(halves, nulls, agree):
+    pair = {"halves_agreement": _measure(*agree), "halves_agreement_others": _measure(-0.1, 0.1)}
+    return {
+        "gain": {"half0": _measure(*halves), "half1": _measure(*halves), "null0": _measure(*nulls)},
+        "agreement": {"half0": pair, "half1": pair},
+    }
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (_gain((30, 40), (2, 4), (0.6, 0.8)), YES),
+        (_gain((2, 4), (2, 4), (-0.1, 0.1)), NO),
+        (_gain((30, 40), (2, 4), (0.0, 0.1)), CANNOT),  # gains that two halves do not share
+        (_gain((2, 4), (2, 4), (0.5, 0.6)), CANNOT),
+        (_gain((5, 7), (2, 4), (0.3, 0.5)), CANNOT),
+    ],
+)
+def test_heterogeneity(found, said):
+    assert answers({"gain": found})[0].said == said
+
+
+def test_what_decoders_show_at_exact_poses_is_taken_off():
+    found = {
+        "particles": {"degrees": 5.0, "low": 4.0, "high": 6.0},
+        "null0": {"degrees": 3.0},
+    }
+    assert corrected(found) == pytest.approx((4.0, math.sqrt(7), math.sqrt(27)))
+    assert (
+        corrected(
+            {"particles": found["null0"] | {"low": 1.0, "high": 4.0}, "null0": {"degrees": 3.0}}
+        )[0]
+        == 0
+    )
+
+
+def test_flags_that_train_a_run_again(trained, plugins, tmp_path):
+    import argparse
+
+    from cryodrgn_amort.runs import add_train_flags
+
+    parser = argparse.ArgumentParser()
+    add_train_flags(parser, plugins)
+    argv = settings_argv(trained_settings(trained, parser), parser)
+    again = settings_from_flags(vars(parser.parse_args(argv)), plugins)
+    own, other = trained.settings.to_dict(), again.to_dict()
+    assert {k for k in own if own[k] != other[k]} <= {"do_analysis"}
+
+
+def test_flags_of_a_run_of_train_vae_are_those_of_its_command(
+    stack, plugins, tmp_path, monkeypatch
+):
+    import argparse
+
+    from helpers import run_host
+
+    from cryodrgn_amort.runs import add_train_flags
+
+    argv = ["train_vae", stack.particles, "--poses", stack.poses, "--ctf", stack.ctf, "--zdim", "3",
+            "-n", "1", "-b", "10", "--lr", "0.002", "--enc-dim", "8", "--dec-dim", "8", "-o",
+            str(tmp_path / "vae"), "--no-analysis", "--uninvert-data"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["cryodrgn", *argv])
+    run_host(*argv)
+    run = load_run(tmp_path / "vae", plugins)
+    parser = argparse.ArgumentParser()
+    add_train_flags(parser, plugins)
+    found = trained_settings(run, parser)
+    assert (found.batch_size, found.lr, found.invert_data, found.qdim) == (10, 0.002, False, 8)
+    del run.config["cmd"]
+    with pytest.raises(InputError, match="does not say by which command"):
+        trained_settings(run, parser)
+
+
+@pytest.fixture(scope="module")
+def validated(trained, tmp_path_factory):
+    from cryodrgn_amort.cli import main
+
+    out = tmp_path_factory.mktemp("valid") / "out"
+    argv = ["validate_amort", str(trained.folder), "-o", str(out), "--sample", "40", "--bootstrap",
+            "20", "--jobs", "2"]  # fmt: skip
+    main(argv)
+    return SimpleNamespace(out=out, argv=argv)
+
+
+def test_everything_is_there(validated, trained):
+    out = validated.out
+    facts = json.loads((out / "validation.json").read_text())
+    assert [len(facts["answers"]), set(facts["parts"])] == [
+        4,
+        {"gain", "poses", "misfits", "epochs"},
+    ]
+    assert all(a["said"] in (YES, NO, CANNOT) for a in facts["answers"])
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png") == 3
+    assert "Is there heterogeneity" in page
+    halves = [read_pickles(out / f"halves/half{k}.pkl") for k in (0, 1)]
+    assert sorted(np.concatenate(halves)) == list(range(240))
+    rows = (out / "trust.csv").read_text().splitlines()
+    assert len(rows) == 241
+    for k in (0, 1):
+        config = yaml.safe_load((out / f"runs/half{k}/config.yaml").read_text())
+        assert config["amort"]["settings"]["encoder"] == "vlt"
+    null = yaml.safe_load((out / "null0/simulation.yaml").read_text())
+    assert null["settings"]["homogeneous"]
+
+
+def test_what_is_done_is_not_done_again(validated, cli):
+    before = {p: p.stat().st_mtime_ns for p in (validated.out / "parts").iterdir()}
+    code, out, err = cli(*validated.argv)
+    assert code == 0, err
+    assert "0 of 11 steps are to be done" in out
+    assert {p: p.stat().st_mtime_ns for p in (validated.out / "parts").iterdir()} == before
+    (validated.out / "steps/part.gain.json").unlink()
+    assert "part.gain" in cli(*validated.argv, "--dry-run")[1]
+
+
+def test_quick_trains_nothing(trained, tmp_path, cli):
+    code, out, err = cli("validate_amort", trained.folder, "-o", tmp_path / "quick", "--quick",
+                         "--sample", 40, "--bootstrap", 20, "--jobs", 1)  # fmt: skip
+    assert code == 0, err
+    assert "nothing is trained" in out
+    assert not (tmp_path / "quick/runs").exists()
+    assert "Are the poses right?" in out
+    assert "Is there heterogeneity" not in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--sample", "30"], "was made with sample: 40, not 30"),
+        (["--part", "nothing"], "--part nothing: there is none of that name"),
+    ],
+)
+def test_refusals(validated, cli, argv, said):
+    before = {p: p.stat().st_mtime_ns for p in validated.out.rglob("*.json")}
+    given = [a for a in validated.argv if a not in ("--sample", "40")] if "--sample" in argv else (
+        validated.argv
+    )  # fmt: skip
+    code, _, err = cli(*given, *argv)
+    assert code == 2
+    assert said in err
+    assert {p: p.stat().st_mtime_ns for p in validated.out.rglob("*.json")} == before
+
+
+def test_folders_of_others_and_runs_of_a_second_stage_are_refused(trained, tmp_path, cli):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("keep")
+    code, _, err = cli("validate_amort", trained.folder, "-o", tmp_path / "full")
+    assert (code, "is not empty, and no validation" in err) == (2, True)
+    copy = tmp_path / "second"
+    shutil.copytree(trained.folder, copy)
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["amort"]["settings"]["from_run"] = "elsewhere"
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    (copy / "checksums.sha256").unlink()
+    code, _, err = cli("validate_amort", copy, "-o", tmp_path / "out")
+    assert code == 2
+    assert "validate that, or give --quick" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_are_checked():
+    with pytest.raises(InputError):
+        ValidateOptions(run="a", outdir="b", nulls=0)
