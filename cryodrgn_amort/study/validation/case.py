@@ -12,7 +12,7 @@ import torch
 from cryodrgn_amort.core import InputError, bar, replacing
 from cryodrgn_amort.data import BatchLoader, NoiseModel, Shells
 from cryodrgn_amort.inference import ElboScale, Fitter, anchored, elbo, errors_at
-from cryodrgn_amort.models import whole_ctf
+from cryodrgn_amort.models import cluster_centres, whole_ctf
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +29,8 @@ __all__ = ["NATS", "Case", "Fits", "Whitened"]
 NATS = ElboScale.implied(1.0)
 """Errors are in units of the noise: half of them are nats."""
 _TOGETHER = 64
-_STEPS, _STEP = 6, 0.2  # of a fit; standard deviations of the latents, for differences
+_STEPS, _STEP = 4, 0.1  # of a fit; standard deviations of the latents, for differences
+_ANCHORS = 16
 
 
 class Whitened:
@@ -121,6 +122,8 @@ class Case:
         self.model: AmortVAE = self.fitter.model
         self.loader = BatchLoader(particles, None, memory=0)
         self.shells = Shells(particles)
+        centres = cluster_centres(run.z()[0], _ANCHORS, seed)
+        self.anchors = torch.from_numpy(centres).to(particles.device)
 
     def sample(self, count: int) -> np.ndarray:
         """Draw positions of at most so many particles, sorted."""
@@ -149,7 +152,7 @@ class Case:
         """Return the spectrum of what the best of some latents leaves of each particle."""
         flat = self.whitened(np.full(self.shells.count, self.fitter.variance, np.float32))
         parts = [
-            anchored(flat, self.loader.read(index), self.fitter.anchors, 1.0)[0].cpu()
+            anchored(flat, self.loader.read(index), self.anchors, 1.0)[0].cpu()
             for index in torch.from_numpy(rows).split(_TOGETHER)
         ]
         return self._left(rows, torch.cat(parts).numpy())
@@ -182,7 +185,7 @@ class Case:
         Gauss-Newton steps (Levenberg, Marquardt) from latents weighted by how well they explain
         each particle, and Laplace's approximation, without correlations.
         """
-        z = anchored(white, batch, self.fitter.anchors, 1.0)[0]
+        z = anchored(white, batch, self.anchors, 1.0)[0]
         damping = torch.ones(len(z), 1, dtype=torch.float64, device=z.device)
         least = self._cost(white, batch, z)
         for _ in range(_STEPS):
@@ -222,17 +225,16 @@ class Case:
         ctf = white.gain if batch.ctf is None else whole_ctf(batch.ctf) * white.gain
         steps = _STEP * self.fitter.spread.clamp(min=1e-3)
         zdim = z.shape[1]
-        moves = torch.cat([z.new_zeros(1, zdim), torch.diag(steps), -torch.diag(steps)])
+        moves = torch.cat([z.new_zeros(1, zdim), torch.diag(steps)])
         images = self.model.fast.images(batch.rot, z[:, None] + moves)
-        ahead, back = images[:, 1 : 1 + zdim], images[:, 1 + zdim :]
-        slopes = (ahead - back) / (2 * steps[:, None])
+        slopes = (images[:, 1:] - images[:, :1]) / steps[:, None]
         return images[:, 0] * ctf, (slopes * ctf.unsqueeze(-2)).double()
 
     def _measured(self, fits: Fits) -> Fits:
         """Measure ELBO and log likelihoods by the spectrum."""
         white, elbos, others = self.whitened(fits.spectrum), [], []
         device = self.particles.device
-        single = torch.cat([self.fitter.centre[None], self.fitter.anchors])
+        single = torch.cat([self.fitter.centre[None], self.anchors])
         generator = torch.Generator().manual_seed(self.seed)
         for at in torch.arange(len(fits.rows)).split(_TOGETHER):
             batch = self.loader.read(torch.from_numpy(fits.rows)[at])

@@ -50,7 +50,7 @@ def misfits(case: Case, fits: Fits) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _explained(case: Case, white: Whitened, batch: Batch) -> Tensor:
-    z = anchored(white, batch, case.fitter.anchors, 1.0)[0]
+    z = anchored(white, batch, case.anchors, 1.0)[0]
     shown = case.decoded(batch, z) * white.gain
     size = shown.square().sum(1).sqrt().clamp(min=1e-6)
     return ((batch.y * white.gain - shown) * shown).sum(1) / size

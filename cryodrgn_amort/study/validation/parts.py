@@ -13,6 +13,7 @@ from cryodrgn_amort.study.validation.epochs import epoch_curve
 from cryodrgn_amort.study.validation.gains import agreement, gain, volume_spread
 from cryodrgn_amort.study.validation.misfits import misfits, share_of_misfits
 from cryodrgn_amort.study.validation.poses import (
+    KNOWN_DEG,
     PoseSlopes,
     likely_errors,
     measured_slopes,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["do_part"]
 
 _POSE_ROUNDS = 24  # of the bootstrap
+_FEW = 3  # angles are enough where poses are exact
 
 
 @matrix_products()
@@ -80,7 +82,9 @@ def _poses(validation: Validation) -> dict[str, Any]:
     for group, names in groups.items():
         parts = []
         for name in names:
-            parts.append(measured_slopes(validation.case(name), _fits(validation, name)))
+            degrees = KNOWN_DEG if group == "particles" else KNOWN_DEG[:_FEW]
+            case, fits = validation.case(name), _fits(validation, name)
+            parts.append(measured_slopes(case, fits, degrees))
         own = PoseSlopes.joined([p[0] for p in parts])
         known = {deg: PoseSlopes.joined([p[1][deg] for p in parts]) for deg in parts[0][1]}
         curve = {deg: likely_errors(slopes) for deg, slopes in known.items()}

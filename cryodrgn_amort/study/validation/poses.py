@@ -23,7 +23,7 @@ from cryodrgn_amort.core import bar
 from cryodrgn_amort.models import whole_ctf
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -41,7 +41,7 @@ __all__ = [
     "turned",
 ]
 
-KNOWN_DEG = (0.0, 2.0, 4.0, 7.0, 12.0, 20.0)
+KNOWN_DEG = (0.0, 3.0, 6.0, 10.0, 16.0)
 """Errors of the images made up, rms angles about random axes."""
 _TURN = math.radians(2.0)  # differences of images, to each side
 _SHIFT = 0.25  # pixels
@@ -147,8 +147,10 @@ def _unlikely(logs: np.ndarray, slopes: PoseSlopes) -> float:
     return float((logs_det + 0.5 * (scaled**2).sum(1)).mean())
 
 
-def measured_slopes(case: Case, fits: Fits) -> tuple[PoseSlopes, dict[float, PoseSlopes]]:
-    """Return the slopes of fitted particles, and of images made up with each of ``KNOWN_DEG``."""
+def measured_slopes(
+    case: Case, fits: Fits, known_deg: Sequence[float] = KNOWN_DEG
+) -> tuple[PoseSlopes, dict[float, PoseSlopes]]:
+    """Return the slopes of fitted particles, and of images made up at poses off by known angles."""
     white = case.whitened(fits.spectrum)
     places = torch.arange(len(fits.rows)).split(_TOGETHER)
     own = []
@@ -157,7 +159,7 @@ def measured_slopes(case: Case, fits: Fits) -> tuple[PoseSlopes, dict[float, Pos
         z = torch.from_numpy(fits.mean[at.numpy()]).to(batch.y)
         own.append(pose_slopes(case, white, batch, z))
     known = {}
-    for degrees in bar(KNOWN_DEG, "images made up at poses that are off"):
+    for degrees in bar(known_deg, "images made up at poses that are off"):
         generator = torch.Generator().manual_seed(case.seed)  # the same but for the errors
         parts = []
         for at in places:
