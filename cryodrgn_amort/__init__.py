@@ -1,8 +1,8 @@
 """Replace cryoDRGN's amortized encoder, and measure how far an encoder can be trusted.
 
 ``import cryodrgn_amort as ca`` gives the commands as functions: ``ca.load_run``, ``ca.train``,
-``ca.evaluate``, ``ca.infer``, ``ca.compare_runs``, ``ca.simulate_particles``, with numpy arrays,
-pandas tables and matplotlib figures; ``cryodrgn_amort.api`` documents them.
+``ca.evaluate``, ``ca.infer``, ``ca.compare_runs``, ``ca.validate``, ``ca.simulate_particles``,
+with numpy arrays, pandas tables and matplotlib figures; ``cryodrgn_amort.api`` documents them.
 
 Importing this package is cheap: it is imported whenever the ``cryodrgn`` command starts. The Python
 API is loaded when it is first used.
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
         Result,
         Run,
         Simulation,
+        Validated,
         compare_runs,
         evaluate,
         infer,
         load_run,
         simulate_particles,
         train,
+        validate,
     )
     from cryodrgn_amort.core import InputError, Stopped
     from cryodrgn_amort.plugins import hookimpl
@@ -37,6 +39,7 @@ __all__ = [
     "Run",
     "Simulation",
     "Stopped",
+    "Validated",
     "__version__",
     "compare_runs",
     "evaluate",
@@ -45,6 +48,7 @@ __all__ = [
     "load_run",
     "simulate_particles",
     "train",
+    "validate",
 ]
 
 

@@ -7,25 +7,32 @@ strings or ``pathlib.Path``.
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cryodrgn_amort.core import InputError, Stopped, actions_of
+from cryodrgn_amort.core import InputError, Stopped
 from cryodrgn_amort.evaluation import compare, evaluate as _evaluate
 from cryodrgn_amort.inference import infer_run
-from cryodrgn_amort.options import CompareOptions, EvalOptions, InferOptions, SimulateOptions, near
+from cryodrgn_amort.options import (
+    CompareOptions,
+    EvalOptions,
+    InferOptions,
+    SimulateOptions,
+    ValidateOptions,
+    parsed_keywords,
+)
 from cryodrgn_amort.plugins import load_plugins
 from cryodrgn_amort.report import Figures, Result, frame
 from cryodrgn_amort.runs import Run, add_train_flags, load_run as _load_run
 from cryodrgn_amort.simulation import Simulation, simulate
+from cryodrgn_amort.study.validation import Validated, validate_run
 from cryodrgn_amort.training import train_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Sequence
 
     import pandas as pd
 
@@ -39,12 +46,14 @@ __all__ = [
     "Run",
     "Simulation",
     "Stopped",
+    "Validated",
     "compare_runs",
     "evaluate",
     "infer",
     "load_run",
     "simulate_particles",
     "train",
+    "validate",
 ]
 
 
@@ -116,7 +125,7 @@ def train(particles: Location | None = None, *, outdir: Location, **flags: Any) 
         flags["from_run"] = start.folder
     given = {"particles": particles, "outdir": outdir, "do_analysis": False, **flags}
     plugins = load_plugins()
-    parsed = _namespace(lambda parser: add_train_flags(parser, plugins), given)
+    parsed = parsed_keywords(lambda parser: add_train_flags(parser, plugins), given)
     trainer = train_run(vars(parsed), plugins)
     trainer.processes.wait()  # until the leading process has written all
     return load_run(outdir)
@@ -274,6 +283,44 @@ def compare_runs(*runs: Run, volumes: int = CompareOptions.volumes, **options: A
     )
 
 
+def validate(run: Run, outdir: Location, **options: Any) -> Validated:
+    """Ask what of a run is in its particles, as ``cryodrgn validate_amort`` does.
+
+    Goes on where an earlier call has stopped.
+
+    Parameters
+    ----------
+    outdir
+        Where halves, fits, ``report.html`` and ``validation.json`` are written.
+    **options
+        Others of ``cryodrgn_amort.options.ValidateOptions``: ``quick=True``, ``nulls=`` and more.
+
+    Returns
+    -------
+    Validated
+        Its ``answers`` have ``question``, ``said`` ("yes", "no", "cannot tell"), ``because`` and
+        ``do``.
+
+    Raises
+    ------
+    InputError
+        If the run cannot be validated, the folder is another's, or a step failed.
+
+    Examples
+    --------
+    >>> found = validate(load_run("vlt"), "valid", quick=True, sample=20, bootstrap=20, jobs=1)
+    ...     # doctest: +ELLIPSIS
+    3 of 3 steps...
+    >>> [answer.question for answer in found.answers]
+    ['Are the poses right?', 'Are there particles that the decoder cannot explain?']
+    """
+    given = {"run": os.fspath(_opened(run).folder), "outdir": os.fspath(outdir), **options}
+    found = validate_run(run, ValidateOptions.of_keywords(given), run.plugins)
+    if isinstance(found, str):
+        raise InputError("dry_run, part: are for the command line")
+    return found
+
+
 def simulate_particles(
     outdir: Location,
     *,
@@ -334,53 +381,3 @@ def _per_particle(values: PerParticle | None) -> str | np.ndarray | None:
     found = np.asarray(values)
     words = found.dtype.kind == "O" and all(isinstance(value, str) for value in found.flat)
     return found.astype(str) if words else found
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
-def _namespace(
-    add_args: Callable[[argparse.ArgumentParser], None], given: Mapping[str, Any]
-) -> argparse.Namespace:
-    """Return what a command would be given, by its own parser.
-
-    Parameters
-    ----------
-    given
-        By the name of the flag or of its argument, with underscores; None: not given.
-    """
-    parser = _Parser(allow_abbrev=False, add_help=False)
-    add_args(parser)
-    actions: dict[str, list[argparse.Action]] = {}
-    for action in actions_of(parser):
-        flags = (flag[2:].replace("-", "_") for flag in action.option_strings if flag[:2] == "--")
-        for name in {action.dest, *flags}:
-            actions.setdefault(name, []).append(action)
-    argv: list[str] = []
-    for name, value in given.items():
-        if name not in actions:
-            raise InputError(f"{name}: there is no such flag{near(name, actions)}")
-        if isinstance(value, np.ndarray):
-            raise InputError(f"{name}: an array; a file, pickled, is needed")
-        if value is not None:
-            argv += _words(name, value, actions[name])
-    return parser.parse_args(argv)
-
-
-def _words(name: str, value: Any, actions: Sequence[argparse.Action]) -> list[str]:
-    """Return a flag as it is written on a command line; nothing if the value is its default."""
-    action = actions[0]
-    flag = max(action.option_strings, key=len, default="")
-    if action.nargs != 0:
-        values = list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
-        if not flag:
-            return values
-        return [f"{flag}={values[0]}"] if flag[:2] == "--" and len(values) == 1 else [flag, *values]
-    if not isinstance(value, bool):
-        raise InputError(f"{name} {value}: True or False is needed")
-    for switch in actions:  # one flag may set what another one takes back
-        if value if name != switch.dest else value == switch.const:
-            return [max(switch.option_strings, key=len)]
-    return []

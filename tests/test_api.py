@@ -54,7 +54,15 @@ def test_everything_is_there_and_documented():
 def test_the_examples_in_docstrings(folder, monkeypatch):
     monkeypatch.chdir(folder)
     finder, runner = doctest.DocTestFinder(exclude_empty=True), doctest.DocTestRunner()
-    order = ("load_run", "train", "evaluate", "infer", "compare_runs", "simulate_particles")
+    order = (
+        "load_run",
+        "train",
+        "evaluate",
+        "infer",
+        "compare_runs",
+        "simulate_particles",
+        "validate",
+    )
     for name in order:
         for test in finder.find(getattr(api, name), name, globs=vars(api).copy()):
             runner.run(test)

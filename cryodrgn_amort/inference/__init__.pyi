@@ -1,4 +1,4 @@
-from .elbo import (
+from .bounds import (
     ElboScale as ElboScale,
     anchored as anchored,
     elbo as elbo,

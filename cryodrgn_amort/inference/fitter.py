@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cryodrgn_amort.core import InputError
 from cryodrgn_amort.data import BatchLoader
-from cryodrgn_amort.inference.elbo import ElboScale, Posterior, anchored, errors_at
+from cryodrgn_amort.inference.bounds import ElboScale, Posterior, anchored, errors_at
 from cryodrgn_amort.inference.optimisation import FitOptions, Fitted, infer
 from cryodrgn_amort.models import cluster_centres
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cryodrgn_amort.inference.elbo import ElboScale, errors_at, importance_bound
+from cryodrgn_amort.inference.bounds import ElboScale, errors_at, importance_bound
 from cryodrgn_amort.measures import FitValues
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from cryodrgn_amort.inference.elbo import Decoder
+    from cryodrgn_amort.inference.bounds import Decoder
     from cryodrgn_amort.inference.optimisation import Fitted
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from cryodrgn_amort.inference.optimisation import FitOptions
 
 if TYPE_CHECKING:
-    from cryodrgn_amort.inference.elbo import ElboScale
+    from cryodrgn_amort.inference.bounds import ElboScale
 
 
 __all__ = ["GAIN", "MANY", "Inferred", "inferred_facts", "inferred_summary", "lacking"]

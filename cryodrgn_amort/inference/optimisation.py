@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cryodrgn_amort.inference.elbo import Decoder, ElboScale, Posterior, drawn, elbo
+from cryodrgn_amort.inference.bounds import Decoder, ElboScale, Posterior, drawn, elbo
 from cryodrgn_amort.models import kl_divergence
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from cryodrgn_amort.core import (
     on_terminal,
     replacing,
 )
-from cryodrgn_amort.inference.elbo import ElboScale, Posterior, elbo
+from cryodrgn_amort.inference.bounds import ElboScale, Posterior, elbo
 from cryodrgn_amort.inference.fitter import Fitter
 from cryodrgn_amort.inference.inferred import GAIN, MANY, Inferred, lacking
 from cryodrgn_amort.inference.optimisation import FitOptions

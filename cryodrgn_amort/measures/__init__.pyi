@@ -20,8 +20,8 @@ from .calibration import Calibration as Calibration, calibration_measures as cal
 from .catalogue import (
     DEFINITIONS as DEFINITIONS,
     TIMED as TIMED,
-    Definition as Definition,
 )
+from .definition import Definition as Definition
 from .embeddings import Embedding as Embedding, embed as embed
 from .gaps import (
     FitValues as FitValues,

@@ -6,8 +6,9 @@ from .encoder_flags import (
     TurnFlags as TurnFlags,
 )
 from .evaluation import EvalOptions as EvalOptions
-from .fields import add_flags as add_flags, near as near, of_kind as of_kind
+from .fields import add_flags as add_flags, of_kind as of_kind
 from .inference import InferOptions as InferOptions
+from .keywords import parsed_keywords as parsed_keywords
 from .recipes import RECIPES as RECIPES, REPAIR as REPAIR, Recipe as Recipe
 from .simulation import MOST_CLASSES as MOST_CLASSES, SimulateOptions as SimulateOptions
 from .study import ScoresOptions as ScoresOptions, StudyOptions as StudyOptions

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.study.steps import Step, Work
 
 
-__all__ = ["measured_needs", "snakemake_rules"]
+__all__ = ["measured_seconds", "snakemake_rules"]
 
 _TIMED = 4  # batches, after as many that are not
 _SPARE = 2.0  # times what was measured
@@ -174,15 +174,20 @@ class _Needs:
         settings = settings_from_flags({**flags, "seed": 0}, self._work.plugins)
         same = str(replace(settings, outdir=""))  # but for the seed
         if same not in self._measured:
-            self._measured[same] = measured_needs(settings, self._work.plugins)
+            self._measured[same] = _needed(settings, self._work.plugins)
         return self._measured[same]
 
 
-def measured_needs(settings: TrainSettings, plugins: Registry) -> tuple[int, int]:
-    """Time a few batches of a training, of particles from the start of the stack.
+def _needed(settings: TrainSettings, plugins: Registry) -> tuple[int, int]:
+    """Return MB and minutes of a training, with some to spare."""
+    whole = load_particles(source_of(settings), default_device())
+    memory = _BASE_MB + whole.n * whole.ntilts * whole.D**2 * _BYTES / 1e6
+    seconds = measured_seconds(settings, plugins)
+    return round(memory), max(10, math.ceil(_SPARE * seconds / 60))
 
-    Returns MB and minutes, the latter with some to spare.
-    """
+
+def measured_seconds(settings: TrainSettings, plugins: Registry) -> float:
+    """Return how long a training takes, by a few batches of particles from the stack's start."""
     whole = load_particles(source_of(settings), default_device())
     rows = np.arange(whole.n) if whole.ind is None else np.asarray(whole.ind)
     some = rows[: 2 * _TIMED * settings.batch_size]
@@ -200,6 +205,4 @@ def measured_needs(settings: TrainSettings, plugins: Registry) -> tuple[int, int
         for _ in range(_TIMED):
             next(steps)
         seconds = (time.perf_counter() - began) / _TIMED
-    batches = math.ceil(whole.n / settings.batch_size) * settings.num_epochs
-    memory = _BASE_MB + whole.n * whole.ntilts * whole.D**2 * _BYTES / 1e6
-    return round(memory), max(10, math.ceil(_SPARE * seconds * batches / 60))
+    return seconds * math.ceil(whole.n / settings.batch_size) * settings.num_epochs

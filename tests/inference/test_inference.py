@@ -9,7 +9,7 @@ import torch
 
 from cryodrgn_amort.data import Batch
 from cryodrgn_amort.inference import ElboScale, FitOptions, fit, infer
-from cryodrgn_amort.inference.elbo import anchored, elbo, importance_bound
+from cryodrgn_amort.inference.bounds import anchored, elbo, importance_bound
 
 VARIANCE = 0.3
 PATIENT = FitOptions(steps=4000, lr=0.1, window=200, tolerance=1e-4)

@@ -407,19 +407,20 @@ def test_an_encoder_shown_a_damaged_image_spoils_nothing(runs, stack, plugins, t
 
 
 def test_killed_while_it_is_written_it_goes_on(runs, tmp_path, monkeypatch):
-    from cryodrgn_amort.inference import fitter, table_run
+    from cryodrgn_amort.inference import fitter
+    from cryodrgn_amort.runs import table
 
     options = InferOptions(steps=10)
-    write, fits = table_run.write_weights, []
+    write, fits = table.write_weights, []
 
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(table_run, "write_weights", killed)
+    monkeypatch.setattr(table, "write_weights", killed)
     with pytest.raises(KeyboardInterrupt):
         infer_run(runs["table"], options, tmp_path / "out")
     assert (tmp_path / "out/config.yaml").exists()
-    monkeypatch.setattr(table_run, "write_weights", write)
+    monkeypatch.setattr(table, "write_weights", write)
     monkeypatch.setattr(fitter.Fitter, "fit_batch", lambda *_: fits.append(1))
     found = infer_run(runs["table"], options, tmp_path / "out")
     assert fits == []

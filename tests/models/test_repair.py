@@ -20,7 +20,7 @@ from cryodrgn_amort.data import (
     load_particles,
     optics_groups,
 )
-from cryodrgn_amort.inference.elbo import anchored as weighted_anchors
+from cryodrgn_amort.inference.bounds import anchored as weighted_anchors
 from cryodrgn_amort.models import SyntheticImages
 from cryodrgn_amort.models.second_stage import AnchoredEncoder, split_pose
 from cryodrgn_amort.runs import load_run, settings_from_flags, with_run

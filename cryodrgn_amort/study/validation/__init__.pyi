@@ -1,3 +1,1 @@
-from .parts import do_part as do_part
-from .plan import Validation as Validation
-from .report import write_validation as write_validation
+from .perform import Validated as Validated, validate_run as validate_run

@@ -91,7 +91,8 @@ def _poses(validation: Validation) -> dict[str, Any]:
         value = likely_errors(own)
         rng = np.random.default_rng(validation.options.seed)
         n = len(own.slope)
-        drawn = [likely_errors(own.of(rng.integers(n, size=n))) for _ in range(_POSE_ROUNDS)]
+        rounds = _POSE_ROUNDS if group == "particles" else 1
+        drawn = [likely_errors(own.of(rng.integers(n, size=n)), value) for _ in range(rounds)]
         angles = [read_off(d[0], curve) for d in drawn]
         found[group] = {
             "degrees": read_off(value[0], curve), "low": float(np.percentile(angles, 2.5)),
@@ -120,7 +121,7 @@ def _misfits(validation: Validation) -> dict[str, Any]:
 
 def _epochs(validation: Validation) -> dict[str, Any]:
     case, fits = validation.case("half0"), _fits(validation, "half0")
-    curve = epoch_curve(case, fits, validation.options.sample)
+    curve = epoch_curve(case, fits, max(20, validation.options.sample // 2))
     gained, error, whole = curve.growth
     return {
         "epochs": curve.epochs.tolist(), "elbo": curve.elbo.mean(1).tolist(), "best": curve.best,

@@ -26,13 +26,13 @@ from cryodrgn_amort.runs import (
     trained_settings,
 )
 from cryodrgn_amort.study.progress import Progress
-from cryodrgn_amort.study.snakefile import measured_needs
+from cryodrgn_amort.study.snakefile import measured_seconds
 from cryodrgn_amort.study.steps import Step, Work, parse
 from cryodrgn_amort.study.validation.case import Case
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from cryodrgn_amort.core import Registry
     from cryodrgn_amort.options import TrainSettings, ValidateOptions
@@ -43,7 +43,7 @@ __all__ = ["Validation"]
 _ASKED = "validation.yaml"
 _KEPT = ("quick", "nulls", "sample", "bootstrap", "seed")
 _CHECKPOINTS = 10
-_FEWEST = 100  # particles
+_FEWEST = 50  # particles
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,11 @@ class Validation:
             return f"{more}; nothing is trained"
         flags = parse(self.parser, trained[0].argv[1:])
         settings = settings_from_flags(flags, self.plugins)
-        _, minutes = measured_needs(settings, self.plugins)
+        seconds = measured_seconds(settings, self.plugins) * len(trained)
         return (
             f"{more}: training as for {epochs:g} epochs of RUN, which takes about "
-            f"{timedelta(minutes=round(minutes * len(trained) / 2))} (h:mm:ss) on "
-            f"{device_name(default_device())}, and fits"
+            f"{timedelta(seconds=round(seconds))} (h:mm:ss) one by one on "
+            f"{device_name(default_device())}; then fits"
         )
 
     def prepare(self) -> None:
@@ -193,10 +193,11 @@ class Validation:
         """Open the run of a half or a null."""
         return load_run(self._trained(name), self.plugins)
 
-    def work(self, parsers: Mapping[str, argparse.ArgumentParser]) -> Work:
+    def work(self) -> Work:
         """Return all that is to be done."""
         report = ["validate_amort", self.options.run, "-o", str(self.folder), *self._flags()]
         steps = {step.name: step for step in self._steps()}
+        parsers = {"train_amort": self.parser}
         return Work(self.folder, steps, tuple(report), parsers, self.plugins)
 
     def _flags(self) -> list[str]:

@@ -44,8 +44,8 @@ _REFERENCES = (
 )  # fmt: skip
 
 
-def write_validation(validation: Validation) -> tuple[str, Path]:
-    """Write what the parts have found; returns the answers as text, and the path of report.html."""
+def write_validation(validation: Validation) -> tuple[list[Answer], Path]:
+    """Write what the parts have found; returns the answers, and the path of report.html."""
     found = {
         name: read_json(validation.part(name), "-o")
         for name in _PARTS
@@ -64,8 +64,7 @@ def write_validation(validation: Validation) -> tuple[str, Path]:
     write_json(folder / "validation.json", facts)
     page = folder / "report.html"
     write_text(page, _page(validation, said, found))
-    lines = [f"{a.question} {a.said}\n    {a.because}" + (f" {a.do}" if a.do else "") for a in said]
-    return "\n".join(lines), page
+    return said, page
 
 
 def _write_particles(validation: Validation) -> None:

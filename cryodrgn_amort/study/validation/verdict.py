@@ -17,7 +17,7 @@ __all__ = ["CANNOT", "NO", "YES", "Answer", "answers"]
 YES, NO, CANNOT = "yes", "no", "cannot tell"
 _AGREE, _ALIKE = 0.2, 0.1  # correlation of halves that is something, and that is nothing
 _ABOVE = 1.5  # times the gain of particles without heterogeneity
-_OFF_DEG, _MISFITS = 2.5, 0.05
+_OFF_DEG, _MISFITS = 2.5, 0.1
 
 
 @dataclass(frozen=True)
