@@ -19,7 +19,7 @@ from cryodrgn_amort.core import default_device, device_name
 ROOT = Path(__file__).parents[2]
 OURS = (
     "simulate_amort", "train_amort", "eval_amort", "infer_amort", "compare_amort", "time_amort",
-    "scores_amort", "study_amort", "mnist_amort", "amort_plugins",
+    "validate_amort", "scores_amort", "study_amort", "mnist_amort", "amort_plugins",
 )  # fmt: skip
 
 
