@@ -39,7 +39,8 @@ def test_what_ships_in_the_box(plugins):
     names = {kind: set(plugins.owned(kind)) for kind in KINDS}
     assert names["commands"] == {
         "simulate_amort", "train_amort", "eval_amort", "infer_amort", "compare_amort",
-        "time_amort", "validate_amort", "scores_amort", "study_amort", "mnist_amort", "amort_plugins",
+        "time_amort", "validate_amort", "scores_amort", "study_amort", "mnist_amort",
+        "amort_plugins",
     }  # fmt: skip
     assert names["encoders"] == {
         "resid", "mlp", "tilt", "vlt", "sleep", "anchored", "semi", "alternate",

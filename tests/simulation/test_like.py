@@ -1,6 +1,7 @@
 """``simulate_amort --like``: particles as a run's, whose truth its decoder and latents are."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,15 +14,27 @@ from cryodrgn_amort.core import InputError, forget, write_z
 from cryodrgn_amort.data import Shells, load_particles
 from cryodrgn_amort.models.synthetic import whole_ctf
 from cryodrgn_amort.options import EvalOptions, SimulateOptions
-from cryodrgn_amort.runs import load_run, source_of
+from cryodrgn_amort.runs import load_run, settings_from_flags, source_of
 from cryodrgn_amort.simulation import load_known, simulate
+from cryodrgn_amort.training import Trainer
+
+
+@pytest.fixture(scope="module")
+def trained(stack, plugins, tmp_path_factory):
+    """A table of 70 particles, of which some are held out."""
+    flags = {
+        "particles": stack.particles, "poses": stack.poses, "ctf": stack.ctf,
+        "outdir": str(tmp_path_factory.mktemp("like") / "run"), "num_epochs": 2,
+        "do_analysis": False, "seed": 3, "zdim": 3, "pdim": 16, "players": 1, "lr": 1e-3,
+        "encoder": "vlt", "holdout": "0.2", "window": False,
+    }  # fmt: skip
+    Trainer(settings_from_flags(flags, plugins), plugins).fit()
+    return flags["outdir"]
 
 
 @pytest.fixture
-def run(train, flags, plugins):
-    """A table of 70 particles, of which some are held out."""
-    train(flags, encoder="vlt", holdout="0.2", window=False)
-    return load_run(flags["outdir"], plugins)
+def run(trained, plugins):
+    return load_run(trained, plugins)
 
 
 def like(run, outdir, **more):
@@ -152,9 +165,12 @@ def test_what_does_not_go_together(run, tmp_path, more, said):
     assert not (tmp_path / "twin").exists()
 
 
-def test_latents_of_other_particles_are_refused(run, tmp_path):
+def test_latents_of_other_particles_are_refused(run, tmp_path, plugins):
+    copy = tmp_path / "copy"
+    shutil.copytree(run.folder, copy)
+    run = load_run(copy, plugins)
     write_z(run.file("z"), *np.zeros((2, 5, 3)))
-    forget(run.folder, run.file("z").name)
+    forget(copy, run.file("z").name)
     with pytest.raises(InputError, match="has latents of 5 particles, its inputs hold 56"):
         like(run, tmp_path / "twin")
     assert not (tmp_path / "twin").exists()
