@@ -201,7 +201,8 @@ class Agreement:
             f"Synthetic images differ from the particles in {len(self.parts)} of "
             f"{len(self.frequency)} shells: most in shell {worst + 1} "
             f"({self.frequency[worst]:.3f} cycles per pixel), where they have "
-            f"{self.power_ratio[worst]:.2f} times the power"
+            f"{self.power_ratio[worst]:.2f} times the power: an encoder that learns from them may "
+            "fail on particles; a decoder that is trained for longer makes better ones"
         )
 
     def facts(self) -> dict[str, Any]:

@@ -126,8 +126,8 @@ class TrainSettings(Options):
     from_run: str | None = flag(
         "--from", default=None, group=_ENCODER, metavar="RUN",
         help="Second stage: keep the decoder of a finished run, and train an encoder (resid, mlp,\n"
-        "sleep, anchored) on images made up by it; semi trains on with a table. Particles and\n"
-        "all else are that run's unless given",
+        "sleep, anchored) on images made up by it; semi trains on with a table, alternate with\n"
+        "decoder and encoder in turns. Particles and all else are that run's unless given",
     )  # fmt: skip
     amp: bool = of_host("--no-amp")
     precision: str | None = flag(

@@ -17,6 +17,8 @@ __all__ = ["add_train_flags"]
 _HELP = {  # where the host's is not what it does, or not all that we do
     "do_pose_sgd": "Refine poses with gradient descent, in either --domain; RUN/pose.pkl has them",
     "pretrain": "First epoch in which poses are moved (default: 1)",
+    "num_epochs": "Number of training epochs (default: 20; with --from and an encoder that learns\n"
+    "from images made up, as many as make 500,000 of them)",
     "emb_type": "Without effect, as in train_vae, which refines s2s2",
 }
 _FORMER = {  # flags of older hosts, which tutorials and scripts still have: their names now

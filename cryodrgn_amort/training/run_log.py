@@ -52,6 +52,12 @@ def log_start(trainer: Trainer, progress: EpochProgress | None) -> None:
     for name, module in (("encoder", model.amort or model.encoder), ("decoder", model.decoder)):
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
         logger.info(f"{count} parameters in {name}")
+    if isinstance(trainer.objective, SyntheticImages):
+        epochs = trainer.settings.num_epochs
+        logger.info(
+            f"{epochs} epochs of {particles.n} images made up each, {epochs * particles.n} in all "
+            "(-n makes it fewer)"
+        )
     for line in trainer.settings.ignored:
         logger.warning(line)
     for reason in files.skipped:
