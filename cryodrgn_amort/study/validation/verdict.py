@@ -80,7 +80,7 @@ def _heterogeneity(found: Mapping[str, Any]) -> Answer:
     crossed = [pair["halves_agreement_others"] for pair in found["agreement"].values()]
     most = max(m["high"] for m in nulls)
     gains = all(m["low"] > _ABOVE * max(most, 0.0) for m in halves)
-    none = all(m["low"] <= most for m in halves)
+    none = all(m["low"] <= _ABOVE * max(most, 0.0) for m in halves)
     together = all(m["low"] > _AGREE for m in agree)
     apart = all(m["low"] < _ALIKE for m in agree)
     because = (
