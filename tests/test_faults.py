@@ -10,8 +10,8 @@ from pathlib import Path
 
 def test_faults_do_no_harm():
     done = subprocess.run(
-        [sys.executable, "-m", "faults", "--quick", "--kills", "6", "--full", "6",
-         "--damaged", "30", "--jobs", "1"],
+        [sys.executable, "-m", "faults", "--quick", "--kills", "5", "--full", "5",
+         "--damaged", "20", "--jobs", "1"],
         cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cryodrgn_amort.measures import with_attainable
+from cryodrgn_amort.report.trust import trust_table
 
 if TYPE_CHECKING:
     from cryodrgn_amort.measures import Embedding, Measure
@@ -190,6 +192,11 @@ class Evaluation:
         """The results that are shown particle by particle."""
         names = list(dict.fromkeys(r.name for r in self.results))[: self.options.maps]
         return [r for r in self.results if r.name in names]
+
+    @cached_property
+    def trust(self) -> dict[str, np.ndarray]:
+        """What is known of each particle: ``trust_table``, made once it is asked for."""
+        return trust_table(self)
 
     @property
     def tests(self) -> list[TransformResult]:

@@ -65,7 +65,7 @@ def write_trust(evaluation: Evaluation, folder: Path) -> None:
     ``ind_stable.pkl`` and ``ind_unstable.pkl`` hold positions in the stack, for ``--ind``,
     ``cryodrgn_utils filter_star`` and ``filter_cs``; neither is written if it would be empty.
     """
-    table, stack = trust_table(evaluation), evaluation.index
+    table, stack = evaluation.trust, evaluation.index
     with (
         replacing(folder / "trust.csv") as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as handle,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cryodrgn_amort.core import number
-from cryodrgn_amort.report.trust import stable_rows, trust_table
+from cryodrgn_amort.report.trust import stable_rows
 
 if TYPE_CHECKING:
     from cryodrgn_amort.measures import Measure
@@ -145,7 +145,7 @@ def _cautions(evaluation: Evaluation) -> tuple[str, ...]:
                 f"{number(m.value)}): look at clusters by it before you believe them."
             )
     if evaluation.results:
-        stable = stable_rows(trust_table(evaluation))
+        stable = stable_rows(evaluation.trust)
         if 2 * stable.sum() < len(stable):
             found.append(
                 f"Only {stable.sum()} of {len(stable)} particles are stable when they are moved: "

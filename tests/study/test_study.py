@@ -371,7 +371,8 @@ def test_after_ctrl_c_no_worker_goes_on(tmp_path, plan_of_study, plugins, monkey
 def test_ctrl_c_while_workers_are_prepared_is_said_in_one_line(tmp_path):
     """It reaches all processes of a terminal, also one that imports for the workers."""
     code = (
-        "import multiprocessing, time\n"
+        "import multiprocessing, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # also in the background
         "from cryodrgn_amort.study import runner as study\n"
         "if __name__ == '__main__':\n"
         "    context = multiprocessing.get_context('forkserver')\n"

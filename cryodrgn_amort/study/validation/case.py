@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from cryodrgn_amort.core import InputError, bar, replacing
+from cryodrgn_amort.core import InputError, bar, generator, replacing
 from cryodrgn_amort.data import BatchLoader, NoiseModel, Shells
 from cryodrgn_amort.inference import ElboScale, Fitter, anchored, elbo, errors_at
 from cryodrgn_amort.models import cluster_centres, whole_ctf
@@ -235,12 +235,12 @@ class Case:
         white, elbos, others = self.whitened(fits.spectrum), [], []
         device = self.particles.device
         single = torch.cat([self.fitter.centre[None], self.anchors])
-        generator = torch.Generator().manual_seed(self.seed)
+        draw = self.generator()
         for at in torch.arange(len(fits.rows)).split(_TOGETHER):
             batch = self.loader.read(torch.from_numpy(fits.rows)[at])
             pair = (torch.from_numpy(a[at.numpy()]).to(device) for a in (fits.mean, fits.logvar))
             mean, logvar = pair
-            draws = torch.randn(8, *mean.shape, generator=generator).to(mean)
+            draws = torch.randn(8, *mean.shape, generator=draw, device=device)
             elbos.append(elbo(white, batch, (mean, logvar), NATS, draws).cpu())
             each = single[:, None].expand(-1, len(mean), -1)
             others.append(-errors_at(white, batch, each).cpu() / 2)
@@ -252,7 +252,7 @@ class Case:
         )  # fmt: skip
 
     def made_up(
-        self, fits: Fits, at: Tensor, turns: Tensor | None, generator: torch.Generator
+        self, fits: Fits, at: Tensor, turns: Tensor | None, draw: torch.Generator
     ) -> tuple[Batch, Tensor]:
         """Make images up in place of fitted particles, and return their latents, too.
 
@@ -263,17 +263,25 @@ class Case:
         ----------
         at
             Positions among the fits, `(B,)`.
+        draw
+            See ``generator``.
         """
         rows = torch.from_numpy(fits.rows)[at]
         batch = self.loader.read(rows)
         assert batch.rot is not None
-        mean, logvar = (torch.from_numpy(a[at.numpy()]) for a in (fits.mean, fits.logvar))
-        z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
-        z = z.to(batch.y)
+        known = (torch.from_numpy(a[at.numpy()]) for a in (fits.mean, fits.logvar))
+        mean, logvar = (part.to(batch.y) for part in known)
+        normal = torch.randn(mean.shape, generator=draw, device=mean.device)
+        z = mean + torch.exp(0.5 * logvar) * normal
         rot = batch.rot if turns is None else turns.to(batch.rot) @ batch.rot
         shown = self.decoded(replace(batch, rot=rot), z)
-        noise = self.noise(fits.spectrum).draw(rows.to(batch.y.device), generator)
+        noise = self.noise(fits.spectrum).draw(rows.to(batch.y.device), draw)
         return replace(batch, y=shown + noise), z
+
+    def generator(self) -> torch.Generator:
+        """Return random numbers on the device of the particles, from their start."""
+        found: torch.Generator = generator(self.particles.device, self.seed)
+        return found
 
     def noise(self, spectrum: np.ndarray) -> NoiseModel:
         """Return noise of a spectrum, in all optics groups alike."""

@@ -82,11 +82,11 @@ def epoch_curve(case: Case, fits: Fits, count: int) -> EpochCurve:
         run = load_run(case.run.folder, case.run.plugins, epoch)
         at = Case(run, case.particles, own=case.own, seed=case.seed)
         white, each = at.whitened(fits.spectrum), []
-        generator = torch.Generator().manual_seed(case.seed)
+        draw = case.generator()
         for index in torch.from_numpy(np.sort(rows)).split(_TOGETHER):
             batch = at.loader.read(index)
             mean, logvar = at.posterior(white, batch)
-            draws = torch.randn(4, *mean.shape, generator=generator).to(mean)
+            draws = torch.randn(4, *mean.shape, generator=draw, device=mean.device)
             each.append(elbo(white, batch, (mean, logvar), NATS, draws).double().cpu())
         found.append(torch.cat(each).numpy())
     return EpochCurve(np.array(known), np.stack(found))

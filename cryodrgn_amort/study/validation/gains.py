@@ -39,9 +39,12 @@ def agreement(
     trained on it, each minus the mean over the particles: the correlation of both up to 16 Fourier
     pixels, and the same with another particle's, which is the null.
     """
-    places = {position: row for row, position in enumerate(_index(other).tolist())}
-    rows = np.array([places[p] for p in case.positions[fits.rows].tolist()])
-    mine = _sampled(case, fits.mean)
+    index = _index(other)
+    wanted = case.positions[fits.rows]
+    there = np.isin(wanted, index)  # not those whose latents there are not finite
+    order = np.argsort(index)
+    rows = order[np.searchsorted(index, wanted[there], sorter=order)]
+    mine = _sampled(case, fits.mean[there])
     theirs = _sampled(case, other.z()[0][rows], other)
     mine, theirs = mine - mine.mean(0), theirs - theirs.mean(0)
     crossed = np.roll(theirs, 1, 0)

@@ -33,11 +33,11 @@ def misfits(case: Case, fits: Fits) -> tuple[np.ndarray, np.ndarray]:
     -|f|. The second result is the rank of a particle's value among those of images made up.
     """
     white = case.whitened(fits.spectrum)
-    generator = torch.Generator().manual_seed(case.seed)
+    draw = case.generator()
     made = []
     repeats = -(-_MADE // len(fits.rows))
     for at in torch.arange(len(fits.rows)).repeat(repeats).split(_TOGETHER):
-        made.append(_explained(case, white, case.made_up(fits, at, None, generator)[0]))
+        made.append(_explained(case, white, case.made_up(fits, at, None, draw)[0]))
     own = [
         _explained(case, white, case.loader.read(index))
         for index in bar(torch.arange(case.particles.n).split(_TOGETHER), "misfits")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["do_part"]
 
 _POSE_ROUNDS = 24  # of the bootstrap
+_LOW = 0.05  # of p
 _FEW = 3  # angles are enough where poses are exact
 
 
@@ -116,7 +117,14 @@ def _misfits(validation: Validation) -> dict[str, Any]:
     path = validation.part("misfits", "npz")
     np.savez(path, position=np.concatenate(positions)[order], p=p,
              explained=np.concatenate(values)[order])  # fmt: skip
-    return {"share": share_of_misfits(p), "below_0.05": float((p < 0.05).mean()), "n": len(p)}
+    usual = {}
+    for name in validation.nulls:
+        of_null = misfits(validation.case(name), _fits(validation, name))[1]
+        usual[name] = float((of_null < _LOW).mean())
+    return {
+        "share": share_of_misfits(p), "below": float((p < _LOW).mean()), "n": len(p),
+        "below_of_nulls": usual,
+    }  # fmt: skip
 
 
 def _epochs(validation: Validation) -> dict[str, Any]:

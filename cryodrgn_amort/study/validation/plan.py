@@ -223,7 +223,7 @@ class Validation:
             yield self._part(f"fit.{name}", after, "npz")
         fits = tuple(f"fit.{name}" for name in cases)
         yield self._part("poses", fits)
-        yield self._part("misfits", tuple(f"fit.{name}" for name in self.halves))
+        yield self._part("misfits", fits)
         if not self.options.quick:
             yield self._part("gain", fits)
             yield self._part("epochs", ("fit.half0",))

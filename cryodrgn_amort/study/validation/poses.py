@@ -168,12 +168,13 @@ def measured_slopes(
         own.append(pose_slopes(case, white, batch, z))
     known = {}
     for degrees in bar(known_deg, "images made up at poses that are off"):
-        generator = torch.Generator().manual_seed(case.seed)  # the same but for the errors
+        draw = case.generator()  # the same but for the errors
         parts = []
         for at in places[::2].split(_TOGETHER):  # that is enough for a curve
-            axes = torch.randn(len(at), 3, generator=generator) / math.sqrt(3)
+            axes = torch.randn(len(at), 3, generator=draw, device=case.particles.device)
+            axes /= math.sqrt(3)
             turns = turned(axes * math.radians(degrees))
-            batch, _ = case.made_up(fits, at, turns, generator)
+            batch, _ = case.made_up(fits, at, turns, draw)
             z = case.posterior(white, batch)[0]
             parts.append(pose_slopes(case, white, batch, z))
         known[degrees] = PoseSlopes.joined(parts)

@@ -17,7 +17,7 @@ __all__ = ["CANNOT", "NO", "YES", "Answer", "answers"]
 YES, NO, CANNOT = "yes", "no", "cannot tell"
 _AGREE, _ALIKE = 0.2, 0.1  # correlation of halves that is something, and that is nothing
 _ABOVE = 1.5  # times the gain of particles without heterogeneity
-_OFF_DEG, _MISFITS = 2.5, 0.1
+_OFF_DEG, _MISFITS = 2.5, 0.06
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,18 @@ def _poses(found: Mapping[str, Any]) -> Answer:
 
 def _misfits(found: Mapping[str, Any]) -> Answer:
     question = "Are there particles that the decoder cannot explain?"
-    share, small = found["share"], found["below_0.05"]
+    small, usual = found["below"], list(found["below_of_nulls"].values())
+    base = max([0.05, *usual])
     because = (
         f"{number(100 * small)} % of {found['n']} particles are explained worse than 95 % of "
-        f"images made up in their place; by the whole distribution, {number(100 * share)} % are "
-        "none of these."
+        "images made up in their place"
     )
-    if small > 0.05 + _MISFITS:
+    if usual:
+        because += (
+            f"; of particles with one structure {' and '.join(number(100 * u) for u in usual)} %"
+        )
+    because += "."
+    if small > base + _MISFITS:
         return Answer(
             question, YES, "poor", because, "Look at ind_misfit.pkl; train without them (--ind)."
         )
