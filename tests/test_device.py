@@ -313,6 +313,44 @@ def test_eval(given, emulate, monkeypatch):
     assert sum(by_site.values()) <= 2 * 18 + 20, by_site
 
 
+def test_validation(given, emulate):
+    """Fits, slopes of poses and misfits are those of the CPU."""
+    from cryodrgn_amort.study.validation.case import Case
+    from cryodrgn_amort.study.validation.gains import volume_spread
+    from cryodrgn_amort.study.validation.misfits import misfits
+    from cryodrgn_amort.study.validation.poses import measured_slopes
+
+    def found():
+        run = load_run(str(given.folder / "first"), given.plugins).multiplying("fp32")
+        case = Case(run, run.particles(), own=True)
+        fits = case.fit(24)
+        own, known = measured_slopes(case, fits, (0.0,))
+        return fits, own, known[0.0], misfits(case, fits)[0], volume_spread(case)
+
+    wanted = found()
+    with emulate():
+        there = found()
+    for name in ("mean", "logvar", "elbo", "constant", "spectrum"):
+        same([getattr(there[0], name)], [getattr(wanted[0], name)], 1e-3)
+    same([there[1].slope, there[1].curvature], [wanted[1].slope, wanted[1].curvature], 1e-2)
+    same([there[3]], [wanted[3]], 1e-2)
+    assert there[4] == pytest.approx(wanted[4], rel=1e-4)
+    assert there[2].slope.shape == wanted[2].slope.shape  # of other random numbers
+
+
+def test_particles_like_a_runs(given, emulate, tmp_path):
+    """The truth of each is that of the CPU; noise is drawn there in both cases."""
+    options = {"like": str(given.folder / "first"), "seed": 1, "clean": True}
+    simulate(SimulateOptions(str(tmp_path / "cpu"), **options), given.plugins)
+    with emulate():
+        simulate(SimulateOptions(str(tmp_path / "gpu"), **options), given.plugins)
+    for name in ("clean.mrcs", "particles.mrcs"):
+        one, other = (
+            np.fromfile(tmp_path / where / name, np.float32)[256:] for where in ("gpu", "cpu")
+        )
+        same([one], [other], 2e-2)
+
+
 def test_memory_that_is_full_halves_the_batch(given, monkeypatch, caplog):
     """Whatever is asked for at once is halved until it fits, and the results are the same."""
     from cryodrgn_amort.evaluation.codec import Codec
