@@ -324,7 +324,7 @@ def test_validation(given, emulate):
         run = load_run(str(given.folder / "first"), given.plugins).multiplying("fp32")
         case = Case(run, run.particles(), own=True)
         fits = case.fit(24)
-        own, known = measured_slopes(case, fits, (0.0,))
+        own, known = measured_slopes(case, fits)
         return fits, own, known[0.0], misfits(case, fits)[0], volume_spread(case)
 
     wanted = found()

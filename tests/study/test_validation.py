@@ -22,6 +22,7 @@ from cryodrgn_amort.study.validation.gains import agreement, gain
 from cryodrgn_amort.study.validation.misfits import _explained, misfits, share_of_misfits
 from cryodrgn_amort.study.validation.poses import (
     PoseSlopes,
+    crossed_slopes,
     likely_errors,
     pose_slopes,
     read_off,
@@ -210,18 +211,26 @@ def test_heterogeneity(found, said):
     assert answers({"gain": found})[0].said == said
 
 
-def test_what_decoders_show_at_exact_poses_is_taken_off():
-    found = {
-        "particles": {"degrees": 5.0, "low": 4.0, "high": 6.0},
-        "null0": {"degrees": 3.0},
-    }
-    assert corrected(found) == pytest.approx((4.0, math.sqrt(7), math.sqrt(27)))
-    assert (
-        corrected(
-            {"particles": found["null0"] | {"low": 1.0, "high": 4.0}, "null0": {"degrees": 3.0}}
-        )[0]
-        == 0
-    )
+@pytest.mark.parametrize(
+    ("degrees", "high", "base", "said"),
+    [(5.0, 5.5, 1.5, NO), (1.7, 2.5, 1.6, YES), (2.9, 6.0, 1.0, CANNOT)],
+)
+def test_poses(degrees, high, base, said):
+    found = {"degrees": degrees, "low": degrees - 0.5, "high": high, "of_decoders": base}
+    assert corrected(found)[0] == pytest.approx(math.sqrt(degrees**2 - base**2))
+    assert answers({"poses": found})[0].said == said
+    assert corrected({**found, "of_decoders": degrees + 1})[0] == 0
+
+
+def test_what_two_decoders_differ_by_looks_like_an_error_of_poses(case, fits, trained):
+    """The same decoder on both sides: there is none."""
+    none = likely_errors(crossed_slopes(case, fits, trained))[0]
+    draw = case.generator()
+    axes = torch.randn(120, 3, generator=draw) * math.radians(8) / math.sqrt(3)
+    batch = case.made_up(fits, torch.arange(120), turned(axes), draw)[0]
+    white = case.whitened(fits.spectrum)
+    off = likely_errors(pose_slopes(case, white, batch, case.posterior(white, batch)[0]))[0]
+    assert off > none + 1
 
 
 def test_flags_that_train_a_run_again(trained, plugins, tmp_path):

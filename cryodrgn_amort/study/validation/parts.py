@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ from cryodrgn_amort.study.validation.epochs import epoch_curve
 from cryodrgn_amort.study.validation.gains import agreement, gain, volume_spread
 from cryodrgn_amort.study.validation.misfits import misfits, share_of_misfits
 from cryodrgn_amort.study.validation.poses import (
-    KNOWN_DEG,
     PoseSlopes,
+    crossed_slopes,
     likely_errors,
     measured_slopes,
     read_off,
@@ -29,7 +30,6 @@ __all__ = ["do_part"]
 
 _POSE_ROUNDS = 24  # of the bootstrap
 _LOW = 0.05  # of p
-_FEW = 3  # angles are enough where poses are exact
 
 
 @matrix_products()
@@ -78,29 +78,29 @@ def _facts(measure: Measure) -> dict[str, Any]:
 
 
 def _poses(validation: Validation) -> dict[str, Any]:
-    found = {}
-    groups = {"particles": validation.halves, **{name: [name] for name in validation.nulls}}
-    for group, names in groups.items():
-        parts = []
-        for name in names:
-            degrees = KNOWN_DEG if group == "particles" else KNOWN_DEG[:_FEW]
-            case, fits = validation.case(name), _fits(validation, name)
-            parts.append(measured_slopes(case, fits, degrees))
-        own = PoseSlopes.joined([p[0] for p in parts])
-        known = {deg: PoseSlopes.joined([p[1][deg] for p in parts]) for deg in parts[0][1]}
-        curve = {deg: likely_errors(slopes) for deg, slopes in known.items()}
-        value = likely_errors(own)
-        rng = np.random.default_rng(validation.options.seed)
-        n = len(own.slope)
-        rounds = _POSE_ROUNDS if group == "particles" else 1
-        drawn = [likely_errors(own.of(rng.integers(n, size=n)), value) for _ in range(rounds)]
-        angles = [read_off(d[0], curve) for d in drawn]
-        found[group] = {
-            "degrees": read_off(value[0], curve), "low": float(np.percentile(angles, 2.5)),
-            "high": float(np.percentile(angles, 97.5)), "pixels": value[1], "n": n,
-            "pixels_at_known_poses": curve[0.0][1],
-            "reading": value[0], "known": {str(k): v[0] for k, v in curve.items()},
-        }  # fmt: skip
+    parts, crossed = [], []
+    for name in validation.halves:
+        case, fits = validation.case(name), _fits(validation, name)
+        parts.append(measured_slopes(case, fits))
+        if not validation.options.quick:
+            other = validation.trained("half1" if name == "half0" else "half0")
+            crossed.append(crossed_slopes(case, fits, other))
+    own = PoseSlopes.joined([p[0] for p in parts])
+    known = {deg: PoseSlopes.joined([p[1][deg] for p in parts]) for deg in parts[0][1]}
+    curve = {deg: likely_errors(slopes) for deg, slopes in known.items()}
+    value, n = likely_errors(own), len(own.slope)
+    rng = np.random.default_rng(validation.options.seed)
+    drawn = [likely_errors(own.of(rng.integers(n, size=n)), value) for _ in range(_POSE_ROUNDS)]
+    angles = [read_off(d[0], curve) for d in drawn]
+    found = {
+        "degrees": read_off(value[0], curve), "low": float(np.percentile(angles, 2.5)),
+        "high": float(np.percentile(angles, 97.5)), "pixels": value[1], "n": n,
+        "pixels_at_known_poses": curve[0.0][1], "reading": value[0],
+        "known": {str(k): v[0] for k, v in curve.items()}, "of_decoders": None,
+    }  # fmt: skip
+    if crossed:
+        both = read_off(likely_errors(PoseSlopes.joined(crossed))[0], curve)
+        found["of_decoders"] = both / math.sqrt(2)  # one of them
     return found
 
 

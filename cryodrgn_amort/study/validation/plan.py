@@ -222,7 +222,7 @@ class Validation:
             after = () if name == "run" else (f"train.{name}",)
             yield self._part(f"fit.{name}", after, "npz")
         fits = tuple(f"fit.{name}" for name in cases)
-        yield self._part("poses", fits)
+        yield self._part("poses", tuple(f"fit.{name}" for name in self.halves))
         yield self._part("misfits", fits)
         if not self.options.quick:
             yield self._part("gain", fits)

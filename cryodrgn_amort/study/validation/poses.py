@@ -23,17 +23,19 @@ from cryodrgn_amort.core import bar
 from cryodrgn_amort.models import whole_ctf
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import Tensor
 
     from cryodrgn_amort.data import Batch
+    from cryodrgn_amort.runs import Run
     from cryodrgn_amort.study.validation.case import Case, Fits, Whitened
 
 
 __all__ = [
     "KNOWN_DEG",
     "PoseSlopes",
+    "crossed_slopes",
     "likely_errors",
     "measured_slopes",
     "pose_slopes",
@@ -156,10 +158,8 @@ def _unlikely(logs: np.ndarray, g: np.ndarray, H: np.ndarray, HDH: np.ndarray) -
     return float((logs_det + 0.5 * (scaled**2).sum(1)).mean())
 
 
-def measured_slopes(
-    case: Case, fits: Fits, known_deg: Sequence[float] = KNOWN_DEG
-) -> tuple[PoseSlopes, dict[float, PoseSlopes]]:
-    """Return the slopes of fitted particles, and of images made up at poses off by known angles."""
+def measured_slopes(case: Case, fits: Fits) -> tuple[PoseSlopes, dict[float, PoseSlopes]]:
+    """Return the slopes of fitted particles, and of images made up with each of ``KNOWN_DEG``."""
     white = case.whitened(fits.spectrum)
     places, own = torch.arange(len(fits.rows)), []
     for at in places.split(_TOGETHER):
@@ -167,15 +167,44 @@ def measured_slopes(
         z = torch.from_numpy(fits.mean[at.numpy()]).to(batch.y)
         own.append(pose_slopes(case, white, batch, z))
     known = {}
-    for degrees in bar(known_deg, "images made up at poses that are off"):
+    for degrees in bar(KNOWN_DEG, "images made up at poses that are off"):
         draw = case.generator()  # the same but for the errors
         parts = []
         for at in places[::2].split(_TOGETHER):  # that is enough for a curve
             axes = torch.randn(len(at), 3, generator=draw, device=case.particles.device)
             axes /= math.sqrt(3)
-            turns = turned(axes * math.radians(degrees))
-            batch, _ = case.made_up(fits, at, turns, draw)
-            z = case.posterior(white, batch)[0]
-            parts.append(pose_slopes(case, white, batch, z))
+            batch, _ = case.made_up(fits, at, turned(axes * math.radians(degrees)), draw)
+            parts.append(pose_slopes(case, white, batch, case.posterior(white, batch)[0]))
         known[degrees] = PoseSlopes.joined(parts)
     return PoseSlopes.joined(own), known
+
+
+def crossed_slopes(case: Case, fits: Fits, other: Run) -> PoseSlopes:
+    """Return the slopes of images that the other half's decoder makes up at exactly known poses.
+
+    What they show is what two decoders differ by, which looks like errors of poses: twice what one
+    of them differs from the truth by, as far as the errors of both have nothing to do with each
+    other.
+    """
+    index = other.index
+    assert index is not None
+    wanted = case.positions[fits.rows]
+    there = np.isin(wanted, index)
+    order = np.argsort(index)
+    z = other.z()[0][order[np.searchsorted(index, wanted[there], sorter=order)]]
+    white, shown, draw = (
+        case.whitened(fits.spectrum),
+        other.load_decoder()[0].fast,
+        case.generator(),
+    )
+    noise, parts = case.noise(fits.spectrum), []
+    rows = torch.from_numpy(fits.rows[there])
+    for at in torch.arange(len(rows)).split(_TOGETHER):
+        batch = case.loader.read(rows[at])
+        assert batch.rot is not None
+        latents = torch.from_numpy(z[at.numpy()]).to(batch.y)
+        images = shown.images(batch.rot, latents[:, None])[:, 0]
+        images = images if batch.ctf is None else images * whole_ctf(batch.ctf)
+        batch.y = images + noise.draw(rows[at].to(images.device), draw)
+        parts.append(pose_slopes(case, white, batch, case.posterior(white, batch)[0]))
+    return PoseSlopes.joined(parts)

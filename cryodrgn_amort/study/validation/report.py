@@ -173,7 +173,7 @@ def _draw_epochs(found: Mapping[str, Any]) -> Picture:
 def _draw_poses(found: Mapping[str, Any]) -> Picture:
     with mpl.rc_context(STYLE):
         figure, axes = _figure()
-        own = found["particles"]
+        own = found
         known = {float(k): v for k, v in own["known"].items()}
         axes.plot(list(known), list(known.values()), "o-", color="grey", label="images made up")
         axes.axhline(own["reading"], color="#0072b2", label="particles")
@@ -182,8 +182,8 @@ def _draw_poses(found: Mapping[str, Any]) -> Picture:
         axes.legend()
     text = (
         "The turn that would explain particles best, next to images made up whose poses are off by "
-        f"known angles: {number(own['degrees'])} degrees, before what decoders show at exact poses "
-        "is taken off."
+        f"known angles: {number(own['degrees'])} degrees, before what the faults of a decoder look "
+        "like is taken off."
     )
     return picture("poses", text, text, figure)
 

@@ -52,20 +52,16 @@ def answers(found: Mapping[str, Mapping[str, Any]]) -> list[Answer]:
 
 
 def corrected(found: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Return the pose error, and its interval, less what a decoder's own faults look like.
+    """Return the pose error, and its interval, less what the decoder's own faults look like.
 
-    Those are read off particles without heterogeneity at exactly known poses, on which a decoder
-    was trained likewise; squares add up.
+    These are told by images that the other half's decoder makes up at known poses; squares add up.
     """
-    own = found["particles"]
-    base = [f["degrees"] for name, f in found.items() if name != "particles"]
-    least, most = (min(base), max(base)) if base else (0.0, 0.0)
-    middle = sum(base) / len(base) if base else 0.0
+    base = found["of_decoders"] or 0.0
 
-    def less(value: float, of: float) -> float:
-        return math.sqrt(max(0.0, value**2 - of**2))
+    def less(value: float) -> float:
+        return math.sqrt(max(0.0, value**2 - base**2))
 
-    return less(own["degrees"], middle), less(own["low"], most), less(own["high"], least)
+    return less(found["degrees"]), less(found["low"]), less(found["high"])
 
 
 def _interval(m: Mapping[str, Any]) -> str:
@@ -125,15 +121,14 @@ def _epochs(found: Mapping[str, Any]) -> Answer:
 def _poses(found: Mapping[str, Any]) -> Answer:
     question = "Are the poses right?"
     value, low, high = corrected(found)
-    own, base = found["particles"], [f for name, f in found.items() if name != "particles"]
     because = (
         f"Turning particles explains them as images would be that are off by {number(value)} "
         f"degrees rms ({number(low)} to {number(high)})"
     )
-    if base:
+    if found["of_decoders"] is not None:
         because += (
-            f"; {number(own['degrees'])} before what a decoder trained like this one shows at "
-            f"exact poses, {' and '.join(number(f['degrees']) for f in base)}, is taken off"
+            f"; {number(found['degrees'])} before {number(found['of_decoders'])} is taken off, "
+            "what the faults of a decoder look like at known poses"
         )
     because += "."
     if low > _OFF_DEG:
