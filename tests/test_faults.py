@@ -10,17 +10,17 @@ from pathlib import Path
 
 def test_faults_do_no_harm():
     done = subprocess.run(
-        [sys.executable, "-m", "faults", "--quick", "--kills", "5", "--full", "5",
-         "--damaged", "20", "--jobs", "1"],
+        [sys.executable, "-m", "faults", "--quick", "--kills", "4", "--full", "4",
+         "--damaged", "12", "--jobs", "1"],
         cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     totals = dict(re.findall(r"\| ([\w ]+) \| all \| (.*) \|", _joined(done.stdout)))
     ends = totals["kills"].split(" | ")
-    assert int(ends[1]) >= 5
+    assert int(ends[1]) >= 4
     assert ends[2:] == ["0", "0", "0"]
-    assert int(totals["full disks"].split(" | ")[1]) >= 5
+    assert int(totals["full disks"].split(" | ")[1]) >= 4
     refused, harmless, executed, broken = map(int, totals["hostile files"].split(" | "))
     assert refused + harmless >= 30
     assert executed == broken == 0
