@@ -348,7 +348,8 @@ def test_particles_like_a_runs(given, emulate, tmp_path):
         one, other = (
             np.fromfile(tmp_path / where / name, np.float32)[256:] for where in ("gpu", "cpu")
         )
-        same([one], [other], 2e-2)
+        assert len(one) == len(other) > 0
+        assert np.abs(one - other).max() <= 2e-2 * np.abs(other).max()
 
 
 def test_memory_that_is_full_halves_the_batch(given, monkeypatch, caplog):

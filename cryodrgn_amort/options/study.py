@@ -8,9 +8,29 @@ from typing import Any
 
 from cryodrgn_amort.options.fields import Options, flag
 
-__all__ = ["ScoresOptions", "StudyOptions"]
+__all__ = ["NOW", "ScoresOptions", "StudyOptions", "dry_run_flag", "jobs_flag"]
 
-_NEW, _NOW = "A new study, or a change of its plan", "This call"
+_NEW, NOW = "A new study, or a change of its plan", "This call"
+
+
+def jobs_flag() -> int | None:
+    """Declare ``--jobs`` of a command that runs steps."""
+    found: int | None = flag(
+        "--jobs", default=None, least=1, group=NOW, metavar="N",
+        help="Steps at a time (default: 1 on GPUs, else one per core, at most 4)",
+    )  # fmt: skip
+    return found
+
+
+def dry_run_flag(instead: str, folder: str) -> str | None:
+    """Declare ``--dry-run`` of a command that runs steps: what it does instead, and where."""
+    found: str | None = flag(
+        "--dry-run", default=None, choices=("shell", "snakemake"), group=NOW, nargs="?",
+        const="shell", metavar="shell|snakemake",
+        help=f"{instead}; print the commands for a shell, or write them as\n"
+        f"{folder}/Snakefile (default: shell)",
+    )  # fmt: skip
+    return found
 
 
 def _data(*names: str, metavar: str, help: str, **more: Any) -> str | None:
@@ -58,19 +78,11 @@ class StudyOptions(Options):
         "--truth", metavar="DIR", help="Folder of simulate_amort that the particles are of"
     )
     only: tuple[str, ...] | None = flag(
-        "--only", default=None, group=_NOW, nargs="+", metavar="RECIPE",
+        "--only", default=None, group=NOW, nargs="+", metavar="RECIPE",
         help="Run these and what they need; the report shows all that is done",
     )  # fmt: skip
-    jobs: int | None = flag(
-        "--jobs", default=None, least=1, group=_NOW, metavar="N",
-        help="Steps at a time (default: 1 on GPUs, else one per core, at most 4)",
-    )  # fmt: skip
-    dry_run: str | None = flag(
-        "--dry-run", default=None, choices=("shell", "snakemake"), group=_NOW, nargs="?",
-        const="shell", metavar="shell|snakemake",
-        help="Write the plan, run nothing; print the commands for a shell, or write them as\n"
-        "STUDY/Snakefile (default: shell)",
-    )  # fmt: skip
+    jobs: int | None = jobs_flag()
+    dry_run: str | None = dry_run_flag("Write the plan, run nothing", "STUDY")
 
     def data(self) -> dict[str, str]:
         """Return absolute paths of the inputs of the particles that were given, by flag."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cryodrgn_amort.options.fields import Options, flag
+from cryodrgn_amort.options.study import NOW, dry_run_flag, jobs_flag
 
 __all__ = ["ValidateOptions"]
-
-_NOW = "This call"
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,9 @@ class ValidateOptions(Options):
         "--bootstrap", default=200, least=20, metavar="N", help="Rounds for the 95 %% intervals"
     )
     seed: int = flag("--seed", default=0, least=0, help="Of halves, nulls, samples and trainings")
-    jobs: int | None = flag(
-        "--jobs", default=None, least=1, group=_NOW, metavar="N",
-        help="Steps at a time (default: 1 on GPUs, else one per core, at most 4)",
-    )  # fmt: skip
-    dry_run: str | None = flag(
-        "--dry-run", default=None, choices=("shell", "snakemake"), group=_NOW, nargs="?",
-        const="shell", metavar="shell|snakemake",
-        help="Run nothing; print the commands for a shell, or write them as OUT/Snakefile\n"
-        "(default: shell)",
-    )  # fmt: skip
+    jobs: int | None = jobs_flag()
+    dry_run: str | None = dry_run_flag("Run nothing", "OUT")
     part: str | None = flag(
-        "--part", default=None, group=_NOW, metavar="NAME",
+        "--part", default=None, group=NOW, metavar="NAME",
         help="Do this part alone, as the steps of --dry-run do",
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cryodrgn_amort.core import number
+from cryodrgn_amort.report.verdict import GAIN_BOUNDS
 
 if TYPE_CHECKING:
     from cryodrgn_amort.measures import Measure
@@ -91,7 +92,7 @@ def _next(evaluation: Evaluation) -> str:
             "way of training: --encoder alternate finds more."
         )
     gain = evaluation.measures.get("gain_ratio")
-    if gain is not None and gain.high is not None and gain.high < 0.95:
+    if gain is not None and gain.high is not None and gain.high < GAIN_BOUNDS[0]:
         return "Fewer latent dimensions, more particles, or --encoder alternate."
     score = _score(evaluation, "held-out", "held_out_score")
     if evaluation.applicable and score is not None and score.value >= SCORE_BOUNDS[1]:

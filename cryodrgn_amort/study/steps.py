@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cryodrgn_amort.study.plan import Plan
 
 
-__all__ = ["Fingerprints", "Step", "Work", "action_of", "parse", "steps_of", "to_argv", "work_of"]
+__all__ = ["Fingerprints", "Step", "Work", "action_of", "parse", "steps_of", "work_of"]
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _steps(plan: Plan) -> Iterable[Step]:
     start: tuple[str, ...] = ()
     if "simulate" in plan.data:
         argv = ("simulate_amort", "-o", str(plan.layout.simulated), "--overwrite")
-        flags = to_argv(plan.data["simulate"])
+        flags = _to_argv(plan.data["simulate"])
         yield Step("simulate", (*argv, *flags), (), (plan.layout.simulated / "simulation.yaml",))
         start = ("simulate",)
     for name in plan.recipes:
@@ -176,8 +176,8 @@ def _sleeps(plan: Plan, recipe: Recipe) -> bool:
 def _train(plan: Plan, recipe: Recipe, seed: int, start: tuple[str, ...]) -> Step:
     inputs, out = plan.inputs(), plan.layout.run(recipe.name, seed)
     flags = _flags(plan, recipe, plan.train)
-    argv = ["train_amort", inputs.pop("particles"), *to_argv(inputs)]
-    argv += ["--recipe", recipe.name, *to_argv(flags)]
+    argv = ["train_amort", inputs.pop("particles"), *_to_argv(inputs)]
+    argv += ["--recipe", recipe.name, *_to_argv(flags)]
     after = list(start)
     for flag, parent in recipe.parents.items():
         argv += [flag_name(flag), str(plan.layout.run(parent, seed))]
@@ -200,10 +200,10 @@ def _evaluate(plan: Plan, recipe: Recipe, seed: int) -> Step:
     known = {name: plan.data[name] for name in KNOWN if plan.data.get(name)}
     if plan.truth is not None:
         known["truth"] = str(plan.truth)
-    argv += to_argv(known)
+    argv += _to_argv(known)
     own = recipe.command == "eval_amort"
     flags = _flags(plan, recipe, plan.evaluate) if own else plan.evaluate
-    argv += to_argv(flags)
+    argv += _to_argv(flags)
     after = (f"train.{of}.seed{seed}",)
     outputs = (out / "amortization.json", out / "report.html")
     asked = flags.get("transform") or ()
@@ -231,14 +231,14 @@ def _time(plan: Plan, recipe: Recipe) -> Step:
     flags, names = _flags(plan, recipe, {}), plan.needed(recipe.name)
     flags.pop("recipes")
     folders = [str(plan.layout.run(name, seed)) for name in names]
-    argv = ("time_amort", *folders, *to_argv(flags), "-o", str(plan.layout.timing))
+    argv = ("time_amort", *folders, *_to_argv(flags), "-o", str(plan.layout.timing))
     after = tuple(f"train.{name}.seed{seed}" for name in names)
     return Step(recipe.name, argv, after, (plan.layout.timing,))
 
 
 def _digits(plan: Plan, recipe: Recipe) -> Step:
     out = plan.layout.digits.parent
-    argv = ["mnist_amort", "-o", str(out), "--overwrite", *to_argv(_flags(plan, recipe, {}))]
+    argv = ["mnist_amort", "-o", str(out), "--overwrite", *_to_argv(_flags(plan, recipe, {}))]
     argv += ["--seeds", *map(str, plan.seeds)]
     return Step(recipe.name, tuple(argv), (), (plan.layout.digits, out / "report.html"))
 
@@ -305,7 +305,7 @@ def _dest(parser: argparse.ArgumentParser, key: str) -> str:
     return key if action is None else action.dest
 
 
-def to_argv(flags: Mapping[str, Any]) -> list[str]:
+def _to_argv(flags: Mapping[str, Any]) -> list[str]:
     """Write flags as on a command line, in one order; a flag that is off leaves no trace."""
     argv: list[str] = []
     for key, value in sorted(flags.items()):

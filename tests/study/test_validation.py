@@ -361,3 +361,19 @@ def test_folders_of_others_and_runs_of_a_second_stage_are_refused(trained, tmp_p
 def test_options_are_checked():
     with pytest.raises(InputError):
         ValidateOptions(run="a", outdir="b", nulls=0)
+
+
+def test_names_of_folders_are_no_yaml_and_half_a_file_is_no_result(trained, tmp_path, cli):
+    run = tmp_path / "a: b #1"
+    shutil.copytree(trained.folder, run)
+    argv = ["validate_amort", run, "-o", tmp_path / "out", "--quick", "--sample", 20]
+    assert cli(*argv, "--dry-run")[0] == 0
+    code, _, err = cli(*argv, "--dry-run")  # finds what it has written
+    assert code == 0, err
+    code, _, err = cli(*argv, "--part", "misfits")
+    assert code == 2
+    assert "needs fit.run, which is not done yet" in err
+    (tmp_path / "out/parts/misfits.npz").write_bytes(b"half")  # of one that was killed
+    code, _, err = cli(*argv, "--bootstrap", 200, "--jobs", 1)
+    assert code == 0, err
+    assert (tmp_path / "out/trust.csv").is_file()

@@ -296,6 +296,15 @@ class Case:
 
     _noise: tuple[np.ndarray, NoiseModel] | None = None
 
+    def latents_of(self, other: Run, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which of the particles ``rows`` another run has, `(B,)` bool, and its latents."""
+        index, wanted = other.index, self.positions[rows]
+        assert index is not None
+        there = np.isin(wanted, index)  # not those whose latents there are not finite
+        order = np.argsort(index)
+        at = order[np.searchsorted(index, wanted[there], sorter=order)]
+        return there, other.z()[0][at]
+
     @cached_property
     def positions(self) -> np.ndarray:
         """Positions of the particles in their stack, `(N,)`."""

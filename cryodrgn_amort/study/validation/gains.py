@@ -39,13 +39,9 @@ def agreement(
     trained on it, each minus the mean over the particles: the correlation of both up to 16 Fourier
     pixels, and the same with another particle's, which is the null.
     """
-    index = _index(other)
-    wanted = case.positions[fits.rows]
-    there = np.isin(wanted, index)  # not those whose latents there are not finite
-    order = np.argsort(index)
-    rows = order[np.searchsorted(index, wanted[there], sorter=order)]
+    there, latents = case.latents_of(other, fits.rows)
     mine = _sampled(case, fits.mean[there])
-    theirs = _sampled(case, other.z()[0][rows], other)
+    theirs = _sampled(case, latents, other)
     mine, theirs = mine - mine.mean(0), theirs - theirs.mean(0)
     crossed = np.roll(theirs, 1, 0)
     found = []
@@ -58,12 +54,6 @@ def agreement(
 
 def _correlation(products: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
     return ratio(products.sum(), float(np.sqrt(first.sum() * second.sum())))
-
-
-def _index(run: Run) -> np.ndarray:
-    index = run.index
-    assert index is not None
-    return index
 
 
 def _sampled(case: Case, z: np.ndarray, run: Run | None = None) -> np.ndarray:

@@ -59,7 +59,7 @@ def _explained(case: Case, white: Whitened, batch: Batch) -> Tensor:
 def share_of_misfits(p: np.ndarray) -> float:
     """Return the share of particles that are not as the decoder says: more small p than by chance.
 
-    Of particles as it says p is uniform: of those below 0.05, 5 % are to be expected (Storey's
-    estimate with the rest above 0.5, J. R. Stat. Soc. B 64, 479, 2002).
+    Of particles as it says p is uniform: twice those above 0.5 are their number (Storey, J. R.
+    Stat. Soc. B 64, 479, 2002).
     """
     return float(np.clip(1 - 2 * (p > 0.5).mean(), 0, 1))

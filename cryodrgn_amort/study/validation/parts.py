@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cryodrgn_amort.core import InputError, matrix_products, write_json
+from cryodrgn_amort.core import InputError, matrix_products, replacing, write_json
 from cryodrgn_amort.study.validation.case import Fits
 from cryodrgn_amort.study.validation.epochs import epoch_curve
 from cryodrgn_amort.study.validation.gains import agreement, gain, volume_spread
@@ -22,7 +22,6 @@ from cryodrgn_amort.study.validation.poses import (
 )
 
 if TYPE_CHECKING:
-    from cryodrgn_amort.measures import Measure
     from cryodrgn_amort.study.validation.plan import Validation
 
 
@@ -64,17 +63,13 @@ def _gain(validation: Validation) -> dict[str, Any]:
     found: dict[str, Any] = {"gain": {}, "spread": {}, "agreement": {}}
     for name in (*validation.halves, *validation.nulls):
         case, fits = validation.case(name), _fits(validation, name)
-        found["gain"][name] = _facts(gain("heterogeneity_gain", fits, rounds, seed))
+        found["gain"][name] = asdict(gain("heterogeneity_gain", fits, rounds, seed))
         found["spread"][name] = volume_spread(case)
         if name in validation.halves:
             other = validation.trained("half1" if name == "half0" else "half0")
             pair = agreement(case, fits, other, rounds, seed)
-            found["agreement"][name] = {m.name: _facts(m) for m in pair}
+            found["agreement"][name] = {m.name: asdict(m) for m in pair}
     return found
-
-
-def _facts(measure: Measure) -> dict[str, Any]:
-    return asdict(measure)
 
 
 def _poses(validation: Validation) -> dict[str, Any]:
@@ -115,7 +110,8 @@ def _misfits(validation: Validation) -> dict[str, Any]:
     order = np.argsort(np.concatenate(positions))
     p = np.concatenate(ranks)[order]
     path = validation.part("misfits", "npz")
-    np.savez(path, position=np.concatenate(positions)[order], p=p,
+    with replacing(path) as temporary, open(temporary, "wb") as handle:
+        np.savez(handle, position=np.concatenate(positions)[order], p=p,
              explained=np.concatenate(values)[order])  # fmt: skip
     usual = {}
     for name in validation.nulls:

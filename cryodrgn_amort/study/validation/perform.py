@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shlex
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["Validated", "validate_run"]
-logger = logging.getLogger("cryodrgn_amort")
 
 
 @dataclass(frozen=True)

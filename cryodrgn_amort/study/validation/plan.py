@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from cryodrgn_amort.core import (
     InputError,
@@ -123,7 +124,8 @@ class Validation:
 
     def cost(self, work: Work) -> str:
         """Say what is still to be done costs, in epochs of the run, and in time where measured."""
-        left = [step for step in work.steps.values() if not Progress(work).is_done(step)]
+        progress = Progress(work)
+        left = [step for step in work.steps.values() if not progress.is_done(step)]
         trained = [step for step in left if step.argv[0] == "train_amort"]
         epochs = self.run.epoch * len(trained) / 2
         more = f"{len(left)} of {len(work.steps)} steps are to be done"
@@ -160,7 +162,7 @@ class Validation:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.options.quick:
             self._write_halves()
-        write_text(known, "".join(f"{k}: {v}\n" for k, v in asked.items()))
+        write_text(known, yaml.safe_dump(asked, sort_keys=False))
 
     def _asked(self) -> dict[str, object]:
         options = asdict(self.options)
@@ -195,20 +197,21 @@ class Validation:
 
     def work(self) -> Work:
         """Return all that is to be done."""
-        report = ["validate_amort", self.options.run, "-o", str(self.folder), *self._flags()]
         steps = {step.name: step for step in self._steps()}
         parsers = {"train_amort": self.parser}
-        return Work(self.folder, steps, tuple(report), parsers, self.plugins)
+        return Work(self.folder, steps, self._argv(), parsers, self.plugins)
 
-    def _flags(self) -> list[str]:
-        options, argv = self.options, []
+    def _argv(self) -> tuple[str, ...]:
+        """Return the command that asks for the same."""
+        options = self.options
+        argv = ["validate_amort", options.run, "-o", str(self.folder)]
         for name in _KEPT:
             value, default = getattr(options, name), getattr(type(options), name)
             if value is True:
                 argv.append(f"--{name}")
             elif value != default:
                 argv += [f"--{name}", str(value)]
-        return argv
+        return tuple(argv)
 
     def _steps(self) -> Iterator[Step]:
         cases = [*self.halves, *self.nulls]
@@ -229,11 +232,8 @@ class Validation:
             yield self._part("epochs", ("fit.half0",))
 
     def _part(self, name: str, after: tuple[str, ...], ending: str = "json") -> Step:
-        argv = ("validate_amort", self.options.run, "-o", str(self.folder), *self._flags())
-        return Step(
-            f"part.{name}" if ending == "json" else name, (*argv, "--part", name), after,
-            (self.part(name, ending),),
-        )  # fmt: skip
+        step, argv = f"part.{name}" if ending == "json" else name, (*self._argv(), "--part", name)
+        return Step(step, argv, after, (self.part(name, ending),))
 
     def _train(
         self, name: str, given: dict[str, str | None], after: tuple[str, ...], k: int

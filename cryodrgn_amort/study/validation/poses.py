@@ -186,17 +186,9 @@ def crossed_slopes(case: Case, fits: Fits, other: Run) -> PoseSlopes:
     of them differs from the truth by, as far as the errors of both have nothing to do with each
     other.
     """
-    index = other.index
-    assert index is not None
-    wanted = case.positions[fits.rows]
-    there = np.isin(wanted, index)
-    order = np.argsort(index)
-    z = other.z()[0][order[np.searchsorted(index, wanted[there], sorter=order)]]
-    white, shown, draw = (
-        case.whitened(fits.spectrum),
-        other.load_decoder()[0].fast,
-        case.generator(),
-    )
+    there, z = case.latents_of(other, fits.rows)
+    white, draw = case.whitened(fits.spectrum), case.generator()
+    shown = other.load_decoder()[0].fast
     noise, parts = case.noise(fits.spectrum), []
     rows = torch.from_numpy(fits.rows[there])
     for at in torch.arange(len(rows)).split(_TOGETHER):

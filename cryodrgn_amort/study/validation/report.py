@@ -53,7 +53,7 @@ def write_validation(validation: Validation) -> tuple[list[Answer], Path]:
     }
     said = answers(found)
     folder = validation.folder
-    if validation.part("misfits", "npz").is_file():
+    if "misfits" in found:
         _write_particles(validation)
     facts = {
         "format": 1, "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
