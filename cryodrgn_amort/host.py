@@ -63,6 +63,7 @@ __all__ = [
     "add_train_vae_args",
     "analyze",
     "any_suffix",
+    "backproject",
     "compute_ctf",
     "eval_volume",
     "fftn_center",
@@ -245,6 +246,25 @@ def analyze(run_folder: str, epoch: int, n: int, zdim: int) -> str | None:
             left_out.append(f"UMAP needs more than {_NEIGHBOURS} particles")
         host_analyze.main(parser.parse_args(argv))
     return "; ".join(left_out) or None
+
+
+def backproject(
+    particles: str, poses: str, ctf: str | None, ind: str, outdir: str,
+    *, datadir: str | None, invert: bool, lazy: bool,
+) -> np.ndarray:  # fmt: skip
+    """Run ``cryodrgn backproject_voxel``; returns its map, `(box, box, box)`."""
+    from cryodrgn.commands import backproject_voxel
+
+    parser = argparse.ArgumentParser()
+    backproject_voxel.add_args(parser)
+    argv = [particles, "--poses", poses, "--ind", ind, "-o", outdir, "--no-half-maps"]
+    argv += [] if ctf is None else ["--ctf", ctf]
+    argv += [] if datadir is None else ["--datadir", datadir]
+    argv += [] if invert else ["--uninvert-data"]
+    with quiet():
+        backproject_voxel.main(parser.parse_args([*argv, *(["--lazy"] if lazy else [])]))
+    found: np.ndarray = parse_mrc(os.path.join(outdir, "backproject.mrc"))[0]
+    return found
 
 
 @contextlib.contextmanager

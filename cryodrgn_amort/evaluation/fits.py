@@ -82,6 +82,7 @@ def fit_results(subject: Subject) -> list[FitResult]:
                     index,
                     {m.name: m for m in measures},
                     values.gap,
+                    values.khat,
                     left_out,
                 )
             )

@@ -87,11 +87,11 @@ def _nuisance_leaks(subject: Subject, near: Neighbours) -> list[Measure]:
     return found
 
 
-def calibrated(subject: Subject, own: Own) -> tuple[np.ndarray | None, list[Measure]]:
+def calibrated(subject: Subject, own: Own) -> tuple[dict[str, np.ndarray] | None, list[Measure]]:
     """Measure how far the encoder's intervals, and the decoder's images, can be believed.
 
-    Returns where true latents lie in the encoder's posteriors, `(M, zdim)`, and measures; nothing
-    of either for images with corners and for tilt series, which are not made up.
+    Returns where true latents lie in the encoder's posteriors (``Calibration.places``), and
+    measures; nothing of either for images with corners and for tilt series, which are not made up.
     """
     if subject.particles.whole or subject.particles.tilts:
         return None, []
@@ -100,7 +100,7 @@ def calibrated(subject: Subject, own: Own) -> tuple[np.ndarray | None, list[Meas
     found = calibrate(subject.codec.model, subject.particles, own.z, own.logvar, others, seed)
     measures = calibration_measures(found, subject.opts)
     measures += _held_out_measures(subject, found, own.z)
-    return found.ranks, [*measures, encoding_cost(others, subject.options.fit)]
+    return found.places, [*measures, encoding_cost(others, subject.options.fit)]
 
 
 def _held_out_measures(subject: Subject, found: Calibration, z: np.ndarray) -> list[Measure]:

@@ -2,7 +2,6 @@ from .bounds import (
     ElboScale as ElboScale,
     anchored as anchored,
     elbo as elbo,
-    errors_at as errors_at,
 )
 from .fitter import Fitter as Fitter
 from .gaps import fit_values as fit_values

@@ -1,6 +1,6 @@
 """The ELBO of single particles, with the decoder as it is, and bounds on their likelihood.
 
-Whatever has ``errors(batch, z)`` can be a model here.
+Whatever has ``errors(batch, z)`` and ``errors_at`` can be a model here.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = [
     "anchored",
     "drawn",
     "elbo",
-    "errors_at",
     "importance_bound",
+    "importance_ratios",
 ]
 
 Posterior = tuple[Tensor, Tensor]
@@ -38,6 +38,10 @@ class Decoder(Protocol):
 
     def errors(self, batch: Batch, z: Tensor, /) -> tuple[Tensor, Tensor]:
         """Return the total error, differentiable by z, and that of each particle `(B,)`."""
+        ...
+
+    def errors_at(self, batch: Batch, z: Tensor, /) -> Tensor:
+        """Return the error of each particle at several latents `(K, B, zdim)`: `(K, B)`."""
         ...
 
 
@@ -75,12 +79,6 @@ def drawn(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def errors_at(model: Decoder, batch: Batch, z: Tensor) -> Tensor:
-    """Return the error of each particle at several latents `(K, B, zdim)`: `(K, B)`."""
-    return torch.stack([model.errors(batch, latent)[1] for latent in z])
-
-
-@torch.no_grad()
 def elbo(
     model: Decoder, batch: Batch, posterior: Posterior, elbo_scale: ElboScale, draws: Tensor
 ) -> Tensor:
@@ -94,17 +92,17 @@ def elbo(
     """
     mean, logvar = posterior
     z = drawn(mean, logvar, torch.cat([draws, -draws]))
-    error = errors_at(model, batch, z).mean(0)
+    error = model.errors_at(batch, z).mean(0)
     return elbo_scale.elbo(error, kl_divergence(mean, logvar).to(error.dtype))
 
 
 @torch.no_grad()
-def importance_bound(
+def importance_ratios(
     model: Decoder, batch: Batch, posterior: Posterior, elbo_scale: ElboScale, noise: Tensor
 ) -> Tensor:
-    """Estimate log p(x) from below by importance sampling (Burda et al., arXiv 1509.00519).
+    """Return log p(x, z) - log q(z) of K latents drawn from a posterior q: `(K, B)`.
 
-    In nats up to the constant of the ELBO, `(B,)`; it is tighter the more samples there are.
+    In nats up to the constant of the ELBO.
 
     Parameters
     ----------
@@ -115,10 +113,22 @@ def importance_bound(
     z = drawn(mean, logvar, noise)
     prior, own = (-0.5 * at.square().sum(2) for at in (z, noise))
     log_q = own - 0.5 * logvar.sum(1)
-    error = errors_at(model, batch, z)
+    error = model.errors_at(batch, z)
     weight = elbo_scale.beta / (2 * elbo_scale.variance)
-    ratios = error / (-2 * elbo_scale.variance) + weight * (prior - log_q).to(error.dtype)
-    return torch.logsumexp(ratios, 0) - math.log(len(noise))
+    return error / (-2 * elbo_scale.variance) + weight * (prior - log_q).to(error.dtype)
+
+
+def importance_bound(ratios: Tensor) -> Tensor:
+    """Estimate log p(x) from below by importance sampling (Burda et al., arXiv 1509.00519).
+
+    In nats up to the constant of the ELBO, `(B,)`; it is tighter the more samples there are.
+
+    Parameters
+    ----------
+    ratios
+        See ``importance_ratios``, `(K, B)`.
+    """
+    return torch.logsumexp(ratios, 0) - math.log(len(ratios))
 
 
 @torch.no_grad()
@@ -142,6 +152,6 @@ def anchored(
         Smallest error of each particle at an anchor, `(B,)`.
     """
     size = len(batch.index)
-    error = errors_at(model, batch, anchors[:, None].expand(-1, size, -1))
+    error = model.errors_at(batch, anchors[:, None].expand(-1, size, -1))
     weights = torch.softmax(error / (-2 * variance), 0).nan_to_num(1 / len(anchors))
     return weights.to(anchors.dtype).T @ anchors, error.amin(0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cryodrgn_amort.core import InputError
 from cryodrgn_amort.data import BatchLoader
-from cryodrgn_amort.inference.bounds import ElboScale, Posterior, anchored, errors_at
+from cryodrgn_amort.inference.bounds import ElboScale, Posterior, anchored
 from cryodrgn_amort.inference.optimisation import FitOptions, Fitted, infer
 from cryodrgn_amort.models import cluster_centres
 
@@ -142,7 +142,7 @@ class Fitter:
         for batch in self.sample():
             answer = self.answer(batch) if self.own else None
             if answer is not None:
-                errors = errors_at(self.model, batch, answer[0][None])[0]
+                errors = self.model.errors_at(batch, answer[0][None])[0]
             else:
                 errors = anchored(self.model, batch, self.anchors, 1.0)[1]
             sound = errors[errors.isfinite()]

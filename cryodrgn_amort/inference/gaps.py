@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cryodrgn_amort.inference.bounds import ElboScale, errors_at, importance_bound
-from cryodrgn_amort.measures import FitValues
+from cryodrgn_amort.inference.bounds import (
+    ElboScale,
+    importance_bound,
+    importance_ratios,
+)
+from cryodrgn_amort.measures import SAMPLES, FitValues, tail_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,8 +23,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["fit_values"]
-
-_SAMPLES = 64  # of the importance-weighted bound
 
 
 def fit_values(
@@ -47,15 +49,20 @@ def fit_values(
         unknown = torch.full_like(best.elbo, torch.nan)
         mean = torch.full_like(best.mean, torch.nan) if answer is None else answer[0]
         z = torch.stack([centre.expand_as(best.mean), mean, best.mean])
-        losses = errors_at(model, batch, z) / 2
-        bound = unknown
+        losses = model.errors_at(batch, z) / 2
+        bound, shapes = unknown, (unknown, unknown)
         if tighten:
-            noise = torch.randn(_SAMPLES, *best.mean.shape, generator=generator).to(best.mean)
-            bound = importance_bound(model, batch, (best.mean, best.logvar), elbo_scale, noise)
+            noise = torch.randn(SAMPLES, *best.mean.shape, generator=generator).to(best.mean)
+            posterior = best.mean, best.logvar
+            ratios = importance_ratios(model, batch, posterior, elbo_scale, noise)
+            bound = importance_bound(ratios)
+            khat, worth = tail_shapes(ratios.cpu().numpy())
+            shapes = torch.from_numpy(khat), torch.from_numpy(worth)
         found = {
             "gap": unknown if own is None else best.elbo - own,
             "tighter": bound - best.elbo, "converged": best.converged, "constant": losses[0],
             "encoder": losses[1], "fitted": losses[2], "own": mean, "z": best.mean,
+            "khat": shapes[0], "worth": shapes[1],
         }  # fmt: skip
         for name, values in found.items():
             parts.setdefault(name, []).append(values.cpu())

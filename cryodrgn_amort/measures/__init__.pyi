@@ -16,7 +16,12 @@ from .bootstrap import (
     ratio_of_means as ratio_of_means,
     single as single,
 )
-from .calibration import Calibration as Calibration, calibration_measures as calibration_measures
+from .calibration import (
+    Calibration as Calibration,
+    calibration_measures as calibration_measures,
+    ecdf as ecdf,
+    ecdf_band as ecdf_band,
+)
 from .catalogue import (
     DEFINITIONS as DEFINITIONS,
     TIMED as TIMED,
@@ -29,6 +34,7 @@ from .gaps import (
     fit_measures as fit_measures,
     told_classes as told_classes,
 )
+from .importance import SAMPLES as SAMPLES, tail_shapes as tail_shapes
 from .latents import (
     MOST_QUERIES as MOST_QUERIES,
     OF_LATENTS as OF_LATENTS,
@@ -61,6 +67,7 @@ from .transformed_copies import (
     spread as spread,
 )
 from .volumes import (
+    fourier_radius as fourier_radius,
     fsc as fsc,
     fve_radius as fve_radius,
     fve_voxels as fve_voxels,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cryodrgn_amort.measures.definition import Definition
+from cryodrgn_amort.measures.posterior_definitions import OF_POSTERIORS
 
 __all__ = [
     "ATTAINABLE",
@@ -86,103 +87,7 @@ DEFINITIONS = {
         null="two particles",
         ideal=0.0,
     ),
-    "amortization_gap": Definition(
-        "Amortization gap",
-        "By how much the ELBO of a posterior that was fitted to a particle alone is above that of "
-        "the encoder's answer, or of its row of the table, with the same decoder; mean over the "
-        "sampled particles.",
-        "nats per particle",
-        ideal=0.0,
-    ),
-    "generalisation_gap": Definition(
-        "Generalisation gap",
-        "The amortization gap of particles that were held out, minus that of as many that were "
-        "trained on: what is lost because the encoder never saw them.",
-        "nats per particle",
-        ideal=0.0,
-    ),
-    "held_out_score": Definition(
-        "Held-out score",
-        "Of the fit to the images of held-out particles that fitted latents gain over one latent "
-        "for all, the share that the encoder's latents gain. 0: the encoder is no better than a "
-        "constant; below: worse.",
-        null=0.0,
-        ideal=1.0,
-    ),
-    "training_score": Definition(
-        "Training score",
-        "The same of particles that were trained on: what the encoder's latents, or the table's "
-        "rows, gain over one latent for all, of what fitted ones gain.",
-        null=0.0,
-        ideal=1.0,
-    ),
-    "approximation_gap": Definition(
-        "Approximation gap",
-        "By how much an importance-weighted bound of log p(x), with 64 samples, is above the ELBO "
-        "of the fitted posterior: what is lost because posteriors are Gaussians without "
-        "correlations. A lower estimate.",
-        "nats per particle",
-        ideal=0.0,
-    ),
-    **{
-        f"coverage_{level}": Definition(
-            f"Coverage at {level} %",
-            f"How often the central {level} % interval of a posterior holds the true latent, by "
-            "dimension, of images that the run's decoder makes up. Less: the encoder is too sure; "
-            "more: not sure enough.",
-            ideal=level / 100,
-        )
-        for level in (50, 80, 95)
-    },
-    "class_knn_held_out": Definition(
-        "Class kNN, held out",
-        "Share of held-out particles whose class is that of most of the 15 training particles "
-        "nearest to the encoder's latent. Null: guessing by class size.",
-        null="class shares",
-        ideal=1.0,
-        attainable="attainable_class",
-    ),
-    "coordinate_r2_held_out": Definition(
-        "Coordinate R², held out",
-        "Share of the variance of held-out particles' coordinate that the mean of the 15 training "
-        "particles nearest to the encoder's latents explains.",
-        null=0.0,
-        ideal=1.0,
-        attainable="attainable_r2",
-    ),
-    "encoding_cost": Definition(
-        "Encoding cost",
-        "Time in which the encoder answers, next to 50 steps of a fit of the same particles; "
-        "median, least and greatest of 5 rounds.",
-        "50 fitting steps",
-    ),
-    "gain_ratio": Definition(
-        "Gain ratio",
-        "What the encoder's latents gain in fit over one latent for all, of particles (held-out "
-        "ones, if there are any), next to what they gain of images that the decoder makes up. "
-        "Below 1: the decoder shows differences that particles do not have, or the encoder fails "
-        "on these. Above: particles differ more than the decoder shows, as when it was trained for "
-        "too short a time.",
-        null=0.0,
-        ideal=1.0,
-    ),
-    "converged": Definition(
-        "Converged", "Share of the fitted particles whose ELBO had stopped improving.", ideal=1.0
-    ),
-    "class_knn_encoder": Definition(
-        "Class kNN, encoder",
-        "Class kNN, held out, of the particles that were fitted.",
-        null="class shares",
-        ideal=1.0,
-        attainable="attainable_class",
-    ),
-    "class_knn_fitted": Definition(
-        "Class kNN, fitted",
-        "The same with the fitted latents: what the decoder makes possible.",
-        null="class shares",
-        ideal=1.0,
-        attainable="attainable_class",
-    ),
+    **OF_POSTERIORS,
     "noise_swap_signal": Definition(
         "Noise swap, signal",
         "Latent correlation of a particle with a made-up image: its own noise-free projection in "
@@ -278,6 +183,44 @@ DEFINITIONS = {
         "Agreement of the halves, other particles",
         "The same with the volume that the other half shows for another particle.",
         null=0.0,
+    ),
+    "renoised_spread": Definition(
+        "Spread under new noise",
+        "Variance of a particle's latent when its decoded image is shown again with new noise, "
+        "over what the run's log variances say it should be; median over particles. Above 1: they "
+        "are too small.",
+        ideal=1.0,
+    ),
+    "renoised_bias": Definition(
+        "Bias under new noise",
+        "Distance of the mean of these latents from the latent that was decoded, as the prior "
+        "pulls it, in the run's standard deviations (root mean square over dimensions); median "
+        "over particles.",
+        "standard deviations",
+        ideal=0.0,
+    ),
+    "map_agreement": Definition(
+        "Agreement with maps",
+        "Correlation of what a half's decoded volumes differ by (each minus their mean) with what "
+        "maps differ by that the host backprojects, without a decoder, from the particles that "
+        "the other half's decoder selects for them; up to 16 Fourier pixels, a quarter of the box "
+        "at most; mean over maps.",
+        null=0.0,
+        ideal=1.0,
+    ),
+    "map_agreement_random": Definition(
+        "Agreement with random maps",
+        "The same with maps of as many particles at random.",
+        null=0.0,
+    ),
+    "map_halves_agreement": Definition(
+        "Agreement of maps",
+        "The same of the maps of both halves, each selected by the other half's decoder.",
+        null=0.0,
+        ideal=1.0,
+    ),
+    "map_halves_agreement_random": Definition(
+        "Agreement of random maps", "The same of maps of particles at random.", null=0.0
     ),
     "knn_overlap": Definition(
         "Neighbour overlap",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cryodrgn_amort.measures.bootstrap import Measure, measure
+from cryodrgn_amort.measures.importance import SAMPLES, khat_limit
 from cryodrgn_amort.measures.latents import Neighbours, knn_labels
 from cryodrgn_amort.measures.losses import difference_of_means, gained_share
 
@@ -31,6 +32,8 @@ class FitValues:
         Reconstruction losses in nats: at the mean of all latents, the encoder's, the fitted ones.
     own, z
         The encoder's and the fitted means, `(M, zdim)`.
+    khat, worth
+        Of the importance weights: see ``tail_shapes``; NaN where they are not known.
     """
 
     gap: np.ndarray
@@ -41,6 +44,8 @@ class FitValues:
     fitted: np.ndarray
     own: np.ndarray
     z: np.ndarray
+    khat: np.ndarray
+    worth: np.ndarray
 
 
 def fit_measures(found: FitValues, seen: FitValues | None, opts: dict[str, Any]) -> list[Measure]:
@@ -70,6 +75,14 @@ def fit_measures(found: FitValues, seen: FitValues | None, opts: dict[str, Any])
             measure("approximation_gap", np.mean, found.tighter[known],
                     **opts)
         )  # fmt: skip
+    known = np.isfinite(found.khat)
+    if known.any():
+        high = found.khat[known] > khat_limit(SAMPLES)
+        measures += [
+            measure("khat", np.median, found.khat[known], **opts),
+            measure("khat_high", np.mean, high.astype(float), **opts),
+            measure("effective_samples", np.mean, found.worth[known], **opts),
+        ]
     converged = measure("converged", np.mean, found.converged, **opts)
     return [*measures, converged]
 

@@ -24,6 +24,7 @@ from .step import (
     train_step as train_step,
 )
 from .synthetic import (
+    SyntheticBatch as SyntheticBatch,
     SyntheticImages as SyntheticImages,
     measure_noise as measure_noise,
     unexplained as unexplained,

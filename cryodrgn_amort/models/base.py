@@ -52,6 +52,11 @@ class LatentModel(ABC):
         all its images, `(B,)`, which cannot.
         """
 
+    @torch.no_grad()
+    def errors_at(self, batch: Batch, z: Tensor) -> Tensor:
+        """Return the error of each particle at several latents `(K, B, zdim)`: `(K, B)`."""
+        return torch.stack([self.errors(batch, latent)[1] for latent in z])
+
     def pixels(self, batch: Batch) -> int:
         """Return how many pixels of an image are compared."""
         return batch.y.shape[1]

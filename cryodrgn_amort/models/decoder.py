@@ -24,7 +24,7 @@ from torch import Tensor
 from cryodrgn_amort import host
 from cryodrgn_amort.core import multiply, on_gpu
 from cryodrgn_amort.models.layers import Layers, Network, Sums
-from cryodrgn_amort.models.pieces import Buffers, rows_at_once, shares, side_by_side
+from cryodrgn_amort.models.pieces import Buffers, rows_at_once, shares, side_by_side, slices
 from cryodrgn_amort.models.positional_encoding import PositionalEncoding
 
 if TYPE_CHECKING:
@@ -35,17 +35,10 @@ if TYPE_CHECKING:
     from cryodrgn_amort.models.pieces import Piece
 
 
-__all__ = ["DTYPES", "FastDecoder"]
+__all__ = ["FastDecoder"]
 
-DTYPES = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-"""What ``--precision`` names."""
 _HALF_SCALE = 2.0**-9  # of gradients in half precision, whose range is small
+_TOGETHER = 1 << 25  # pixels of images that are compared at once
 
 
 class _Wanted(NamedTuple):
@@ -174,6 +167,20 @@ class FastDecoder:
         total, each = apply(self, rot, target, ctf, z, *self._network.parameters)
         return total, each
 
+    @torch.no_grad()
+    def errors_at(self, rot: Tensor, target: Tensor, ctf: Tensor | None, z: Tensor) -> Tensor:
+        """Compare particles with what several latents decode to; not differentiable.
+
+        As ``squared_errors`` does, but with z `(K, B, zdim)`: returns `(K, B)`.
+        """
+        whole = None if ctf is None else torch.cat([ctf, ctf.flip(-1)], -1)[:, None]
+        found = z.new_empty(z.shape[:2], dtype=target.dtype)
+        for some in slices(len(z), max(1, _TOGETHER // max(1, target.numel()))):
+            images = self.images(rot, z[some].transpose(0, 1)).to(target.dtype)
+            images = images if whole is None else images.mul_(whole)
+            torch.sum(images.sub_(target[:, None]).square_(), 2, out=found[some].T)
+        return found
+
     def values(self, coords: Tensor, z: Tensor) -> Iterator[Tensor]:
         """Evaluate the network at `(n, 3)` coordinates for each latent `(M, zdim)`.
 
@@ -217,13 +224,13 @@ class FastDecoder:
         found = torch.empty(*z.shape[:2], whole, dtype=wide, device=z.device)
         at_once = max(1, self.most // self.pixels)  # images of latents
         poses = max(1, at_once // max(1, z.shape[1]))
-        for some in _slices(len(rot), poses):
+        for some in slices(len(rot), poses):
             signs = sign[some]
             turned = signs[:, :, None] * (coords @ rot[some])
             phases = turned.flatten(0, 1) @ self._frequencies(wide)
             start = layers.first_values(self._features(phases))
             start = start.view(len(signs), 1, self.pixels, self._network.width)
-            for latents in _slices(z.shape[1], at_once):
+            for latents in slices(z.shape[1], at_once):
                 rows = bias[some, latents, None].to(start.dtype)
                 shape = *rows.shape[:2], *start.shape[2:]
                 first = self._buffers(
@@ -361,10 +368,6 @@ class FastDecoder:
             return target[..., None].clone()
         near, far = target[:, : self.pixels], target[:, self.pixels :].flip(1)
         return torch.stack([near + far, far - near], 2).mul_(0.5)
-
-
-def _slices(count: int, step: int) -> list[slice]:
-    return [slice(a, min(a + step, count)) for a in range(0, count, step)]
 
 
 class _SquaredErrors(torch.autograd.Function):

@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from cryodrgn_amort.models.pieces import Buffers
 
 
-__all__ = ["Layers", "Network", "Sums"]
+__all__ = ["DTYPES", "Layers", "Network", "Sums"]
+
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""What ``--precision`` names."""
 _aten = torch.ops.aten
 
 

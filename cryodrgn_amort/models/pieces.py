@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-__all__ = ["Buffers", "Piece", "rows_at_once", "shares", "side_by_side"]
+__all__ = ["Buffers", "Piece", "rows_at_once", "shares", "side_by_side", "slices"]
 _T = TypeVar("_T")
 
 Piece: TypeAlias = tuple[slice, slice]
@@ -114,3 +114,8 @@ def side_by_side(do: Callable[[list[Piece]], _T], shares: list[list[Piece]]) -> 
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Return threads in which PyTorch starts no further ones."""
     return ThreadPoolExecutor(threads, "decoding", initializer=torch.set_num_threads, initargs=(1,))
+
+
+def slices(count: int, step: int) -> list[slice]:
+    """Cut so many into parts of at most ``step``."""
+    return [slice(a, min(a + step, count)) for a in range(0, count, step)]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from cryodrgn_amort import host
 from cryodrgn_amort.core import InputError, on_gpu
 from cryodrgn_amort.models.base import LatentModel
-from cryodrgn_amort.models.decoder import DTYPES, FastDecoder
+from cryodrgn_amort.models.decoder import FastDecoder
+from cryodrgn_amort.models.layers import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -127,6 +128,17 @@ class AmortVAE(LatentModel, host.HetOnlyVAE):  # type: ignore[misc]
             y, ctf = y * self._gain, half.expand(len(y), -1) if ctf is None else ctf * half
         total, each = fast.squared_errors(batch.rot, y, ctf, z)
         return total, each if tilts == 1 else each.view(-1, tilts).sum(1)
+
+    @torch.no_grad()
+    def errors_at(self, batch: Batch, z: Tensor) -> Tensor:
+        """Decode several latents at each pose together; see ``LatentModel.errors_at``."""
+        assert batch.rot is not None
+        if self.training:  # where pixels are chosen and weighed
+            return super().errors_at(batch, z)
+        tilts = batch.tilts
+        z = z if tilts == 1 else z.repeat_interleave(tilts, 1)
+        each = self.fast.errors_at(batch.rot, batch.y, batch.ctf, z)
+        return each if tilts == 1 else each.view(len(z), -1, tilts).sum(2)
 
     def weigh(self, weights: Tensor | None) -> None:
         """Weigh squared errors in training by masked pixels `(P,)`; None: all alike.

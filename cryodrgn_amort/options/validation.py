@@ -29,6 +29,10 @@ class ValidateOptions(Options):
         "--sample", default=300, least=20, metavar="N",
         help="Particles of each half that are fitted one by one",
     )  # fmt: skip
+    maps: int = flag(
+        "--maps", default=6, least=2, metavar="K",
+        help="At so many latents particles are selected and backprojected",
+    )  # fmt: skip
     bootstrap: int = flag(
         "--bootstrap", default=200, least=20, metavar="N", help="Rounds for the 95 %% intervals"
     )

@@ -6,6 +6,7 @@ from .evaluation_report import (
 )
 from .html import (
     Picture as Picture,
+    Turnable as Turnable,
     capital as capital,
     environment as environment,
     picture as picture,

@@ -84,11 +84,13 @@ def drawings_of(evaluation: Evaluation) -> Iterator[Drawing]:
     if evaluation.calibration is not None:
         alt = "Where true latents lie in their posteriors, against a uniform distribution."
         caption = (
-            f"Where the true latents of {len(evaluation.calibration)} images, made up by the "
-            "decoder, lie in the encoder's posteriors: a line per latent dimension. Right "
-            "posteriors make it flat; a U means that the encoder is too sure, a hill that it is "
-            "not sure enough, a slope that it is off to one side. The band holds 95 % of what "
-            "chance makes of right ones."
+            f"Where the true latents of {len(next(iter(evaluation.calibration.values())))} images, "
+            "made up by the decoder, lie in the encoder's posteriors: above, a line per latent "
+            "dimension; below, ranks among draws of the posterior, by what they explain of the "
+            "image and by distance to another image's latent. Right posteriors stay within the "
+            "bands, all lines together, in 95 % of cases. First up, then down: the encoder is too "
+            "sure; first down, then up: not sure enough; all up or down: off to one side. "
+            "Likelihood far below: the posterior is no better than chance."
         )
         draw = partial(plots.calibration, evaluation.calibration)
         yield Drawing("calibration", "calibration", alt, caption, draw)

@@ -39,7 +39,7 @@ from cryodrgn_amort.measures import (
 from cryodrgn_amort.report.evaluation_figures import pictures_of
 from cryodrgn_amort.report.evaluation_page import page_of
 from cryodrgn_amort.report.methods import CITATION
-from cryodrgn_amort.report.plots import RANK_BINS, particle_numbers
+from cryodrgn_amort.report.plots import particle_numbers
 from cryodrgn_amort.report.results import MODES
 from cryodrgn_amort.report.trust import write_trust
 from cryodrgn_amort.report.verdict import VERDICT_RULE, verdict
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_outdir", "evaluation_rows", "evaluation_summary", "write_evaluation"]
 
+_BINS = 20  # of a histogram
 _MAIN = ("retrieval_rank", "latent_correlation", "amortization_loss_fraction", "volume_change")
 # What an earlier evaluation may have left, and a later one without that transform must remove.
 _OURS = re.compile(
@@ -187,12 +188,12 @@ def _write_arrays(evaluation: Evaluation, folder: Path) -> None:
             host.write_mrc(str(folder / f"vol.{name}.{result.key}.mrc"), volume, **apix)
 
 
-def _histograms(ranks: np.ndarray | None) -> list[list[int]] | None:
-    """Count the ranks of each latent dimension in equal bins from 0 to 1."""
-    if ranks is None:
+def _histograms(places: dict[str, np.ndarray] | None) -> dict[str, list[int]] | None:
+    """Count what is uniform from 0 to 1 in equal bins, by name."""
+    if places is None:
         return None
-    edges = np.linspace(0, 1, RANK_BINS + 1)
-    return [np.histogram(column, edges)[0].tolist() for column in ranks.T]
+    edges = np.linspace(0, 1, _BINS + 1)
+    return {name: np.histogram(values, edges)[0].tolist() for name, values in places.items()}
 
 
 def _facts(evaluation: Evaluation) -> dict[str, Any]:

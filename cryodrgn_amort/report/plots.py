@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from cryodrgn_amort.measures import ecdf, ecdf_band
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -63,7 +65,6 @@ STYLE = {
     "text.usetex": False,
 }
 MOST_VOLUMES = 10
-RANK_BINS = 20
 """Volumes of more labelled particles than these are not drawn."""
 _GAP = 0.05  # between pictures, of their edge
 
@@ -287,25 +288,34 @@ def ranks(results: Sequence[TransformResult]) -> Figure:
     return figure
 
 
-def calibration(ranks: np.ndarray) -> Figure:
-    """Draw the distribution of the places `(M, zdim)` of true latents in their posteriors."""
+def calibration(places: Mapping[str, np.ndarray]) -> Figure:
+    """Draw how the places of true latents in their posteriors differ from uniform ones."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = figure.subplots()
-        edges = np.linspace(0, 1, RANK_BINS + 1)
-        usual = len(ranks) / RANK_BINS
-        spread = 1.96 * np.sqrt(usual * (1 - 1 / RANK_BINS)) / usual
-        axes.axhspan(max(0, 1 - spread), 1 + spread, color="0.88", label="right posteriors, 95 %")
-        axes.axhline(1, linestyle=":", color="black")
-        for dimension, column in enumerate(ranks.T):
-            counts, _ = np.histogram(column, edges)
-            axes.stairs(counts / usual, edges, color=HELD, alpha=0.6, linewidth=1.2,
-                        label="latent dimensions" if not dimension else None)  # fmt: skip
-        axes.set(xlim=(0, 1), xlabel="cumulative probability of the true latent",
-                 ylabel="images, next to uniform")  # fmt: skip
-        axes.set_ylim(bottom=0)
-        axes.legend(loc="upper center")
+        figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+        grid = figure.subplots(2, sharex=True)
+        latents = {name: values for name, values in places.items() if name.startswith("latent")}
+        others = {name: values for name, values in places.items() if name not in latents}
+        for axes, shown in zip(grid, (latents, others), strict=True):
+            # all lines of the panel are within the band with this probability
+            at, _ = ecdf(np.zeros(1))
+            low, high = ecdf_band(len(next(iter(shown.values()))), 1 - 0.05 / len(places))
+            axes.fill_between(at, low - at, high - at, color="0.88", label="right posteriors, 95 %")
+            axes.axhline(0, linestyle=":", color="black")
+            axes.set(xlim=(0, 1), ylabel="share below, less uniform")
+        for number, values in enumerate(latents.values()):
+            at, share = ecdf(values)
+            grid[0].plot(at, share - at, color=HELD, alpha=0.6, linewidth=1.2,
+                         label=None if number else "latent dimensions")  # fmt: skip
+        for (name, values), (colour, line) in zip(others.items(), _OTHERS, strict=True):
+            at, share = ecdf(values)
+            grid[1].plot(at, share - at, color=colour, linestyle=line, label=name)
+        grid[1].set(xlabel="place of the true latent in its posterior, or rank among draws of it")
+        for axes in grid:
+            axes.legend(loc="upper right")
     return figure
+
+
+_OTHERS = ((HELD, "-"), (FOLLOW, "--"))
 
 
 def _draw_curves(axes: Any, results: Sequence[TransformResult], name: str) -> None:

@@ -83,6 +83,8 @@ class FitResult:
         By name.
     gap
         In nats per particle, `(M,)`; NaN where it cannot be told.
+    khat
+        Whether that can be trusted, `(M,)`; NaN where it is not known. See ``tail_shapes``.
     left_out
         Number of particles whose loss is not a number; the measures leave them out.
     """
@@ -94,6 +96,7 @@ class FitResult:
     index: np.ndarray
     measures: dict[str, Measure]
     gap: np.ndarray
+    khat: np.ndarray
     left_out: int = 0
 
     @property
@@ -125,7 +128,7 @@ class Evaluation:
         Mean divergence of the posteriors from the prior, in nats, `(zdim,)`; None for runs of
         ``train_dec``, which have no posteriors.
     calibration
-        Where true latents lie in the encoder's posteriors, `(M, zdim)`; see ``calibration``.
+        Where true latents lie in the encoder's posteriors: see ``Calibration.places``.
     results
         One per transform and mode; empty where not applicable.
     fits
@@ -153,7 +156,7 @@ class Evaluation:
     volumes: np.ndarray
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     kl_per_dimension: np.ndarray | None = None
-    calibration: np.ndarray | None = None
+    calibration: dict[str, np.ndarray] | None = None
     results: list[TransformResult] = field(default_factory=list)
     fits: list[FitResult] = field(default_factory=list)
     embeddings: dict[str, Embedding] = field(default_factory=dict)

@@ -28,7 +28,8 @@ def trust_table(evaluation: Evaluation) -> dict[str, np.ndarray]:
     """Return what is known of each particle, each `(N,)`; NaN where it was not measured.
 
     ``rank.KEY`` and ``displacement.KEY`` for each transform and mode, ``reconstruction`` and
-    ``gap`` in nats, and ``trust``: 1 minus the largest rank of ``Evaluation.tests``.
+    ``gap`` in nats, ``khat`` of the weights behind fits (above 0.63 the gap is not to be trusted),
+    and ``trust``: 1 minus the largest rank of ``Evaluation.tests``.
     """
     z, n = evaluation.z, len(evaluation.z)
     others = looked_up(n, evaluation.options.seed)
@@ -43,11 +44,11 @@ def trust_table(evaluation: Evaluation) -> dict[str, np.ndarray]:
         if result.key in tests and not result.is_control:
             worst = np.fmax(worst, rank)
     table["reconstruction"] = evaluation.arrays["reconstruction"]
-    fitted = [f for f in evaluation.fits if f.key == "training.train"]
-    gap = np.full(n, np.nan)
-    for fit in fitted:
-        gap[fit.index] = fit.gap
-    table["gap"] = gap
+    fits = {f.key: f for f in evaluation.fits}
+    for name, key in (("gap", "training.train"), ("khat", "training.implied")):
+        table[name] = np.full(n, np.nan)
+        if key in fits:
+            table[name][fits[key].index] = getattr(fits[key], name)
     if evaluation.results:
         table["trust"] = 1 - worst
     return table

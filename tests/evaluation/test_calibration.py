@@ -10,19 +10,25 @@ import torch
 from cryodrgn_amort.data import Batch
 from cryodrgn_amort.evaluation import calibration
 from cryodrgn_amort.evaluation.calibration import calibrate
-from cryodrgn_amort.measures import Measure, calibration_measures
-from cryodrgn_amort.measures.bootstrap import measure_ratio
-from cryodrgn_amort.measures.calibration import LEVELS, coverage
+from cryodrgn_amort.measures import (
+    Measure,
+    calibration as measures_of,
+    calibration_measures,
+)
+from cryodrgn_amort.measures.bootstrap import measure_ratio, single
+from cryodrgn_amort.measures.calibration import LEVELS, coverage, ecdf, ecdf_band
+from cryodrgn_amort.measures.two_samples import energy_distance
 from cryodrgn_amort.report import verdict as definitions
 
 
 class Images:
     """Makes up latents, and images that are these and noise of variance 1/4."""
 
-    def __init__(self, *_, **__):
-        self.generator = torch.Generator().manual_seed(0)
+    def __init__(self, *args, **__):
+        self.generator = torch.Generator().manual_seed(args[5])
 
     poses = 128
+    noise = SimpleNamespace(shells=SimpleNamespace(power=torch.square))
 
     def draw_apart(self, batch, number):
         z = torch.randn(len(batch.index), 3, generator=self.generator)
@@ -39,12 +45,17 @@ class Model:
         self.sureness = sureness
 
     def posterior(self, batch):
+        if self.sureness == "prior":
+            return torch.zeros_like(batch.y), torch.zeros_like(batch.y)
         logvar = torch.full_like(batch.y, np.log(0.2))
         return 0.8 * batch.y, logvar + 2 * np.log(self.sureness)
 
     def errors(self, batch, z):
         error = (batch.y - z).square().sum(1) / 0.25
         return error.sum(), error
+
+    def errors_at(self, batch, z):
+        return torch.stack([self.errors(batch, latent)[1] for latent in z])
 
 
 class Particles:
@@ -70,13 +81,13 @@ class Particles:
 def calibrated(monkeypatch):
     """Calibrate a model next to particles that have a share of the signal."""
 
-    def run(sureness=1.0, share=1.0):
+    def run(sureness=1.0, share=1.0, seed=0):
         monkeypatch.setattr(calibration, "SyntheticImages", Images)
         loader = SimpleNamespace(read=lambda index: Batch(index, None, None, None, None))
         monkeypatch.setattr(calibration, "BatchLoader", lambda *_, **__: loader)
         particles = SimpleNamespace(n=50, device=torch.device("cpu"))
         zeros = np.zeros((50, 3), np.float32)
-        return calibrate(Model(sureness), particles, zeros, zeros, Particles(share), 0)
+        return calibrate(Model(sureness), particles, zeros, zeros, Particles(share), seed)
 
     return run
 
@@ -91,6 +102,52 @@ def test_coverage_is_that_of_the_posterior(sureness, sign, calibrated):
         assert abs(found) < 0.03 if sign == 0 else sign * found > 0.03
     if sign == 0:
         assert np.abs(np.histogram(ranks, 10, (0, 1))[0] / ranks.size - 0.1).max() < 0.02
+
+
+def _measured(found):
+    return {m.name: m for m in calibration_measures(found, {"rounds": 50, "seed": 0})}
+
+
+def test_right_posteriors_are_called_wrong_in_one_of_twenty(calibrated, monkeypatch):
+    monkeypatch.setattr(measures_of, "energy_distance", lambda name, *_: single(name, 0.0, 1))
+    p = np.array([_measured(calibrated(seed=seed))["calibration_p"].value for seed in range(100)])
+    assert (p < 0.05).sum() <= 10  # 99 % of what chance makes of 5 %
+    assert (p < 0.5).sum() >= 20
+
+
+def test_bands_tell_posteriors_that_are_too_narrow_and_ones_that_are_the_prior(calibrated):
+    right, narrow, prior = (_measured(calibrated(s)) for s in (1.0, 0.7, "prior"))
+    assert right["calibration_p"].value > 0.05
+    assert narrow["calibration_p"].value < 0.01
+    assert prior["calibration_p"].value < 0.01
+    # of the prior, only what it explains of the image is wrong
+    assert abs(prior["coverage_80"].value - 0.8) < 0.03
+    assert prior["likelihood_rank"].value > 0.8
+    assert right["likelihood_rank"].low < 0.5 < right["likelihood_rank"].high
+
+
+def test_bands_hold_what_is_uniform():
+    rng = np.random.default_rng(1)
+    low, high = ecdf_band(300)
+    shares = [ecdf(rng.uniform(size=300))[1] for _ in range(400)]
+    inside = np.mean([((low <= s) & (s <= high)).all() for s in shares])
+    assert 0.92 < inside < 0.98
+
+
+def test_images_made_up_are_told_from_other_particles(calibrated):
+    alike, less = (_measured(calibrated(share=s))["made_up_distance"] for s in (1.0, 0.5))
+    assert alike.value < alike.null
+    assert less.value > 2 * less.null
+
+
+def test_alike_samples_are_told_apart_in_one_of_twenty():
+    rng = np.random.default_rng(0)
+    found = [energy_distance("made_up_distance", *rng.exponential(size=(2, 60, 5)), seed=k)
+             for k in range(100)]  # fmt: skip
+    assert 1 <= sum(m.value > m.null for m in found) <= 11
+    powers = rng.exponential(size=(2, 60, 5))
+    apart = energy_distance("made_up_distance", powers[0], powers[1] * np.arange(1, 6) ** 0.5)
+    assert apart.value > apart.null
 
 
 def test_particles_gain_what_they_have_of_what_the_decoder_shows(calibrated):
@@ -206,7 +263,10 @@ def test_an_evaluation_measures_it(train, flags, plugins, tmp_path):
         assert measure.ideal == level / 100
     write_evaluation(found, tmp_path / "report")
     facts = json.loads((tmp_path / "report/amortization.json").read_text())
-    assert [sum(column) for column in facts["calibration_ranks"]] == [1024] * 3
+    counts = {name: sum(column) for name, column in facts["calibration_ranks"].items()}
+    assert counts == {**{f"latent {i}": 1024 for i in range(3)}, "distance": 256, "likelihood": 256}
+    named = {"calibration_p", "likelihood_rank", "made_up_distance"}
+    assert named <= found.measures.keys()
     assert (tmp_path / "report/calibration.png").is_file()
     train(flags, encoder="twin", qdim=16, overwrite=True)
     found = evaluate(load_run(tmp_path / "run", plugins), options)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from cryodrgn_amort.data import Batch
 from cryodrgn_amort.inference import ElboScale, FitOptions, fit, infer
-from cryodrgn_amort.inference.bounds import anchored, elbo, importance_bound
+from cryodrgn_amort.inference.bounds import anchored, elbo, importance_bound, importance_ratios
+from cryodrgn_amort.measures.importance import SAMPLES, khat_limit, tail_shapes
 
 VARIANCE = 0.3
 PATIENT = FitOptions(steps=4000, lr=0.1, window=200, tolerance=1e-4)
@@ -24,6 +26,9 @@ class Linear:
     def errors(self, batch, z):
         each = (batch.y - z @ self.matrix.T).square().sum(1)
         return each.sum(), each.detach()
+
+    def errors_at(self, batch, z):
+        return torch.stack([self.errors(batch, latent)[1] for latent in z])
 
     def posterior(self, y):
         """Return mean and precision of the exact posterior."""
@@ -74,7 +79,7 @@ def test_fits_are_the_exact_posteriors(diagonal):
     assert (logvar.exp().sqrt() - precision.diagonal().rsqrt()).abs().max() < 1e-3
     # the posterior is exact: every sample has the same weight, p(x)
     noise = torch.randn(100, 20, 3, generator=generator).double()
-    bound = importance_bound(model, batch, (mean, logvar), ruler, noise)
+    bound = importance_bound(importance_ratios(model, batch, (mean, logvar), ruler, noise))
     assert (bound - model.log_likelihood(batch.y)).abs().max() < 1e-3
 
 
@@ -89,13 +94,39 @@ def test_the_bound_tightens_with_the_number_of_samples():
     truth = model.log_likelihood(batch.y).mean()
     draws = torch.randn(2000, 200, 3, generator=generator).double()
     bounds = [elbo(model, batch, best, ruler, draws[:200]).mean()]
-    bounds += [importance_bound(model, batch, best, ruler, draws[:k]).mean() for k in (5, 50, 2000)]
+    ratios = importance_ratios(model, batch, best, ruler, draws)
+    bounds += [importance_bound(ratios[:k]).mean() for k in (5, 50, 2000)]
     assert bounds == sorted(bounds)
     assert bounds[0] < truth - 0.05
     assert truth - 0.02 < bounds[-1] < truth + 0.005
     # what is lost is the divergence between the two Gaussians
     lost = 0.5 * (precision.diagonal().log().sum() - torch.logdet(precision))
     assert abs(bounds[0] + lost - truth) < 0.02
+
+
+@pytest.mark.parametrize(("width", "least", "most"), [(1.0, -1.0, 0.5), (0.35, 0.7, 2.0)])
+def test_weights_tell_whether_a_posterior_is_too_narrow(width, least, most, diagonal):
+    """Of a Gaussian narrower by a factor f than the true one, the tail's shape is 1 - f^2."""
+    model, batch = diagonal
+    mean, precision = model.posterior(batch.y)
+    logvar = (-precision.diagonal().log() + 2 * math.log(width)).expand_as(mean)
+    noise = torch.randn(SAMPLES, *mean.shape, generator=torch.Generator().manual_seed(3)).double()
+    ruler = ElboScale.implied(VARIANCE)
+    ratios = importance_ratios(model, batch, (mean, logvar), ruler, noise).numpy()
+    khat, worth = tail_shapes(ratios)
+    assert least < np.median(khat) < most
+    assert 0.6 < khat_limit(SAMPLES) < 0.7
+    assert ((khat > khat_limit(SAMPLES)).mean() > 0.8) == (width < 1)
+    assert (worth.mean() > 0.99) == (width == 1)
+
+
+def test_weights_that_are_no_numbers_have_no_shape():
+    ratios = np.random.default_rng(0).standard_normal((SAMPLES, 3))
+    ratios[3, 1] = np.nan
+    ratios[:, 2] = 7.0  # all the same, and ones whose tail is
+    khat, worth = tail_shapes(np.c_[ratios, np.r_[5.0, np.zeros(SAMPLES - 1)]])
+    assert np.isnan(khat).tolist() == [False, True, False, True]
+    assert (khat[2], worth[2]) == (0, 1)
 
 
 def test_any_beta_weighs_the_divergence(diagonal):

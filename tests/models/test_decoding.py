@@ -1,6 +1,7 @@
 """The training step against the host's own ``train_batch``: loss and every gradient."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from cryodrgn_amort.core import matrix_products
 from cryodrgn_amort.data import BatchLoader, EncoderInput, ParticleSource, load_particles
-from cryodrgn_amort.models import build_model, pieces
+from cryodrgn_amort.models import build_model, decoder, pieces
 from cryodrgn_amort.models.objective import losses
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -202,6 +203,25 @@ def test_images_are_the_hosts_at_every_latent(domain, stacks, double):
             coords = particles.lattice.coords[particles.mask] @ particles.rots
             expected = model.double()(coords, z[:, k])
         torch.testing.assert_close(found[:, k], expected.view(N, -1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("tilts", [1, 2])
+@pytest.mark.parametrize(("domain", "ctf"), [("fourier", True), ("hartley", False)])
+def test_errors_at_several_latents_are_those_of_each(domain, ctf, tilts, stacks, monkeypatch):
+    particles = opened(stacks(10), torch.float32, ctf, False)
+    model = model_of(particles, domain=domain).eval()
+    whole = first_batch(particles, N)
+    four = {name: None if part is None else part[:4]
+            for name, part in (("y", whole.y), ("rot", whole.rot), ("ctf", whole.ctf))}  # fmt: skip
+    batch = replace(whole, index=whole.index[: 4 // tilts], image=None, **four)
+    assert batch.tilts == tilts
+    z = torch.randn(5, 4 // tilts, 2)
+    expected = torch.stack([model.errors(batch, latent)[1] for latent in z])
+    for together in (1 << 25, 2 * batch.y.numel()):  # all at once, and two at a time
+        monkeypatch.setattr(decoder, "_TOGETHER", together)
+        torch.testing.assert_close(model.errors_at(batch, z), expected, rtol=1e-5, atol=1e-4)
+    model.train()
+    torch.testing.assert_close(model.errors_at(batch, z), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_an_empty_share_of_a_batch_has_no_error_and_no_gradient(stacks):

@@ -44,9 +44,16 @@ AMORTIZATION = {
     "label_agreement", "volume_change", "volume_fsc_loss", "amortization_loss_fraction", "control",
 }  # fmt: skip
 LEAKS = {f"nuisance_leak_{name}" for name in ("view", "inplane", "defocus", "shift")}
-COVERAGE = {"encoding_cost", *(f"coverage_{level}" for level in (50, 80, 95))}
+COVERAGE = {
+    "calibration_p",
+    "encoding_cost",
+    "likelihood_rank",
+    "made_up_distance",
+    *(f"coverage_{level}" for level in (50, 80, 95)),
+}
 LATENTS = {"active_units", "kl", "aggregate_kl", "reconstruction", *LEAKS}
-FITTED = {"amortization_gap", "approximation_gap", "converged", "training_score"}
+FITTED = {"amortization_gap", "approximation_gap", "converged", "effective_samples", "khat",
+          "khat_high", "training_score"}  # fmt: skip
 RUN = LATENTS | COVERAGE | {"class_knn", "coordinate_r2"}
 KEYS = ["roll-1.held", "roll-1.follow", "rotate-90.held", "rotate-90.follow"]
 HOSTILE = "<script>alert(1)</script>"

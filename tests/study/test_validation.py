@@ -3,13 +3,14 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import read_pickles
+from helpers import read_pickles, write_pickle
 from scipy.stats import kstest
 
 from cryodrgn_amort.core import InputError
@@ -18,16 +19,25 @@ from cryodrgn_amort.runs import load_run, settings_argv, settings_from_flags, tr
 from cryodrgn_amort.simulation import simulate
 from cryodrgn_amort.study.validation.case import Case, Fits
 from cryodrgn_amort.study.validation.epochs import EpochCurve
-from cryodrgn_amort.study.validation.gains import agreement, gain
+from cryodrgn_amort.study.validation.gains import agreement, clusters, gain
+from cryodrgn_amort.study.validation.maps import (
+    Maps,
+    _write_refined,
+    compared,
+    fsc_curves,
+    selected,
+)
 from cryodrgn_amort.study.validation.misfits import _explained, misfits, share_of_misfits
 from cryodrgn_amort.study.validation.poses import (
     PoseSlopes,
     crossed_slopes,
     likely_errors,
+    likely_poses,
     pose_slopes,
     read_off,
     turned,
 )
+from cryodrgn_amort.study.validation.renoising import scatter
 from cryodrgn_amort.study.validation.verdict import CANNOT, NO, YES, answers, corrected
 
 
@@ -222,6 +232,163 @@ def test_poses(degrees, high, base, said):
     assert corrected({**found, "of_decoders": degrees + 1})[0] == 0
 
 
+def test_a_decoder_that_has_learnt_too_little_blames_nothing_else():
+    """After 3 epochs of 25 poses that are right look as if they were off by 9 degrees."""
+    curve = {
+        "epochs": [1, 2, 3], "best": 3, "last_quarter": 5.0, "last_quarter_error": 0.5, "all": 15.0,
+        "improves": True, "declines": False,
+    }  # fmt: skip
+    off = {"degrees": 9.3, "low": 8.4, "high": 10.6, "of_decoders": 1.3}
+    found = {
+        "poses": off, "epochs": curve, "gain": _gain((2, 4), (2, 4), (-0.1, 0.1)),
+        "maps": _maps((0.0, 0.1), (-0.1, 0.1)),
+    }  # fmt: skip
+    assert [a.said for a in answers(found)] == [CANNOT, CANNOT, NO, CANNOT]
+    found["epochs"] = {**curve, "improves": False}
+    assert [a.said for a in answers(found)] == [NO, NO, YES, NO]
+
+
+def _maps(own, random):
+    return {
+        "latents": 6, "particles": 100, "map_agreement": _measure(*own),
+        "map_agreement_random": _measure(*random), "map_halves_agreement": _measure(*own),
+        "map_halves_agreement_random": _measure(*random),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("own", "random", "said"),
+    [
+        ((0.6, 0.8), (-0.1, 0.1), YES),
+        ((-0.03, 0.08), (-0.1, 0.1), NO),
+        ((0.12, 0.4), (-0.1, 0.1), CANNOT),
+        ((0.25, 0.4), (0.1, 0.3), CANNOT),  # random ones are no worse
+    ],
+)
+def test_volumes_are_in_the_particles(own, random, said):
+    assert answers({"maps": _maps(own, random)})[0].said == said
+
+
+def _blobs(count, seed=0):
+    """Volumes that differ by where a part of them is, and by noise that none shares."""
+    at = np.stack(np.meshgrid(*[np.arange(16) - 7.5] * 3, indexing="ij"))
+    where = np.random.default_rng(seed).uniform(-4, 4, (count, 3, 1, 1, 1))
+    parts = np.exp(-((at - where) ** 2).sum(1) / 6)
+    return np.exp(-(at**2).sum(0) / 20) + parts
+
+
+def test_maps_agree_with_volumes_that_are_in_them():
+    rng = np.random.default_rng(1)
+
+    def noisy(volumes):
+        return volumes + 0.3 * rng.standard_normal(volumes.shape)
+
+    shown, mean = _blobs(6), _blobs(6).mean(0, keepdims=True).repeat(6, 0)
+    true = {h: Maps(noisy(shown), noisy(shown), noisy(mean)) for h in ("half0", "half1")}
+    found = compared(true, 100, 0)
+    assert found["map_agreement"].low > 0.3
+    assert found["map_halves_agreement"].value > 0.3
+    assert abs(found["map_agreement_random"].value) < 0.15
+    noise = {h: Maps(noisy(mean), noisy(mean), noisy(mean)) for h in ("half0", "half1")}
+    assert abs(compared(noise, 100, 0)["map_agreement"].value) < 0.15
+    curves = fsc_curves(true)
+    assert np.mean(curves["decoded"][1:6]) > np.mean(curves["decoded_random"][1:6]) + 0.03
+
+
+def test_particles_are_selected_that_a_latent_explains(case, fits):
+    """Of images made up at two latents, each is given to its own."""
+    z = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
+    white, draw = case.whitened(fits.spectrum), case.generator()
+    own = torch.arange(case.particles.n) % 2
+    batch = case.loader.read(torch.arange(case.particles.n))
+    shown = case.decoded(batch, z[own])
+    made = SimpleNamespace(
+        read=lambda index: replace(
+            case.loader.read(index),
+            y=(shown + noise)[index],
+        )
+    )
+    noise = case.noise(fits.spectrum).draw(torch.arange(case.particles.n), draw)
+    fake = SimpleNamespace(
+        whitened=case.whitened, particles=case.particles, loader=made, seed=0,
+    )  # fmt: skip
+    rows = selected(fake, fits, z.numpy())
+    assert rows.shape == (2, 120)
+    right = np.mean([(own[rows[k]] == k).float().mean() for k in (0, 1)])
+    assert right > 0.9
+    assert white is not None
+
+
+def test_poses_that_a_run_has_refined_are_those_of_the_whole_stack(tmp_path):
+    rots, trans = np.arange(27.0).reshape(3, 3, 3), np.arange(6.0).reshape(3, 2)
+    write_pickle(tmp_path / "pose.pkl", (rots, trans))
+    run = SimpleNamespace(refined_poses=tmp_path / "pose.pkl", whole_index=np.array([4, 1, 2]))
+    _write_refined(run, tmp_path / "poses.pkl")
+    whole = read_pickles(tmp_path / "poses.pkl")
+    assert whole[0].shape == (5, 3, 3)
+    np.testing.assert_array_equal(whole[0][[4, 1, 2]], rots)
+    np.testing.assert_array_equal(whole[1][[4, 1, 2]], trans)
+
+
+def test_scatter_of_right_posteriors_is_what_they_say():
+    """y = z + noise of variance 1/4: the mean of the posterior is 0.8 y, its variance 0.2."""
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((500, 3))
+    again = 0.8 * (z + 0.5 * rng.standard_normal((5, 500, 3)))
+    bias, spread = scatter(z, np.full((500, 3), np.log(0.2)), again)
+    assert np.median(spread) == pytest.approx(1, abs=0.1)
+    assert np.median(bias) < 0.2
+    sure = scatter(z, np.full((500, 3), np.log(0.05)), again)
+    assert np.median(sure[1]) > 2.5
+    off = scatter(z + 2, np.full((500, 3), np.log(0.2)), again)[0]
+    assert np.median(off) > 2
+    assert np.isnan(scatter(z, np.zeros((500, 3)), again)[1]).all()  # it knows nothing
+
+
+def test_new_noise_is_read_as_the_log_variances_say_where_fits_mean_them(case, fits, monkeypatch):
+    """Laplace's own posteriors, encoded by the maximum of the posterior."""
+    rows = torch.from_numpy(fits.rows[:60])
+    batch, draw = case.loader.read(rows), case.generator()
+    white, noise = case.whitened(fits.spectrum), case.noise(fits.spectrum)
+    mean, logvar = fits.mean[:60], fits.logvar[:60]
+    shown, again = case.decoded(batch, torch.from_numpy(mean)), []
+    for _ in range(5):
+        batch.y = shown + noise.draw(rows, draw)
+        again.append(case.posterior(white, batch)[0].numpy())
+    spread = np.nanmedian(scatter(mean, logvar, np.stack(again))[1])
+    assert 0.5 < spread < 2.5
+
+
+@pytest.mark.parametrize(
+    ("spread", "bias", "said"),
+    [((0.8, 1.3), (0.2, 0.4), YES), ((8, 9), (0.2, 0.4), NO), ((0.9, 1.1), (2, 3), NO),
+     ((1.8, 2.6), (0.2, 0.4), CANNOT), (None, (0, 0), CANNOT)],
+)  # fmt: skip
+def test_error_bars(spread, bias, said):
+    found = {"encoded": True, "n": 300, "bias": _measure(*bias),
+             "spread": None if spread is None else _measure(*spread)}  # fmt: skip
+    assert answers({"noise": found})[0].said == said
+
+
+def test_clusters_are_counted():
+    rng = np.random.default_rng(0)
+    centres = np.array([[0, 0, 0], [6, 0, 0], [0, 6, 0]])
+    assert clusters(rng.standard_normal((600, 3)), 0) == 1
+    assert clusters(rng.standard_normal((600, 3)) + centres[rng.integers(3, size=600)], 0) == 3
+
+
+def test_single_poses_are_found_as_far_as_they_can_be(case, fits):
+    white, draw = case.whitened(fits.spectrum), case.generator()
+    axes = torch.randn(120, 3, generator=draw) * math.radians(6) / math.sqrt(3)
+    batch = case.made_up(fits, torch.arange(120), turned(axes), draw)[0]
+    slopes = pose_slopes(case, white, batch, case.posterior(white, batch)[0])
+    found = likely_poses(slopes, (6.0, 0.1))
+    assert found.shape == (120, 2)
+    truth = np.degrees(axes.norm(dim=1).numpy())
+    assert np.corrcoef(found[:, 0], truth)[0, 1] > 0.3
+    assert likely_poses(slopes, (0.01, 0.001)).max() < 0.1  # poses that are known
+
+
 def test_what_two_decoders_differ_by_looks_like_an_error_of_poses(case, fits, trained):
     """The same decoder on both sides: there is none."""
     none = likely_errors(crossed_slopes(case, fits, trained))[0]
@@ -284,13 +451,14 @@ def validated(trained, tmp_path_factory):
 def test_everything_is_there(validated, trained):
     out = validated.out
     facts = json.loads((out / "validation.json").read_text())
-    assert [len(facts["answers"]), set(facts["parts"])] == [
-        4,
-        {"gain", "poses", "misfits", "epochs"},
-    ]
+    assert len(facts["answers"]) == 6
+    assert set(facts["parts"]) == {"gain", "maps", "poses", "misfits", "epochs", "noise"}
+    kinds = ("decoded", "chosen", "random")
+    named = {f"half{h}.{k}.{kind}.mrc" for h in (0, 1) for k in range(1, 7) for kind in kinds}
+    assert {p.name for p in (out / "maps").iterdir()} == named
     assert all(a["said"] in (YES, NO, CANNOT) for a in facts["answers"])
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png") == 3
+    assert page.count("data:image/png") == 4
     assert "Is there heterogeneity" in page
     halves = [read_pickles(out / f"halves/half{k}.pkl") for k in (0, 1)]
     assert sorted(np.concatenate(halves)) == list(range(240))
@@ -307,7 +475,7 @@ def test_what_is_done_is_not_done_again(validated, cli):
     before = {p: p.stat().st_mtime_ns for p in (validated.out / "parts").iterdir()}
     code, out, err = cli(*validated.argv)
     assert code == 0, err
-    assert "0 of 11 steps are to be done" in out
+    assert "0 of 13 steps are to be done" in out
     assert {p: p.stat().st_mtime_ns for p in (validated.out / "parts").iterdir()} == before
     (validated.out / "steps/part.gain.json").unlink()
     assert "part.gain" in cli(*validated.argv, "--dry-run")[1]

@@ -11,7 +11,7 @@ import torch
 
 from cryodrgn_amort.core import InputError, bar, generator, replacing
 from cryodrgn_amort.data import BatchLoader, NoiseModel, Shells
-from cryodrgn_amort.inference import ElboScale, Fitter, anchored, elbo, errors_at
+from cryodrgn_amort.inference import ElboScale, Fitter, anchored, elbo
 from cryodrgn_amort.models import cluster_centres, whole_ctf
 
 if TYPE_CHECKING:
@@ -48,10 +48,17 @@ class Whitened:
 
     def errors(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the total error, differentiable by z, and that of each particle `(B,)`."""
+        return self.fast.squared_errors(*self._weighed(batch), z)
+
+    def errors_at(self, batch: Batch, z: Tensor) -> Tensor:
+        """Return the error of each particle at several latents `(K, B, zdim)`: `(K, B)`."""
+        return self.fast.errors_at(*self._weighed(batch), z)
+
+    def _weighed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         assert batch.rot is not None
         half = self.gain[: len(self.gain) // 2]
         ctf = half.expand(len(batch.y), -1) if batch.ctf is None else batch.ctf * half
-        return self.fast.squared_errors(batch.rot, batch.y * self.gain, ctf, z)
+        return batch.rot, batch.y * self.gain, ctf
 
 
 @dataclass(frozen=True)
@@ -146,18 +153,18 @@ class Case:
         rows = self.sample(count)
         spectrum = self._first_spectrum(rows)
         fits = self._fitted(rows, spectrum)
-        return self._measured(replace(fits, spectrum=self._left(rows, fits.mean)))
+        return self._measured(replace(fits, spectrum=self.left(rows, fits.mean)))
 
     def _first_spectrum(self, rows: np.ndarray) -> np.ndarray:
         """Return the spectrum of what the best of some latents leaves of each particle."""
-        flat = self.whitened(np.full(self.shells.count, self.fitter.variance, np.float32))
+        flat = self.whitened(np.ones(self.shells.count, np.float32))  # of images of variance 1
         parts = [
             anchored(flat, self.loader.read(index), self.anchors, 1.0)[0].cpu()
             for index in torch.from_numpy(rows).split(_TOGETHER)
         ]
-        return self._left(rows, torch.cat(parts).numpy())
+        return self.left(rows, torch.cat(parts).numpy())
 
-    def _left(self, rows: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    def left(self, rows: np.ndarray, mean: np.ndarray) -> np.ndarray:
         """Return the mean power in each shell of what latents leave unexplained."""
         total = torch.zeros(self.shells.count, dtype=torch.float64)
         places = torch.arange(len(rows)).split(_TOGETHER)
@@ -202,7 +209,7 @@ class Case:
         return z, -diagonal.log().to(z)
 
     def _cost(self, white: Whitened, batch: Batch, z: Tensor) -> Tensor:
-        error = errors_at(white, batch, z[None])[0]
+        error = white.errors_at(batch, z[None])[0]
         return error.double() / 2 + z.double().square().sum(1) / 2
 
     def slopes(self, white: Whitened, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,7 +250,7 @@ class Case:
             draws = torch.randn(8, *mean.shape, generator=draw, device=device)
             elbos.append(elbo(white, batch, (mean, logvar), NATS, draws).cpu())
             each = single[:, None].expand(-1, len(mean), -1)
-            others.append(-errors_at(white, batch, each).cpu() / 2)
+            others.append(-white.errors_at(batch, each).cpu() / 2)
         likelihood = torch.cat(others, 1).double()
         best = int(likelihood.sum(1).argmax())
         return replace(

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from sklearn.decomposition import PCA
+from sklearn.mixture import GaussianMixture
 
 from cryodrgn_amort.measures import measure, ratio
 
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
     from cryodrgn_amort.study.validation.case import Case, Fits
 
 
-__all__ = ["agreement", "gain", "volume_spread"]
+__all__ = ["agreement", "clusters", "gain", "volume_spread"]
+
+_CLUSTERED, _DIMENSIONS, _MOST = 2000, 4, 10
 
 
 def gain(name: str, fits: Fits, rounds: int, seed: int) -> Measure:
@@ -28,6 +32,15 @@ def volume_spread(case: Case) -> float:
     values = _sampled(case, case.run.z()[0][:1000])
     mean = values.mean(0)
     return float(((values - mean) ** 2).sum(1).mean() / (mean**2).sum())
+
+
+def clusters(z: np.ndarray, seed: int) -> int:
+    """Count the clusters of latents `(N, zdim)`: Gaussians, by the least BIC, at most 10."""
+    some = z[np.sort(np.random.default_rng(seed).permutation(len(z))[:_CLUSTERED])]
+    some = PCA(min(_DIMENSIONS, *some.shape)).fit_transform(some)
+    counts = range(1, max(2, min(_MOST, len(some) // 10) + 1))
+    fits = (GaussianMixture(k, random_state=seed, reg_covar=1e-5).fit(some) for k in counts)
+    return 1 + int(np.argmin([fit.bic(some) for fit in fits]))
 
 
 def agreement(

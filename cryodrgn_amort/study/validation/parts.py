@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryodrgn_amort.core import InputError, matrix_products, replacing, write_json
+from cryodrgn_amort.measures import measure
 from cryodrgn_amort.study.validation.case import Fits
 from cryodrgn_amort.study.validation.epochs import epoch_curve
-from cryodrgn_amort.study.validation.gains import agreement, gain, volume_spread
+from cryodrgn_amort.study.validation.gains import agreement, clusters, gain, volume_spread
+from cryodrgn_amort.study.validation.maps import compared, fsc_curves, make_maps
 from cryodrgn_amort.study.validation.misfits import misfits, share_of_misfits
 from cryodrgn_amort.study.validation.poses import (
     PoseSlopes,
     crossed_slopes,
     likely_errors,
+    likely_poses,
     measured_slopes,
     read_off,
 )
+from cryodrgn_amort.study.validation.renoising import renoised
 
 if TYPE_CHECKING:
     from cryodrgn_amort.study.validation.plan import Validation
@@ -60,11 +64,12 @@ def _fits(validation: Validation, name: str) -> Fits:
 
 def _gain(validation: Validation) -> dict[str, Any]:
     rounds, seed = validation.options.bootstrap, validation.options.seed
-    found: dict[str, Any] = {"gain": {}, "spread": {}, "agreement": {}}
+    found: dict[str, Any] = {"gain": {}, "spread": {}, "clusters": {}, "agreement": {}}
     for name in (*validation.halves, *validation.nulls):
         case, fits = validation.case(name), _fits(validation, name)
         found["gain"][name] = asdict(gain("heterogeneity_gain", fits, rounds, seed))
         found["spread"][name] = volume_spread(case)
+        found["clusters"][name] = clusters(case.run.z()[0], seed)
         if name in validation.halves:
             other = validation.trained("half1" if name == "half0" else "half0")
             pair = agreement(case, fits, other, rounds, seed)
@@ -72,10 +77,20 @@ def _gain(validation: Validation) -> dict[str, Any]:
     return found
 
 
+def _keep(validation: Validation, name: str, positions: np.ndarray, **columns: np.ndarray) -> None:
+    """Keep what a part found of particles at positions in the stack `(M,)`: for trust.csv."""
+    order = np.argsort(positions)
+    path = validation.part(name, "npz")
+    with replacing(path) as temporary, open(temporary, "wb") as handle:
+        kept: dict[str, Any] = {n: c[order] for n, c in columns.items()}
+        np.savez(handle, position=positions[order], **kept)
+
+
 def _poses(validation: Validation) -> dict[str, Any]:
-    parts, crossed = [], []
+    parts, crossed, positions = [], [], []
     for name in validation.halves:
         case, fits = validation.case(name), _fits(validation, name)
+        positions.append(case.positions[fits.rows])
         parts.append(measured_slopes(case, fits))
         if not validation.options.quick:
             other = validation.trained("half1" if name == "half0" else "half0")
@@ -87,6 +102,8 @@ def _poses(validation: Validation) -> dict[str, Any]:
     rng = np.random.default_rng(validation.options.seed)
     drawn = [likely_errors(own.of(rng.integers(n, size=n)), value) for _ in range(_POSE_ROUNDS)]
     angles = [read_off(d[0], curve) for d in drawn]
+    moved = likely_poses(own, value)
+    _keep(validation, "poses", np.concatenate(positions), pose_deg=moved[:, 0], pose_px=moved[:, 1])
     found = {
         "degrees": read_off(value[0], curve), "low": float(np.percentile(angles, 2.5)),
         "high": float(np.percentile(angles, 97.5)), "pixels": value[1], "n": n,
@@ -107,12 +124,9 @@ def _misfits(validation: Validation) -> dict[str, Any]:
         positions.append(case.positions)
         values.append(explained)
         ranks.append(p)
-    order = np.argsort(np.concatenate(positions))
-    p = np.concatenate(ranks)[order]
-    path = validation.part("misfits", "npz")
-    with replacing(path) as temporary, open(temporary, "wb") as handle:
-        np.savez(handle, position=np.concatenate(positions)[order], p=p,
-             explained=np.concatenate(values)[order])  # fmt: skip
+    p = np.concatenate(ranks)
+    _keep(validation, "misfits", np.concatenate(positions), misfit_p=p,
+          explained=np.concatenate(values))  # fmt: skip
     usual = {}
     for name in validation.nulls:
         of_null = misfits(validation.case(name), _fits(validation, name))[1]
@@ -135,4 +149,34 @@ def _epochs(validation: Validation) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_PARTS = {"gain": _gain, "poses": _poses, "misfits": _misfits, "epochs": _epochs}
+def _noise(validation: Validation) -> dict[str, Any]:
+    options = validation.options
+    positions, bias, spread, encoded = renoised(validation.run, options.sample, options.seed)
+    _keep(validation, "noise", positions, noise_bias=bias, noise_spread=spread)
+    told = np.isfinite(spread)
+    opts = {"rounds": options.bootstrap, "seed": options.seed}
+    return {
+        "encoded": encoded, "n": len(bias), "told": int(told.sum()),
+        "bias": asdict(measure("renoised_bias", np.median, bias, **opts)),
+        "spread": asdict(measure("renoised_spread", np.median, spread[told], **opts))
+        if told.any() else None,
+    }  # fmt: skip
+
+
+def _maps(validation: Validation) -> dict[str, Any]:
+    options = validation.options
+    cases = {name: validation.case(name) for name in validation.halves}
+    fits = {name: _fits(validation, name) for name in cases}
+    found = make_maps(validation.run, cases, fits, options.maps, validation.folder / "maps")
+    measures = compared(found, options.bootstrap, options.seed)
+    count = len(found["half0"].decoded)
+    return {
+        "latents": count, "particles": min(c.particles.n for c in cases.values()) // count,
+        "fsc": fsc_curves(found), **{name: asdict(m) for name, m in measures.items()},
+    }  # fmt: skip
+
+
+_PARTS = {
+    "gain": _gain, "maps": _maps, "poses": _poses, "misfits": _misfits, "epochs": _epochs,
+    "noise": _noise,
+}  # fmt: skip

@@ -39,11 +39,13 @@ if TYPE_CHECKING:
     from cryodrgn_amort.options import TrainSettings, ValidateOptions
 
 
-__all__ = ["Validation"]
+__all__ = ["OF_PARTICLES", "Validation"]
 
 _ASKED = "validation.yaml"
-_KEPT = ("quick", "nulls", "sample", "bootstrap", "seed")
+_KEPT = ("quick", "nulls", "sample", "maps", "bootstrap", "seed")
 _CHECKPOINTS = 10
+OF_PARTICLES = ("misfits", "poses", "noise")
+"""Parts that tell of single particles."""
 _FEWEST = 50  # particles
 
 
@@ -227,13 +229,19 @@ class Validation:
         fits = tuple(f"fit.{name}" for name in cases)
         yield self._part("poses", tuple(f"fit.{name}" for name in self.halves))
         yield self._part("misfits", fits)
+        if not self.run.autodecoder:  # whose latents have no posteriors
+            yield self._part("noise", ())
         if not self.options.quick:
             yield self._part("gain", fits)
+            yield self._part("maps", ("fit.half0", "fit.half1"))
             yield self._part("epochs", ("fit.half0",))
 
     def _part(self, name: str, after: tuple[str, ...], ending: str = "json") -> Step:
         step, argv = f"part.{name}" if ending == "json" else name, (*self._argv(), "--part", name)
-        return Step(step, argv, after, (self.part(name, ending),))
+        outputs = [self.part(name, ending)]
+        if name in OF_PARTICLES:
+            outputs.append(self.part(name, "npz"))
+        return Step(step, argv, after, tuple(outputs))
 
     def _train(
         self, name: str, given: dict[str, str | None], after: tuple[str, ...], k: int

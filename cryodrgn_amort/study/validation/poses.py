@@ -37,6 +37,7 @@ __all__ = [
     "PoseSlopes",
     "crossed_slopes",
     "likely_errors",
+    "likely_poses",
     "measured_slopes",
     "pose_slopes",
     "read_off",
@@ -114,6 +115,18 @@ def pose_slopes(case: Case, white: Whitened, batch: Batch, z: Tensor) -> PoseSlo
     g_pose = g[:, :5] - torch.einsum("bzi,bz->bi", taken, g[:, 5:] - z.double())
     H_pose = H[:, :5, :5] - H[:, :5, 5:] @ taken
     return PoseSlopes(g_pose.cpu().numpy(), H_pose.cpu().numpy())
+
+
+def likely_poses(slopes: PoseSlopes, errors: tuple[float, float]) -> np.ndarray:
+    """Return how far each particle's best pose is from its own: degrees and pixels, `(M, 2)`.
+
+    Errors of poses are taken to be, beforehand, as large as ``errors``, rms in these units.
+    """
+    turn, shift = math.radians(errors[0]) / math.sqrt(3), errors[1] / math.sqrt(2)
+    before = 1 / np.maximum(_AXES.T @ np.array([turn, shift]) ** 2, _LEAST**2)
+    moved = np.linalg.solve(slopes.curvature + np.diag(before), slopes.slope[..., None])[..., 0]
+    angle = np.degrees(np.linalg.norm(moved[:, :3], axis=1))
+    return np.stack([angle, np.linalg.norm(moved[:, 3:], axis=1)], 1)
 
 
 def likely_errors(

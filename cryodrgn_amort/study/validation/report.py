@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -23,20 +25,37 @@ from cryodrgn_amort.core import (
     write_text,
 )
 from cryodrgn_amort.measures import DEFINITIONS
-from cryodrgn_amort.report import CITATION, STYLE, Picture, environment, picture
+from cryodrgn_amort.report import (
+    CITATION,
+    MOVED,
+    ORIGINAL,
+    STYLE,
+    Picture,
+    environment,
+    isosurfaces,
+    picture,
+    turnable,
+)
+from cryodrgn_amort.study.validation.maps import smooth
+from cryodrgn_amort.study.validation.plan import OF_PARTICLES
 from cryodrgn_amort.study.validation.verdict import Answer, answers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from cryodrgn_amort.report import Turnable
     from cryodrgn_amort.study.validation.plan import Validation
 
 
 __all__ = ["write_validation"]
 
-_PARTS = ("gain", "epochs", "poses", "misfits")
-_USED = ("heterogeneity_gain", "halves_agreement", "halves_agreement_others")
+_PARTS = ("gain", "maps", "epochs", "poses", "misfits", "noise")
+_USED = (
+    "heterogeneity_gain", "halves_agreement", "halves_agreement_others", "map_agreement",
+    "map_agreement_random", "map_halves_agreement", "map_halves_agreement_random",
+    "renoised_spread", "renoised_bias",
+)  # fmt: skip
 _FALSE = 0.1  # of ind_misfit.pkl, expected
 _REFERENCES = (
     "E. D. Zhong et al.: CryoDRGN. Nature Methods 18, 176-185 (2021)", CITATION,
@@ -53,8 +72,7 @@ def write_validation(validation: Validation) -> tuple[list[Answer], Path]:
     }
     said = answers(found)
     folder = validation.folder
-    if "misfits" in found:
-        _write_particles(validation)
+    _write_particles(validation, found)
     facts = {
         "format": 1, "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "run": str(validation.run.folder), "epoch": validation.run.epoch,
@@ -67,42 +85,79 @@ def write_validation(validation: Validation) -> tuple[list[Answer], Path]:
     return said, page
 
 
-def _write_particles(validation: Validation) -> None:
-    """Write trust.csv, a row per particle, and ind_misfit.pkl, if there are any."""
-    folder = validation.folder
-    with np.load(validation.part("misfits", "npz")) as known:
-        position, p, explained = (known[name] for name in ("position", "p", "explained"))
+def _write_particles(validation: Validation, found: Mapping[str, Any]) -> None:
+    """Write trust.csv, a row per particle that was asked, and ind_misfit.pkl, if there are any."""
+    folder, columns = validation.folder, []
+    for name in OF_PARTICLES:
+        if name in found:
+            with np.load(validation.part(name, "npz")) as known:
+                columns += [(known["position"], n, known[n]) for n in known if n != "position"]
+    if not columns:
+        return
+    every = np.unique(np.concatenate([position for position, _, _ in columns]))
+    table = {}
+    for position, name, values in columns:
+        table[name] = np.full(len(every), np.nan)
+        table[name][np.searchsorted(every, position)] = values
     with (
         replacing(folder / "trust.csv") as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as handle,
     ):
         writer = csv.writer(handle)
-        writer.writerow(["particle", "misfit_p", "explained"])
-        rows = zip(position.tolist(), p.tolist(), explained.tolist(), strict=True)
-        writer.writerows((i, f"{a:.4g}", f"{b:.4g}") for i, a, b in rows)
-    unlike = position[false_discovery_control(p) <= _FALSE]
+        writer.writerow(["particle", *table])
+        for particle, *row in zip(
+            every.tolist(), *(c.tolist() for c in table.values()), strict=True
+        ):
+            writer.writerow([particle, *("" if math.isnan(v) else f"{v:.4g}" for v in row)])
     path = folder / "ind_misfit.pkl"
     path.unlink(missing_ok=True)
-    if len(unlike):
-        write_pickle(path, unlike)
+    if "misfit_p" in table:
+        p = table["misfit_p"]
+        told = np.isfinite(p)
+        unlike = every[told][false_discovery_control(p[told]) <= _FALSE]
+        if len(unlike):
+            write_pickle(path, unlike)
 
 
 def _page(validation: Validation, said: list[Answer], found: Mapping[str, Any]) -> str:
-    templates = environment()
+    templates, folder = environment(), validation.folder
     templates.globals["definitions"] = DEFINITIONS
     pictures = []
     for name, draw in _DRAWN.items():
         if name in found:
             try:
-                pictures.append(draw(found[name]))
+                drawn = draw(found[name])
+                if name == "maps":
+                    drawn = replace(drawn, volumes=_turned(folder / "maps", found[name]["latents"]))
+                pictures.append(drawn)
             except Exception as err:  # a figure never costs the report
                 warn(f"report: figure of {name!r} left out ({type(err).__name__}: {err})")
     page: str = templates.get_template("validation.html.j2").render(
         run=validation.run, options=validation.options, answers=said, pictures=pictures,
         used=_USED, paper=_paper(validation, said), references=_REFERENCES, citation=CITATION,
-        settings=_facts(validation),
+        settings=_facts(validation), nulls=_nulls(found.get("gain")),
     )  # fmt: skip
     return page
+
+
+def _nulls(gain: Mapping[str, Any] | None) -> list[tuple[str, str, str, int]]:
+    """Return what halves, and particles with one structure, have: gain, spread and clusters."""
+    if gain is None:
+        return []
+    return [
+        (name, number(m["value"]), number(gain["spread"][name]), gain["clusters"][name])
+        for name, m in gain["gain"].items()
+    ]
+
+
+def _turned(folder: Path, count: int) -> Turnable:
+    """Show a half's volumes, and the maps below them."""
+    read = [
+        smooth(np.array(host.parse_mrc(str(folder / f"half0.{k + 1}.{kind}.mrc"))[0]))
+        for k in range(count) for kind in ("decoded", "chosen")
+    ]  # fmt: skip
+    names = [f"{k + 1} {kind}" for k in range(count) for kind in ("decoded", "map")]
+    return turnable(isosurfaces(np.stack(read)), names, [ORIGINAL, MOVED] * count, stack=2)
 
 
 def _facts(validation: Validation) -> list[tuple[str, str]]:
@@ -188,6 +243,28 @@ def _draw_poses(found: Mapping[str, Any]) -> Picture:
     return picture("poses", text, text, figure)
 
 
+def _draw_maps(found: Mapping[str, Any]) -> Picture:
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure()
+        for name, title, line in (
+            ("decoded", "decoded and map", "-"), ("decoded_random", "decoded and random map", "--"),
+            ("halves", "maps of both halves", "-"), ("halves_random", "random maps", "--"),
+        ):  # fmt: skip
+            curve = found["fsc"][name]
+            colour = "#0072b2" if name.startswith("decoded") else "#d55e00"
+            at = np.arange(1, len(curve)) / (2 * (len(curve) - 1))
+            axes.plot(at, curve[1:], line, color=colour, label=title)
+        axes.set(xlabel="frequency (cycles per pixel)", ylabel="FSC", ylim=(min(0, *curve), 1))
+        axes.legend()
+    text = (
+        "Fourier shell correlation of whole volumes with maps of the particles that they explain "
+        "best, and of as many random ones: means over latents. What volumes have in common "
+        "dominates it; the correlation above is of what they differ by. Below, to be turned: "
+        "volumes of half0, and under each its map, both up to the frequency that is compared."
+    )
+    return picture("maps", text, text, figure)
+
+
 _DRAWN: dict[str, Callable[[Mapping[str, Any]], Picture]] = {
-    "gain": _draw_gain, "epochs": _draw_epochs, "poses": _draw_poses,
+    "gain": _draw_gain, "maps": _draw_maps, "epochs": _draw_epochs, "poses": _draw_poses,
 }  # fmt: skip

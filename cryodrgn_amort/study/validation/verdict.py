@@ -17,7 +17,9 @@ __all__ = ["CANNOT", "NO", "YES", "Answer", "answers"]
 YES, NO, CANNOT = "yes", "no", "cannot tell"
 _AGREE, _ALIKE = 0.2, 0.1  # correlation of halves that is something, and that is nothing
 _ABOVE = 1.5  # times the gain of particles without heterogeneity
+_OF_DECODERS = ("gain", "maps", "poses", "misfits")  # answers that need good ones
 _OFF_DEG, _MISFITS = 2.5, 0.06
+_ERROR_BARS = 1 / 2.25, 2.25  # variance that is found over the one that is claimed
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,23 @@ class Answer:
 def answers(found: Mapping[str, Mapping[str, Any]]) -> list[Answer]:
     """Return answers by what the parts have found, by name; parts may be missing."""
     asked = (
-        ("gain", _heterogeneity), ("epochs", _epochs), ("poses", _poses), ("misfits", _misfits),
+        ("gain", _heterogeneity), ("maps", _maps), ("epochs", _epochs), ("poses", _poses),
+        ("misfits", _misfits), ("noise", _noise),
     )  # fmt: skip
-    return [answer(found[name]) for name, answer in asked if name in found]
+    said = {name: answer(found[name]) for name, answer in asked if name in found}
+    if "epochs" in found and found["epochs"]["improves"]:
+        said.update({name: _too_early(a) for name, a in said.items() if name in _OF_DECODERS})
+    return list(said.values())
+
+
+def _too_early(answer: Answer) -> Answer:
+    """Take back what a decoder that has not learnt enough says against the particles."""
+    because, longer = answer.because, "Train longer, and ask again."
+    if answer.tone == "poor":
+        because += " But the decoder has not been trained for long enough to tell."
+    elif answer.said != CANNOT:
+        return answer
+    return Answer(answer.question, CANNOT, "fair", because, longer)
 
 
 def corrected(found: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -99,6 +115,29 @@ def _heterogeneity(found: Mapping[str, Any]) -> Answer:
     )  # fmt: skip
 
 
+def _maps(found: Mapping[str, Any]) -> Answer:
+    question = "Are these volumes in the particles?"
+    m, null = found["map_agreement"], found["map_agreement_random"]
+    both, chance = found["map_halves_agreement"], found["map_halves_agreement_random"]
+    because = (
+        f"At {found['latents']} latents the {found['particles']} particles of each half that the "
+        "other half's decoder explains best were backprojected, without any decoder. Volumes "
+        f"differ from their mean as these maps do: correlation {_interval(m)}; maps of as many "
+        f"random particles {_interval(null)}. Maps of both halves: {_interval(both)}, random "
+        f"{_interval(chance)}."
+    )
+    if m["low"] > max(_AGREE, null["high"]):
+        return Answer(question, YES, "good", because, "Look at maps/.")
+    if m["low"] < _ALIKE and m["high"] < _AGREE:
+        return Answer(
+            question, NO, "poor", because, "Do not show the volumes: particles do not have them."
+        )
+    return Answer(
+        question, CANNOT, "fair", because,
+        "Fewer latents (--maps), so that each map has more particles, or more particles.",
+    )  # fmt: skip
+
+
 def _epochs(found: Mapping[str, Any]) -> Answer:
     question = "Has it been trained for long enough?"
     last = found["epochs"][-1]
@@ -135,6 +174,30 @@ def _poses(found: Mapping[str, Any]) -> Answer:
         return Answer(question, NO, "poor", because, "Refine the poses, or --do-pose-sgd.")
     if high < 2 * _OFF_DEG:
         return Answer(question, YES, "good", because, "")
+    return Answer(question, CANNOT, "fair", because, "More particles (--sample) narrow it.")
+
+
+def _noise(found: Mapping[str, Any]) -> Answer:
+    question = "Are the error bars of the latents right?"
+    spread, bias = found["spread"], found["bias"]
+    if spread is None:
+        return Answer(
+            question, CANNOT, "fair", "The posteriors are as wide as the prior: they tell nothing."
+        )
+    how = "encoded" if found["encoded"] else "fitted"
+    because = (
+        f"Images of {found['n']} particles as decoded, shown again with new noise and {how} again, "
+        f"have latents whose variance is {_interval(spread)} times that of the run's log "
+        f"variances; their mean is off by {_interval(bias)} standard deviations."
+    )
+    least, most = _ERROR_BARS
+    if least < spread["low"] and spread["high"] < most and bias["high"] < 1:
+        return Answer(question, YES, "good", because)
+    if spread["high"] < least or spread["low"] > most or bias["low"] > 1:
+        return Answer(
+            question, NO, "poor", because,
+            "Do not weigh particles by them; infer_amort --beta implied fits ones that mean it.",
+        )  # fmt: skip
     return Answer(question, CANNOT, "fair", because, "More particles (--sample) narrow it.")
 
 
