@@ -256,14 +256,19 @@ class Run:
         return self.open(**given, held_out=True)
 
     def open(self, **given: Any) -> Particles:
-        """Open particles as it sees them; ``given`` are fields of ``ParticleSource``."""
+        """Open particles as it sees them; ``given`` are fields of ``ParticleSource``.
+
+        Poses that it has refined are those of its own particles: of others, ``poses`` or
+        ``refined`` has to be given.
+        """
         for name in ("dose_per_tilt", "angle_per_tilt"):
             if given.get(name) is None:
                 given.pop(name, None)
             elif not self.settings.tilted:
                 raise InputError(f"{flag_name(name)}: RUN {self.folder} is not of tilt series")
         refined = self.refined_poses
-        if refined and given.get("poses") is None and not given.get("held_out"):
+        others = "refined" in given or given.get("poses") is not None or given.get("held_out")
+        if refined and not others:
             given.update(refined=str(refined), refined_px=self.origin.poses_px)
         source = replace(source_of(self.settings), **given)
         return load_particles(source, self.device, whole=self.settings.enc_mask == -1)

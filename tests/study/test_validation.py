@@ -28,6 +28,7 @@ from cryodrgn_amort.study.validation.maps import (
     selected,
 )
 from cryodrgn_amort.study.validation.misfits import _explained, misfits, share_of_misfits
+from cryodrgn_amort.study.validation.plan import Validation
 from cryodrgn_amort.study.validation.poses import (
     PoseSlopes,
     crossed_slopes,
@@ -328,6 +329,39 @@ def test_poses_that_a_run_has_refined_are_those_of_the_whole_stack(tmp_path):
     assert whole[0].shape == (5, 3, 3)
     np.testing.assert_array_equal(whole[0][[4, 1, 2]], rots)
     np.testing.assert_array_equal(whole[1][[4, 1, 2]], trans)
+
+
+def test_poses_that_halves_have_refined_stay_with_their_particles(data, plugins, tmp_path):
+    """A half's decoder is asked of the other's particles: at the poses that these have got."""
+    import argparse
+
+    from cryodrgn_amort.runs import add_train_flags
+    from cryodrgn_amort.training import Trainer
+
+    flags = {
+        "particles": str(data / "particles.mrcs"), "poses": str(data / "poses.pkl"),
+        "ctf": str(data / "ctf.pkl"), "num_epochs": 1, "do_analysis": False, "zdim": 2, "pdim": 8,
+        "qdim": 8, "do_pose_sgd": True, "pretrain": 0, "pose_lr": 0.05,
+    }  # fmt: skip
+
+    def train(folder, ind=None):
+        settings = settings_from_flags({**flags, "outdir": str(folder), "ind": ind}, plugins)
+        Trainer(settings, plugins).fit()
+        return load_run(folder, plugins)
+
+    run, parser = train(tmp_path / "run"), argparse.ArgumentParser()
+    add_train_flags(parser, plugins)
+    options = ValidateOptions(run=str(run.folder), outdir=str(tmp_path / "valid"))
+    validation = Validation(run, options, plugins, parser)
+    validation.prepare()
+    halves = [train(tmp_path / f"valid/runs/half{k}", str(tmp_path / f"valid/halves/half{k}.pkl"))
+              for k in (0, 1)]  # fmt: skip
+    for k in (0, 1):
+        particles = validation.case(f"half{k}").particles
+        known = read_pickles(halves[1 - k].refined_poses)[0]
+        np.testing.assert_allclose(particles.rots.numpy(), known, atol=1e-6)
+        given = read_pickles(data / "poses.pkl")[0][particles.ind]
+        assert np.abs(known - given).max() > 1e-3
 
 
 def test_scatter_of_right_posteriors_is_what_they_say():

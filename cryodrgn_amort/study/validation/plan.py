@@ -189,9 +189,15 @@ class Validation:
             particles = self.run.particles() if held is None else held
             return Case(self.run, particles, own=held is None, seed=seed)
         run = load_run(self._trained(name), self.plugins)
-        other = self._ind("half1" if name == "half0" else "half0")
-        other = self._ind("null1") if name.startswith("null") else other
-        return Case(run, run.open(ind=str(other), holdout=None), own=False, seed=seed)
+        given: dict[str, Any] = {"ind": str(self._ind("null1")), "refined": None}
+        if name in self.halves:  # with the poses that the half which has the particles refined
+            other = "half1" if name == "half0" else "half0"
+            given["ind"] = str(self._ind(other))
+            theirs = load_run(self._trained(other), self.plugins)
+            if theirs.refined_poses is not None:
+                given["refined"] = str(theirs.refined_poses)
+                given["refined_px"] = theirs.origin.poses_px
+        return Case(run, run.open(**given, holdout=None), own=False, seed=seed)
 
     def trained(self, name: str) -> Run:
         """Open the run of a half or a null."""
@@ -224,7 +230,9 @@ class Validation:
                 yield self._simulate(name, k)
                 yield self._train(name, self._of_null(name), (f"simulate.{name}",), k)
         for name in cases:
-            after = () if name == "run" else (f"train.{name}",)
+            after: tuple[str, ...] = () if name == "run" else (f"train.{name}",)
+            if name in self.halves and not self.options.quick:
+                after = ("train.half0", "train.half1")
             yield self._part(f"fit.{name}", after, "npz")
         fits = tuple(f"fit.{name}" for name in cases)
         yield self._part("poses", tuple(f"fit.{name}" for name in self.halves))
