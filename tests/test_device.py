@@ -325,7 +325,7 @@ def test_validation(given, emulate):
         case = Case(run, run.particles(), own=True)
         fits = case.fit(24)
         own, known = measured_slopes(case, fits)
-        return fits, own, known[0.0], misfits(case, fits)[0], volume_spread(case)
+        return fits, own, known[0.0], misfits(case, fits)["explained"], volume_spread(case)
 
     wanted = found()
     with emulate():

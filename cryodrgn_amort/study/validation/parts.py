@@ -14,7 +14,7 @@ from cryodrgn_amort.study.validation.case import Fits
 from cryodrgn_amort.study.validation.epochs import epoch_curve
 from cryodrgn_amort.study.validation.gains import agreement, clusters, gain, volume_spread
 from cryodrgn_amort.study.validation.maps import compared, fsc_curves, make_maps
-from cryodrgn_amort.study.validation.misfits import misfits, share_of_misfits
+from cryodrgn_amort.study.validation.misfits import misfits
 from cryodrgn_amort.study.validation.poses import (
     PoseSlopes,
     crossed_slopes,
@@ -117,24 +117,19 @@ def _poses(validation: Validation) -> dict[str, Any]:
 
 
 def _misfits(validation: Validation) -> dict[str, Any]:
-    positions, values, ranks = [], [], []
+    positions, found = [], []
     for name in validation.halves:
         case = validation.case(name)
-        explained, p = misfits(case, _fits(validation, name))
+        found.append(misfits(case, _fits(validation, name)))
         positions.append(case.positions)
-        values.append(explained)
-        ranks.append(p)
-    p = np.concatenate(ranks)
-    _keep(validation, "misfits", np.concatenate(positions), misfit_p=p,
-          explained=np.concatenate(values))  # fmt: skip
+    columns = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    _keep(validation, "misfits", np.concatenate(positions), **columns)
     usual = {}
     for name in validation.nulls:
-        of_null = misfits(validation.case(name), _fits(validation, name))[1]
+        of_null = misfits(validation.case(name), _fits(validation, name))["misfit_p"]
         usual[name] = float((of_null < _LOW).mean())
-    return {
-        "share": share_of_misfits(p), "below": float((p < _LOW).mean()), "n": len(p),
-        "below_of_nulls": usual,
-    }  # fmt: skip
+    p = columns["misfit_p"]
+    return {"below": float((p < _LOW).mean()), "n": len(p), "below_of_nulls": usual}
 
 
 def _epochs(validation: Validation) -> dict[str, Any]:
