@@ -36,6 +36,7 @@ from .files import (
     locked as locked,
     named as named,
     naming as naming,
+    read_arrays as read_arrays,
     read_json as read_json,
     read_table as read_table,
     read_text as read_text,
@@ -43,6 +44,7 @@ from .files import (
     record as record,
     recorded as recorded,
     replacing as replacing,
+    write_arrays as write_arrays,
     write_json as write_json,
     write_text as write_text,
 )

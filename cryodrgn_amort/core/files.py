@@ -37,6 +37,7 @@ __all__ = [
     "locked",
     "named",
     "naming",
+    "read_arrays",
     "read_json",
     "read_table",
     "read_text",
@@ -44,6 +45,7 @@ __all__ = [
     "record",
     "recorded",
     "replacing",
+    "write_arrays",
     "write_json",
     "write_text",
 ]
@@ -339,6 +341,21 @@ def write_json(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> None:
     plain = {name: value for name, value in _plain(facts).items() if name != _OWN_SUM}
     text = json.dumps({**plain, _OWN_SUM: _sum_of(plain)}, indent=2, allow_nan=False)
     write_text(path, text + "\n")
+
+
+def write_arrays(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
+    """Keep arrays in an .npz file."""
+    with replacing(path) as temporary, open(temporary, "wb") as handle:
+        np.savez(handle, **arrays)  # type: ignore[arg-type]
+
+
+def read_arrays(path: str | os.PathLike[str], flag: str) -> dict[str, np.ndarray]:
+    """Read what ``write_arrays`` has kept; raises InputError if the file is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return {name: found[name] for name in found}
+    except Exception as err:  # zip, numpy and the system have many for a damaged one
+        raise InputError(f"{flag} {path}: damaged ({type(err).__name__}); remove it") from None
 
 
 def _sum_of(facts: dict[str, Any]) -> str:

@@ -28,7 +28,8 @@ from cryodrgn_amort.core import (
     locked,
     matrix_products,
     on_terminal,
-    replacing,
+    read_arrays,
+    write_arrays,
 )
 from cryodrgn_amort.inference.bounds import ElboScale, Posterior, elbo
 from cryodrgn_amort.inference.fitter import Fitter
@@ -191,9 +192,8 @@ class _Inference:
             batch = self.fitter.loader.read(index)
             pieces = halving(partial(fitted, batch), len(index))
             arrays = (torch.cat(parts).cpu().numpy() for parts in zip(*pieces, strict=True))
-            with replacing(self._part(number)) as temporary, open(temporary, "wb") as handle:
-                kept = dict(zip(_RESULTS, arrays, strict=True))
-                np.savez(handle, **{_OF: _digest(batch)}, **kept)  # type: ignore[arg-type]
+            kept = {_OF: np.array(_digest(batch)), **dict(zip(_RESULTS, arrays, strict=True))}
+            write_arrays(self._part(number), **kept)
 
     def _is_done(self, number: int, index: Tensor) -> bool:
         """Tell whether a part is whole, and of the particles as they are now."""
@@ -203,11 +203,11 @@ class _Inference:
     def _done(self, number: int, count: int) -> dict[str, np.ndarray] | None:
         """Read a part of ``count`` particles; None: it is not there, or not whole."""
         try:
-            with np.load(self._part(number), allow_pickle=False) as part:
-                found = {name: part[name] for name in (_OF, *_RESULTS)}
-        except Exception:  # zip, numpy and the system have many for a damaged one
+            found = read_arrays(self._part(number), "-o")
+        except InputError:
             return None
-        return found if all(len(found[name]) == count for name in _RESULTS) else None
+        whole = found.keys() == {_OF, *_RESULTS}
+        return found if whole and all(len(found[name]) == count for name in _RESULTS) else None
 
     def _part(self, number: int) -> Path:
         return self.parts / f"{number:06d}.npz"

@@ -16,7 +16,7 @@ import numpy as np
 
 from cryodrgn_amort.core import INTERRUPTED, epochs
 from faults.damage import Finding
-from faults.stage import EVALUATE, NET, PARTICLES, SMALL, STUDY, TURNS
+from faults.stage import EVALUATE, NET, PARTICLES, SMALL, STUDY, TURNS, VALIDATE
 from faults.trials import digest, run
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Work:
     @property
     def slow(self) -> bool:
         """Whether it is left out of a quick trial."""
-        return self.argv[0] in ("eval_amort", "study_amort")
+        return self.argv[0] in ("eval_amort", "study_amort", "validate_amort")
 
 
 _LATEST = ("--load", "latest")
@@ -70,6 +70,7 @@ WORKS = (
                   "-o", "out"]),
     Work("simulation", ["simulate_amort", "-n", "200", "-D", "16", "--seed", "0", "-o", "out",
                         "--overwrite"]),
+    Work("validation", [*VALIDATE, "asking"], gives="asking"),
     Work("study", ["study_amort", "-o", "new", "--jobs", "1"], gives="new"),
 )  # fmt: skip
 

@@ -35,6 +35,10 @@ STUDY = {
 }  # fmt: skip
 
 
+VALIDATE = ["validate_amort", "asked", "--sample", "20", "--bootstrap", "20", "--maps", "2",
+            "--jobs", "1", "-o"]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Scene:
     """A command, and the files that it reads.
@@ -60,7 +64,7 @@ class Scene:
     @property
     def slow(self) -> bool:
         """Whether it is left out of a quick trial."""
-        return self.argv[0] in ("eval_amort", "mnist_amort", "study_amort")
+        return self.argv[0] in ("eval_amort", "mnist_amort", "study_amort", "validate_amort")
 
 
 def _idx(values: np.ndarray) -> bytes:
@@ -147,6 +151,9 @@ SCENES = (
     Scene("study", ["study_amort", "-o", "study", "--jobs", "1"],
           ("study/plan.yaml", "study/steps/*", "study/evals/*/*", "study/runs/*/*",
            "study/compare/*/*"), "study"),
+    Scene("validation", [*VALIDATE, "valid"],
+          ("valid/validation.yaml", "valid/halves/*", "valid/parts/*", "valid/steps/*",
+           "valid/runs/*/*"), "valid"),
     Scene("digits go on", _MNIST, ("mnist/runs/*/*",), "mnist"),
 )  # fmt: skip
 """Every command that reads files, and files of every kind that we read."""
@@ -197,12 +204,18 @@ def build(folder: Path, *, quick: bool) -> None:
     made("simulate_amort", "-n", "24", "-D", "16", "--seed", "0", "-o", "sim")
     made("train_amort", "sim/particles.mrcs", "--poses", "sim/poses.pkl", "--ctf", "sim/ctf.pkl",
          "--zdim", "2", *NET, "-n", "1", "-o", "simulated")  # fmt: skip
+    if not quick:
+        made("simulate_amort", "-n", "60", "-D", "16", "--seed", "1", "-o", "many")
+        made("train_amort", "many/particles.mrcs", "--poses", "many/poses.pkl", "--ctf",
+             "many/ctf.pkl", "--zdim", "2", "--encoder", "vlt", *SMALL, "-n", "2", "--checkpoint",
+             "1", "-o", "asked")  # fmt: skip
     (folder / "study").mkdir()
     (folder / "study/plan.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
     _interrupt_fits(folder)
     if not quick:
         made("study_amort", "-o", "study", "--jobs", "1")
         made(*_MNIST)
+        made(*VALIDATE, "valid")
 
 
 def _stop_within_an_epoch(folder: Path, argv: list[str], after: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from cryodrgn_amort.core import InputError, bar, generator, replacing
+from cryodrgn_amort.core import InputError, bar, generator, read_arrays, write_arrays
 from cryodrgn_amort.data import BatchLoader, NoiseModel, Shells
 from cryodrgn_amort.inference import ElboScale, Fitter, anchored, elbo
 from cryodrgn_amort.models import cluster_centres, whole_ctf
@@ -90,9 +90,7 @@ class Fits:
 
     def write(self, path: Path) -> None:
         """Keep them in an .npz file."""
-        with replacing(path) as temporary, open(temporary, "wb") as handle:
-            kept = {f.name: getattr(self, f.name) for f in fields(self)}
-            np.savez(handle, **kept)
+        write_arrays(path, **{f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
     def read(cls, path: Path) -> Fits:
@@ -103,11 +101,11 @@ class Fits:
         InputError
             If the file is damaged.
         """
-        try:
-            with np.load(path, allow_pickle=False) as found:
-                return cls(**{f.name: found[f.name] for f in fields(cls)})
-        except Exception as err:  # zip, numpy and the system have many for a damaged one
-            raise InputError(f"{path}: damaged ({type(err).__name__}); remove it") from None
+        found = read_arrays(path, "-o")
+        names = {f.name for f in fields(cls)}
+        if found.keys() != names:
+            raise InputError(f"-o {path}: damaged (it holds other arrays); remove it")
+        return cls(**found)
 
 
 class Case:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cryodrgn_amort.core import InputError, matrix_products, replacing, write_json
+from cryodrgn_amort.core import InputError, matrix_products, write_arrays, write_json
 from cryodrgn_amort.measures import measure
 from cryodrgn_amort.study.validation.case import Fits
 from cryodrgn_amort.study.validation.epochs import epoch_curve
@@ -80,10 +80,8 @@ def _gain(validation: Validation) -> dict[str, Any]:
 def _keep(validation: Validation, name: str, positions: np.ndarray, **columns: np.ndarray) -> None:
     """Keep what a part found of particles at positions in the stack `(M,)`: for trust.csv."""
     order = np.argsort(positions)
-    path = validation.part(name, "npz")
-    with replacing(path) as temporary, open(temporary, "wb") as handle:
-        kept: dict[str, Any] = {n: c[order] for n, c in columns.items()}
-        np.savez(handle, position=positions[order], **kept)
+    sorted_ = {column: values[order] for column, values in columns.items()}
+    write_arrays(validation.part(name, "npz"), position=positions[order], **sorted_)
 
 
 def _poses(validation: Validation) -> dict[str, Any]:

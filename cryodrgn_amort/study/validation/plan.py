@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cached_property
@@ -15,6 +16,7 @@ from cryodrgn_amort.core import (
     InputError,
     default_device,
     device_name,
+    digest,
     read_yaml,
     write_pickle,
     write_text,
@@ -168,7 +170,10 @@ class Validation:
 
     def _asked(self) -> dict[str, object]:
         options = asdict(self.options)
-        run = {"run": str(self.run.folder.resolve()), "epoch": self.run.epoch}
+        run = {
+            "run": os.path.relpath(self.run.folder.resolve(), self.folder.resolve()),
+            "epoch": self.run.epoch, "weights": digest(self.run.file("weights")),
+        }  # fmt: skip
         return {**run, **{name: options[name] for name in _KEPT}}
 
     def _write_halves(self) -> None:

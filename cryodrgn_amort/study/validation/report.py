@@ -17,6 +17,7 @@ from cryodrgn_amort import host
 from cryodrgn_amort.core import (
     __version__,
     number,
+    read_arrays,
     read_json,
     replacing,
     warn,
@@ -90,8 +91,9 @@ def _write_particles(validation: Validation, found: Mapping[str, Any]) -> None:
     folder, columns = validation.folder, []
     for name in OF_PARTICLES:
         if name in found:
-            with np.load(validation.part(name, "npz")) as known:
-                columns += [(known["position"], n, known[n]) for n in known if n != "position"]
+            known = read_arrays(validation.part(name, "npz"), "-o")
+            position = known.pop("position")
+            columns += [(position, column, values) for column, values in known.items()]
     if not columns:
         return
     every = np.unique(np.concatenate([position for position, _, _ in columns]))
