@@ -317,7 +317,7 @@ def test_validation(given, emulate):
     """Fits, slopes of poses and misfits are those of the CPU."""
     from cryodrgn_amort.study.validation.case import Case
     from cryodrgn_amort.study.validation.gains import volume_spread
-    from cryodrgn_amort.study.validation.misfits import misfits
+    from cryodrgn_amort.study.validation.misfits import Misfits
     from cryodrgn_amort.study.validation.poses import measured_slopes
 
     def found():
@@ -325,7 +325,13 @@ def test_validation(given, emulate):
         case = Case(run, run.particles(), own=True)
         fits = case.fit(24)
         own, known = measured_slopes(case, fits)
-        return fits, own, known[0.0], misfits(case, fits)["explained"], volume_spread(case)
+        return (
+            fits,
+            own,
+            known[0.0],
+            Misfits(case, fits).of_particles()["explained"],
+            volume_spread(case),
+        )
 
     wanted = found()
     with emulate():

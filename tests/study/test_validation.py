@@ -27,7 +27,7 @@ from cryodrgn_amort.study.validation.maps import (
     fsc_curves,
     selected,
 )
-from cryodrgn_amort.study.validation.misfits import misfits
+from cryodrgn_amort.study.validation.misfits import Misfits
 from cryodrgn_amort.study.validation.plan import Validation
 from cryodrgn_amort.study.validation.poses import (
     PoseSlopes,
@@ -182,7 +182,7 @@ def _spoilt(case, fits, kind):
 @pytest.mark.parametrize(("kind", "least"), [("noise", 0.95), ("poses", 0.8), ("", 0.0)])
 def test_misfits_are_found_and_others_are_not(kind, least, case, every):
     other, bad = _spoilt(case, every, kind)
-    found = misfits(other, every)
+    found = Misfits(other, every).of_particles()
     p = found["misfit_p"]
     assert {len(column) for column in found.values()} == {240}
     assert 0 < p.min() <= p.max() <= 1
@@ -199,7 +199,7 @@ def test_an_image_that_is_no_number_is_a_misfit(case, every):
     other.loader.read = lambda index: replace(
         read(index), y=read(index).y.masked_fill((index == 3)[:, None], torch.nan)
     )
-    p = misfits(other, every)["misfit_p"]
+    p = Misfits(other, every).of_particles()["misfit_p"]
     assert p[3] == p.min() < 0.01
 
 
@@ -423,6 +423,24 @@ def test_new_noise_is_read_as_the_log_variances_say_where_fits_mean_them(case, f
         again.append(case.posterior(white, batch)[0].numpy())
     spread = np.nanmedian(scatter(mean, logvar, np.stack(again))[1])
     assert 0.5 < spread < 2.5
+
+
+@pytest.mark.parametrize(
+    ("below", "nulls", "crossed", "said"),
+    [
+        (0.14, [0.04], 0.03, YES),
+        (0.14, [0.12], 0.03, NO),
+        (0.14, [0.04], 0.15, NO),  # faults of decoders look like that
+        (0.08, [0.03], 0.02, NO),
+        (0.14, [], None, YES),  # --quick
+    ],
+)
+def test_misfits(below, nulls, crossed, said):
+    found = {
+        "below": below, "n": 500, "below_of_decoders": crossed,
+        "below_of_nulls": {f"null{k}": share for k, share in enumerate(nulls)},
+    }  # fmt: skip
+    assert answers({"misfits": found})[0].said == said
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from cryodrgn_amort.inference import ElboScale, Fitter, anchored, elbo
 from cryodrgn_amort.models import cluster_centres, whole_ctf
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor
@@ -282,6 +283,24 @@ class Case:
         shown = self.decoded(replace(batch, rot=rot), z)
         noise = self.noise(fits.spectrum).draw(rows.to(batch.y.device), draw)
         return replace(batch, y=shown + noise), z
+
+    @torch.no_grad()
+    def made_up_by(self, other: Run, fits: Fits) -> Iterator[Batch]:
+        """Yield images that another decoder makes up in place of fitted particles, with new noise.
+
+        Each shows what that decoder shows at the latent that it was trained to have.
+        """
+        there, z = self.latents_of(other, fits.rows)
+        shown, noise = other.load_decoder()[0].fast, self.noise(fits.spectrum)
+        draw, rows = self.generator(), torch.from_numpy(fits.rows[there])
+        for at in torch.arange(len(rows)).split(_TOGETHER):
+            batch = self.loader.read(rows[at])
+            assert batch.rot is not None
+            latents = torch.from_numpy(z[at.numpy()]).to(batch.y)
+            images = shown.images(batch.rot, latents[:, None])[:, 0]
+            images = images if batch.ctf is None else images * whole_ctf(batch.ctf)
+            batch.y = images + noise.draw(rows[at].to(images.device), draw)
+            yield batch
 
     def generator(self) -> torch.Generator:
         """Return random numbers on the device of the particles, from their start."""

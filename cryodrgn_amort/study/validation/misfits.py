@@ -7,6 +7,7 @@ known.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,16 +17,19 @@ from cryodrgn_amort.core import bar
 from cryodrgn_amort.models import whole_ctf
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
     from cryodrgn_amort.data import Batch
+    from cryodrgn_amort.runs import Run
     from cryodrgn_amort.study.validation.case import Case, Fits
 
 
-__all__ = ["Examined", "misfits"]
+__all__ = ["LOW", "Examined", "Misfits"]
 
+LOW = 0.05
+"""A p below this is small."""
 _TOGETHER = 64
 _MADE = 2000
 _DARK = 0.2  # shells where the molecule is so much weaker than at its best tell of the noise
@@ -117,32 +121,50 @@ class Examined:
         return found
 
 
-@torch.no_grad()
-def misfits(case: Case, fits: Fits) -> dict[str, np.ndarray]:
-    """Ask each particle of a case how it is explained; returns ``Examined.NAMES`` and p, `(N,)`.
+class Misfits:
+    """Tells how likely images made up are explained as badly as others, by a case's decoder.
 
-    Its p is how likely an image made up in its place is explained as badly, by the power that is
-    left or by what is expected; or how likely a typical one is seen as little, if noise would be
-    seen as much: three times the least of these, and at most 1.
+    By the power that is left, or by what is expected; or how likely a typical one is seen as
+    little, if noise would be seen as much: three times the least of these, and at most 1.
     """
-    ask = Examined(case, fits)
-    own = torch.cat(
-        [
-            ask(case.loader.read(index))
-            for index in bar(torch.arange(case.particles.n).split(_TOGETHER), "misfits")
-        ],
-        1,
-    )
-    values = own.double().cpu().numpy()
-    values = np.where(np.isfinite(values), values, -np.inf)
-    known = {name: np.sort(of, 1) for name, of in ask.known()}
 
-    def likely(name: str, row: int) -> np.ndarray:
-        less = np.searchsorted(known[name][row], values[row], "right")
-        found: np.ndarray = (1 + less) / (1 + known[name].shape[1])
+    @torch.no_grad()
+    def __init__(self, case: Case, fits: Fits) -> None:
+        self.case, self.fits, self._ask = case, fits, Examined(case, fits)
+        self._known = {name: np.sort(of, 1) for name, of in self._ask.known()}
+
+    @torch.no_grad()
+    def _asked(self, batches: Iterable[Batch]) -> np.ndarray:
+        values = torch.cat([self._ask(batch) for batch in batches], 1).double().cpu().numpy()
+        return np.where(np.isfinite(values), values, -np.inf)
+
+    def _likely(self, values: np.ndarray) -> np.ndarray:
+        def likely(name: str, row: int) -> np.ndarray:
+            known = self._known[name][row]
+            less = np.searchsorted(known, values[row], "right")
+            found: np.ndarray = (1 + less) / (1 + len(known))
+            return found
+
+        as_noise = values[2] <= self._known["noise"][2, -1]
+        empty = np.where(as_noise, likely("typical", 2), 1.0)
+        least = np.stack([likely("made up", 0), likely("made up", 1), empty]).min(0)
+        found: np.ndarray = np.minimum(1, 3 * least)
         return found
 
-    as_noise = values[2] <= known["noise"][2, -1]
-    empty = np.where(as_noise, likely("typical", 2), 1.0)
-    p = np.minimum(1, 3 * np.stack([likely("made up", 0), likely("made up", 1), empty]).min(0))
-    return {**dict(zip(Examined.NAMES, values, strict=True)), "misfit_p": p}
+    def of_particles(self) -> dict[str, np.ndarray]:
+        """Return ``Examined.NAMES`` of all particles of the case, and ``misfit_p``: `(N,)` each."""
+        parts = bar(torch.arange(self.case.particles.n).split(_TOGETHER), "misfits")
+        values = self._asked(self.case.loader.read(index) for index in parts)
+        named = dict(zip(Examined.NAMES, values, strict=True))
+        return {**named, "misfit_p": self._likely(values)}
+
+    def of_decoders(self, other: Run, p: np.ndarray) -> np.ndarray:
+        """Return p of images that another decoder makes up, `(M,)`: what faults of both make.
+
+        In place of fitted particles that are no misfits by their ``misfit_p``, `(N,)`: a decoder
+        may have learnt these, and only these.
+        """
+        usual = replace(self.fits, rows=self.fits.rows[p[self.fits.rows] >= LOW])
+        if not len(usual.rows):
+            return np.empty(0)
+        return self._likely(self._asked(self.case.made_up_by(other, usual)))

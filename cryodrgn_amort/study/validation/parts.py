@@ -14,7 +14,7 @@ from cryodrgn_amort.study.validation.case import Fits
 from cryodrgn_amort.study.validation.epochs import epoch_curve
 from cryodrgn_amort.study.validation.gains import agreement, clusters, gain, volume_spread
 from cryodrgn_amort.study.validation.maps import compared, fsc_curves, make_maps
-from cryodrgn_amort.study.validation.misfits import misfits
+from cryodrgn_amort.study.validation.misfits import LOW, Misfits
 from cryodrgn_amort.study.validation.poses import (
     PoseSlopes,
     crossed_slopes,
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["do_part"]
 
 _POSE_ROUNDS = 24  # of the bootstrap
-_LOW = 0.05  # of p
 
 
 @matrix_products()
@@ -115,19 +114,27 @@ def _poses(validation: Validation) -> dict[str, Any]:
 
 
 def _misfits(validation: Validation) -> dict[str, Any]:
-    positions, found = [], []
+    positions, found, crossed = [], [], []
     for name in validation.halves:
         case = validation.case(name)
-        found.append(misfits(case, _fits(validation, name)))
+        asked = Misfits(case, _fits(validation, name))
+        found.append(asked.of_particles())
         positions.append(case.positions)
+        if not validation.options.quick:
+            other = validation.trained("half1" if name == "half0" else "half0")
+            crossed.append(asked.of_decoders(other, found[-1]["misfit_p"]))
     columns = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     _keep(validation, "misfits", np.concatenate(positions), **columns)
     usual = {}
     for name in validation.nulls:
-        of_null = misfits(validation.case(name), _fits(validation, name))["misfit_p"]
-        usual[name] = float((of_null < _LOW).mean())
+        of_null = Misfits(validation.case(name), _fits(validation, name)).of_particles()
+        usual[name] = float((of_null["misfit_p"] < LOW).mean())
     p = columns["misfit_p"]
-    return {"below": float((p < _LOW).mean()), "n": len(p), "below_of_nulls": usual}
+    return {
+        "below": float((p < LOW).mean()), "n": len(p), "below_of_nulls": usual,
+        "below_of_decoders": float((np.concatenate(crossed) < LOW).mean())
+        if sum(map(len, crossed)) else None,
+    }  # fmt: skip
 
 
 def _epochs(validation: Validation) -> dict[str, Any]:

@@ -199,17 +199,10 @@ def crossed_slopes(case: Case, fits: Fits, other: Run) -> PoseSlopes:
     of them differs from the truth by, as far as the errors of both have nothing to do with each
     other.
     """
-    there, z = case.latents_of(other, fits.rows)
-    white, draw = case.whitened(fits.spectrum), case.generator()
-    shown = other.load_decoder()[0].fast
-    noise, parts = case.noise(fits.spectrum), []
-    rows = torch.from_numpy(fits.rows[there])
-    for at in torch.arange(len(rows)).split(_TOGETHER):
-        batch = case.loader.read(rows[at])
-        assert batch.rot is not None
-        latents = torch.from_numpy(z[at.numpy()]).to(batch.y)
-        images = shown.images(batch.rot, latents[:, None])[:, 0]
-        images = images if batch.ctf is None else images * whole_ctf(batch.ctf)
-        batch.y = images + noise.draw(rows[at].to(images.device), draw)
-        parts.append(pose_slopes(case, white, batch, case.posterior(white, batch)[0]))
-    return PoseSlopes.joined(parts)
+    white = case.whitened(fits.spectrum)
+    return PoseSlopes.joined(
+        [
+            pose_slopes(case, white, batch, case.posterior(white, batch)[0])
+            for batch in case.made_up_by(other, fits)
+        ]
+    )

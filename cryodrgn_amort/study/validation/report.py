@@ -39,7 +39,7 @@ from cryodrgn_amort.report import (
 )
 from cryodrgn_amort.study.validation.maps import smooth
 from cryodrgn_amort.study.validation.plan import OF_PARTICLES
-from cryodrgn_amort.study.validation.verdict import Answer, answers
+from cryodrgn_amort.study.validation.verdict import Answer, answers, any_misfits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -87,7 +87,7 @@ def write_validation(validation: Validation) -> tuple[list[Answer], Path]:
 
 
 def _write_particles(validation: Validation, found: Mapping[str, Any]) -> None:
-    """Write trust.csv, a row per particle that was asked, and ind_misfit.pkl, if there are any."""
+    """Write trust.csv, a row per particle that was asked, and ind_misfit.pkl, if it says that there are any."""
     folder, columns = validation.folder, []
     for name in OF_PARTICLES:
         if name in found:
@@ -113,7 +113,7 @@ def _write_particles(validation: Validation, found: Mapping[str, Any]) -> None:
             writer.writerow([particle, *("" if math.isnan(v) else f"{v:.4g}" for v in row)])
     path = folder / "ind_misfit.pkl"
     path.unlink(missing_ok=True)
-    if "misfit_p" in table:
+    if "misfit_p" in table and any_misfits(found["misfits"]):
         p = table["misfit_p"]
         told = np.isfinite(p)
         unlike = every[told][false_discovery_control(p[told]) <= _FALSE]

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cryodrgn_amort.core import number
+from cryodrgn_amort.study.validation.misfits import LOW
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-__all__ = ["CANNOT", "NO", "YES", "Answer", "answers"]
+__all__ = ["CANNOT", "NO", "YES", "Answer", "answers", "any_misfits"]
 
 YES, NO, CANNOT = "yes", "no", "cannot tell"
 _AGREE, _ALIKE = 0.2, 0.1  # correlation of halves that is something, and that is nothing
@@ -201,10 +202,16 @@ def _noise(found: Mapping[str, Any]) -> Answer:
     return Answer(question, CANNOT, "fair", because, "More particles (--sample) narrow it.")
 
 
+def any_misfits(found: Mapping[str, Any]) -> bool:
+    """Tell whether more particles are explained badly than the decoder's own faults make so."""
+    usual = [LOW, found["below_of_decoders"] or 0.0, *found["below_of_nulls"].values()]
+    return bool(found["below"] > max(usual) + _MISFITS)
+
+
 def _misfits(found: Mapping[str, Any]) -> Answer:
     question = "Are there particles that the decoder cannot explain?"
     small, usual = found["below"], list(found["below_of_nulls"].values())
-    base = max([0.05, *usual])
+    crossed = found["below_of_decoders"]
     because = (
         f"{number(100 * small)} % of {found['n']} particles are explained worse than 95 % of "
         "images made up in their place"
@@ -213,8 +220,10 @@ def _misfits(found: Mapping[str, Any]) -> Answer:
         because += (
             f"; of particles with one structure {' and '.join(number(100 * u) for u in usual)} %"
         )
+    if crossed is not None:
+        because += f", of images that the other half's decoder makes up {number(100 * crossed)} %"
     because += "."
-    if small > base + _MISFITS:
+    if any_misfits(found):
         return Answer(
             question, YES, "poor", because, "Look at ind_misfit.pkl; train without them (--ind)."
         )
