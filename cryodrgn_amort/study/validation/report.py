@@ -87,7 +87,7 @@ def write_validation(validation: Validation) -> tuple[list[Answer], Path]:
 
 
 def _write_particles(validation: Validation, found: Mapping[str, Any]) -> None:
-    """Write trust.csv, a row per particle that was asked, and ind_misfit.pkl, if it says that there are any."""
+    """Write trust.csv, a row per particle that was asked, and ind_misfit.pkl, if there are any."""
     folder, columns = validation.folder, []
     for name in OF_PARTICLES:
         if name in found:

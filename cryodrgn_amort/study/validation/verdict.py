@@ -72,13 +72,15 @@ def corrected(found: Mapping[str, Any]) -> tuple[float, float, float]:
     """Return the pose error, and its interval, less what the decoder's own faults look like.
 
     These are told by images that the other half's decoder makes up at known poses; squares add up.
+    Half of what two decoders differ by is one's, if their faults have nothing to do with each
+    other; the interval goes from all of it being taken off to nothing.
     """
     base = found["of_decoders"] or 0.0
 
-    def less(value: float) -> float:
-        return math.sqrt(max(0.0, value**2 - base**2))
+    def less(value: float, times: float) -> float:
+        return math.sqrt(max(0.0, value**2 - times * base**2))
 
-    return less(found["degrees"]), less(found["low"]), less(found["high"])
+    return less(found["degrees"], 1), less(found["low"], 2), less(found["high"], 0)
 
 
 def _interval(m: Mapping[str, Any]) -> str:
@@ -168,7 +170,8 @@ def _poses(found: Mapping[str, Any]) -> Answer:
     if found["of_decoders"] is not None:
         because += (
             f"; {number(found['degrees'])} before {number(found['of_decoders'])} is taken off, "
-            "what the faults of a decoder look like at known poses"
+            "what the faults of a decoder look like at known poses (the interval: twice that, or "
+            "nothing)"
         )
     because += "."
     if low > _OFF_DEG:
