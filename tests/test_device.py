@@ -369,15 +369,18 @@ def test_memory_that_is_full_halves_the_batch(given, monkeypatch, caplog):
     run = load_run(str(given.folder / "first"), given.plugins)
     options = InferOptions(steps=0, batch_size=32, starts=("anchors",))
     wanted = infer_run(run, options, given.folder / "fits")
-    errors = AmortVAE.errors
 
-    def full(self, batch, z):
-        if len(batch.index) > 9:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return errors(self, batch, z)
+    def full(method):
+        def limited(self, batch, z):
+            if len(batch.index) > 9:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return method(self, batch, z)
+
+        return limited
 
     with monkeypatch.context() as patch:
-        patch.setattr(AmortVAE, "errors", full)
+        for name in ("errors", "errors_at"):
+            patch.setattr(AmortVAE, name, full(getattr(AmortVAE, name)))
         found = infer_run(run, options, given.folder / "fits-halved")
         codec = Codec(run.particles(), run.load_decoder()[0], None, 64)
         losses = codec.losses({"own": run.z()[0]}, np.arange(50))

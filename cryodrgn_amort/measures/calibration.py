@@ -31,7 +31,7 @@ __all__ = [
 LEVELS = (50, 80, 95)
 _SURE = 5.0  # standard errors
 _AT = np.arange(1, 100) / 100
-_SIMULATED = 4000
+_SIMULATED = 2000
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,13 @@ QUICK = {
 ATTAINABLE = {"attainable_class", "attainable_r2", "attainable_fve"}
 TRUTH = {"neighbourhood", "per_image_fsc", "volume_fve", *ATTAINABLE}
 LEAKS = {f"nuisance_leak_{name}" for name in ("view", "inplane", "defocus", "shift")}
-COVERAGE = {"encoding_cost", *(f"coverage_{level}" for level in (50, 80, 95))}
+COVERAGE = {
+    "calibration_p",
+    "encoding_cost",
+    "likelihood_rank",
+    "made_up_distance",
+    *(f"coverage_{level}" for level in (50, 80, 95)),
+}
 LATENTS = {"active_units", "kl", "aggregate_kl", "reconstruction", *LEAKS}
 
 

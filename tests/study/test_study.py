@@ -59,7 +59,7 @@ def command(folder, *more):
     return [sys.executable, "-m", "cryodrgn_amort", "study_amort", "-o", str(folder), *more]
 
 
-def run(folder, *more, code=0, jobs=2):
+def run(folder, *more, code=0, jobs=1):
     """Run the command in this process; returns what it says on stdout and stderr."""
     out, err, stopped = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
