@@ -109,7 +109,7 @@ def plan_of_study(plugins):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = new_study(tmp_path_factory.mktemp("studies") / "whole")
-    said = run(folder).stdout
+    said = run(folder, jobs=2).stdout
     return folder, said
 
 
@@ -215,7 +215,7 @@ def changed_copy(finished, folder):
 @pytest.fixture(scope="module")
 def changed(finished, tmp_path_factory):
     folder = changed_copy(finished[0], tmp_path_factory.mktemp("studies") / "changed")
-    run(folder)
+    run(folder, jobs=2)
     return folder
 
 
@@ -245,7 +245,7 @@ def test_killed_and_started_again_it_ends_with_the_same_numbers(finished, change
             assert process.poll() is None, (tmp_path / "out.log").read_text()
             process.send_signal(signal.SIGKILL)
             process.wait()
-    run(folder)
+    run(folder, jobs=2)
     assert numbers(folder) == numbers(changed)
     assert ran(folder)["train.baseline.seed0"] == counts["train.baseline.seed0"]  # done: kept
 
