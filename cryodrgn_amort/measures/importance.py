@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import cache
+from typing import Any
 
 import numpy as np
-
-try:
-    from arviz_stats.base import array_stats
-except ImportError:  # there is none for Python 3.10
-    array_stats = None
 
 __all__ = ["SAMPLES", "khat_limit", "tail_shapes"]
 logger = logging.getLogger("cryodrgn_amort")
@@ -26,6 +23,17 @@ _ALIKE = 1e-2  # nats: rounding
 def khat_limit(samples: int) -> float:
     """Return the k-hat above which so many samples say nothing that can be relied on."""
     return min(1 - 1 / math.log10(samples), 0.7)
+
+
+@cache
+def _library() -> Any:
+    """Import what tells, when it is needed: it takes a second; None: there is none."""
+    try:
+        from arviz_stats.base import array_stats
+    except ImportError:  # of Python 3.10
+        logger.warning("k-hat is not told: arviz-stats is not installed")
+        return None
+    return array_stats
 
 
 def tail_shapes(ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -44,8 +52,8 @@ def tail_shapes(ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         Effective sample size over K, after the tail was smoothed, `(M,)`.
     """
     khat, worth = np.full((2, ratios.shape[1]), np.nan)
-    if array_stats is None:
-        logger.warning("k-hat is not told: arviz-stats is not installed")
+    stats = _library()
+    if stats is None:
         return khat, worth
     for m, column in enumerate(ratios.T.astype(np.float64)):
         if not np.isfinite(column).all():
@@ -55,7 +63,7 @@ def tail_shapes(ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             continue
         try:
             with np.errstate(all="ignore"):
-                smoothed, shape = array_stats.psislw(-column)
+                smoothed, shape = stats.psislw(-column)
         except ValueError:  # the tail has no shape: not known
             continue
         weights = np.exp(smoothed - smoothed.max())

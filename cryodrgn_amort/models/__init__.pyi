@@ -29,6 +29,7 @@ from .synthetic import (
     measure_noise as measure_noise,
     unexplained as unexplained,
     whole_ctf as whole_ctf,
+    with_ctf as with_ctf,
 )
 from .vae import (
     TOKEN_ENCODER as TOKEN_ENCODER,

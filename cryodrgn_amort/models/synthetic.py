@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     from cryodrgn_amort.models.decoder import FastDecoder
 
 
-__all__ = ["SyntheticBatch", "SyntheticImages", "measure_noise", "unexplained", "whole_ctf"]
+__all__ = [
+    "SyntheticBatch",
+    "SyntheticImages",
+    "measure_noise",
+    "unexplained",
+    "whole_ctf",
+    "with_ctf",
+]
 
 _LOGVAR_RANGE = (-12.0, 4.0)
 _SIGNALS = 16  # latents at one pose

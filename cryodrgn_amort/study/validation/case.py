@@ -12,7 +12,7 @@ import torch
 from cryodrgn_amort.core import InputError, bar, generator, read_arrays, write_arrays
 from cryodrgn_amort.data import BatchLoader, NoiseModel, Shells
 from cryodrgn_amort.inference import ElboScale, Fitter, anchored, elbo
-from cryodrgn_amort.models import cluster_centres, whole_ctf
+from cryodrgn_amort.models import cluster_centres, whole_ctf, with_ctf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,13 +25,18 @@ if TYPE_CHECKING:
     from cryodrgn_amort.runs import Run
 
 
-__all__ = ["NATS", "Case", "Fits", "Whitened"]
+__all__ = ["NATS", "Case", "Fits", "Whitened", "other_half"]
 
 NATS = ElboScale.implied(1.0)
 """Errors are in units of the noise: half of them are nats."""
 _TOGETHER = 64
 _STEPS, _STEP = 4, 0.1  # of a fit; standard deviations of the latents, for differences
 _ANCHORS = 16
+
+
+def other_half(name: str) -> str:
+    """Return the half that has the particles which one of that name has not seen."""
+    return "half1" if name == "half0" else "half0"
 
 
 class Whitened:
@@ -145,7 +150,15 @@ class Case:
         """Return what latents `(B, zdim)` explain of a batch, with CTF: `(B, P)`."""
         assert batch.rot is not None
         images = self.model.fast.images(batch.rot, z[:, None])[:, 0]
-        return images if batch.ctf is None else images * whole_ctf(batch.ctf)
+        return with_ctf(images, batch.ctf)
+
+    def sampled(self, z: np.ndarray, other: Run | None = None) -> np.ndarray:
+        """Return values of the volumes of latents `(M, zdim)` up to 16 Fourier pixels.
+
+        By the case's decoder, or by that of another run.
+        """
+        model = self.model if other is None else other.load_decoder()[0]
+        return model.sampled(torch.from_numpy(np.ascontiguousarray(z, np.float32)))
 
     def fit(self, count: int) -> Fits:
         """Fit so many of the particles, by the noise that they turn out to have."""
@@ -298,7 +311,7 @@ class Case:
             assert batch.rot is not None
             latents = torch.from_numpy(z[at.numpy()]).to(batch.y)
             images = shown.images(batch.rot, latents[:, None])[:, 0]
-            images = images if batch.ctf is None else images * whole_ctf(batch.ctf)
+            images = with_ctf(images, batch.ctf)
             batch.y = images + noise.draw(rows[at].to(images.device), draw)
             yield batch
 

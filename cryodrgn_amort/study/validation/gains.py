@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 
@@ -29,7 +28,7 @@ def gain(name: str, fits: Fits, rounds: int, seed: int) -> Measure:
 
 def volume_spread(case: Case) -> float:
     """Return the variance of the volumes of a run's latents over the power of their mean."""
-    values = _sampled(case, case.run.z()[0][:1000])
+    values = case.sampled(case.run.z()[0][:1000])
     mean = values.mean(0)
     return float(((values - mean) ** 2).sum(1).mean() / (mean**2).sum())
 
@@ -53,8 +52,8 @@ def agreement(
     pixels, and the same with another particle's, which is the null.
     """
     there, latents = case.latents_of(other, fits.rows)
-    mine = _sampled(case, fits.mean[there])
-    theirs = _sampled(case, latents, other)
+    mine = case.sampled(fits.mean[there])
+    theirs = case.sampled(latents, other)
     mine, theirs = mine - mine.mean(0), theirs - theirs.mean(0)
     crossed = np.roll(theirs, 1, 0)
     found = []
@@ -67,8 +66,3 @@ def agreement(
 
 def _correlation(products: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
     return ratio(products.sum(), float(np.sqrt(first.sum() * second.sum())))
-
-
-def _sampled(case: Case, z: np.ndarray, run: Run | None = None) -> np.ndarray:
-    model = case.model if run is None else run.load_decoder()[0]
-    return model.sampled(torch.from_numpy(np.ascontiguousarray(z, np.float32)))

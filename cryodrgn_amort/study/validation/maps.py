@@ -104,9 +104,9 @@ def matched(case: Case, other: Case, count: int) -> tuple[np.ndarray, np.ndarray
     """
     count = max(2, min(count, min(case.particles.n, other.particles.n) // _LEAST))
     z = cluster_centres(case.run.z()[0], count, case.seed)
-    shown = _sampled(case, z) - _sampled(case, _some(case)).mean(0)
+    shown = case.sampled(z) - case.sampled(_some(case)).mean(0)
     latents = _some(other)
-    theirs = _sampled(other, latents)
+    theirs = other.sampled(latents)
     theirs -= theirs.mean(0)
     apart = (theirs**2).sum(1) - 2 * shown @ theirs.T  # and what is the same for all of them
     return z, latents[apart.argmin(1)]
@@ -115,10 +115,6 @@ def matched(case: Case, other: Case, count: int) -> tuple[np.ndarray, np.ndarray
 def _some(case: Case) -> np.ndarray:
     z = case.run.z()[0]
     return z[np.sort(np.random.default_rng(case.seed).permutation(len(z))[:_CANDIDATES])]
-
-
-def _sampled(case: Case, z: np.ndarray) -> np.ndarray:
-    return case.model.sampled(torch.from_numpy(np.ascontiguousarray(z, np.float32)))
 
 
 @torch.no_grad()

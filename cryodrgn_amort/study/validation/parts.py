@@ -10,7 +10,7 @@ import numpy as np
 
 from cryodrgn_amort.core import InputError, matrix_products, write_arrays, write_json
 from cryodrgn_amort.measures import measure
-from cryodrgn_amort.study.validation.case import Fits
+from cryodrgn_amort.study.validation.case import Fits, other_half
 from cryodrgn_amort.study.validation.epochs import epoch_curve
 from cryodrgn_amort.study.validation.gains import agreement, clusters, gain, volume_spread
 from cryodrgn_amort.study.validation.maps import compared, fsc_curves, make_maps
@@ -70,7 +70,7 @@ def _gain(validation: Validation) -> dict[str, Any]:
         found["spread"][name] = volume_spread(case)
         found["clusters"][name] = clusters(case.run.z()[0], seed)
         if name in validation.halves:
-            other = validation.trained("half1" if name == "half0" else "half0")
+            other = validation.trained(other_half(name))
             pair = agreement(case, fits, other, rounds, seed)
             found["agreement"][name] = {m.name: asdict(m) for m in pair}
     return found
@@ -90,7 +90,7 @@ def _poses(validation: Validation) -> dict[str, Any]:
         positions.append(case.positions[fits.rows])
         parts.append(measured_slopes(case, fits))
         if not validation.options.quick:
-            other = validation.trained("half1" if name == "half0" else "half0")
+            other = validation.trained(other_half(name))
             crossed.append(crossed_slopes(case, fits, other))
     own = PoseSlopes.joined([p[0] for p in parts])
     known = {deg: PoseSlopes.joined([p[1][deg] for p in parts]) for deg in parts[0][1]}
@@ -121,7 +121,7 @@ def _misfits(validation: Validation) -> dict[str, Any]:
         found.append(asked.of_particles())
         positions.append(case.positions)
         if not validation.options.quick:
-            other = validation.trained("half1" if name == "half0" else "half0")
+            other = validation.trained(other_half(name))
             crossed.append(asked.of_decoders(other, found[-1]["misfit_p"]))
     columns = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     _keep(validation, "misfits", np.concatenate(positions), **columns)

@@ -31,7 +31,7 @@ from cryodrgn_amort.runs import (
 from cryodrgn_amort.study.progress import Progress
 from cryodrgn_amort.study.snakefile import measured_seconds
 from cryodrgn_amort.study.steps import Step, Work, parse
-from cryodrgn_amort.study.validation.case import Case
+from cryodrgn_amort.study.validation.case import Case, other_half
 
 if TYPE_CHECKING:
     import argparse
@@ -196,7 +196,7 @@ class Validation:
         run = load_run(self._trained(name), self.plugins)
         given: dict[str, Any] = {"ind": str(self._ind("null1")), "refined": None}
         if name in self.halves:  # with the poses that the half which has the particles refined
-            other = "half1" if name == "half0" else "half0"
+            other = other_half(name)
             given["ind"] = str(self._ind(other))
             theirs = load_run(self._trained(other), self.plugins)
             if theirs.refined_poses is not None:

@@ -76,10 +76,9 @@ def renoised(run: Run, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, n
     """
     case = Case(run, run.particles(), own=True, seed=seed)
     mean, logvar = run.z()
-    encodes = run.shows_particles and not case.particles.whole
-    rows = case.sample(count if encodes else max(20, count // _FITTED))
-    spectrum = case.left(rows, mean[rows])
-    again, noise, draw = _Again(case), case.noise(spectrum), case.generator()
+    again, draw = _Again(case), case.generator()
+    rows = case.sample(count if again.encodes else max(20, count // _FITTED))
+    noise = case.noise(case.left(rows, mean[rows]))
     found = []
     for index in bar(torch.from_numpy(rows).split(_TOGETHER), "new noise"):
         batch = case.loader.read(index)

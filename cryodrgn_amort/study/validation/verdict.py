@@ -60,12 +60,12 @@ def answers(found: Mapping[str, Mapping[str, Any]]) -> list[Answer]:
 
 def _too_early(answer: Answer) -> Answer:
     """Take back what a decoder that has not learnt enough says against the particles."""
-    because, longer = answer.because, "Train longer, and ask again."
+    because = answer.because
     if answer.tone == "poor":
         because += " But the decoder has not been trained for long enough to tell."
     elif answer.said != CANNOT:
         return answer
-    return Answer(answer.question, CANNOT, "fair", because, longer)
+    return Answer(answer.question, CANNOT, "fair", because, "Train longer, and ask again.")
 
 
 def corrected(found: Mapping[str, Any]) -> tuple[float, float, float]:
