@@ -15,7 +15,7 @@ import torch
 from emulated_gpu import DEVICE, EmulatedGpu, EmulatedGraph
 from helpers import metrics, read_pickles, write_stack
 
-from cryodrgn_amort.core import InputError, Stopped, devices
+from cryodrgn_amort.core import InputError, Stopped, devices, onednn
 from cryodrgn_amort.host import write_mrc
 from cryodrgn_amort.models import synthetic
 from cryodrgn_amort.options import EvalOptions, InferOptions, SimulateOptions
@@ -56,8 +56,9 @@ LEFT = 200_000_000  # of memory, in bytes
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Few synthetic images; one thread, whose sums are those of the device."""
+    """Few synthetic images; one thread and one library, whose sums are those of the device."""
     monkeypatch.setattr(synthetic.SyntheticImages.__init__, "__defaults__", (16, 16, 1, None))
+    monkeypatch.setattr(onednn, "read_fact", lambda *_: None)  # not AMD's, whose library is another
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 

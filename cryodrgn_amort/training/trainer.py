@@ -161,6 +161,7 @@ class Trainer:
         done = 0 if self.progress is None else self.progress.seen
         self.seen = self.epoch * self.particles.n + done
 
+    @matrix_products()
     def fit(self) -> None:
         """Train to the last epoch, with a checkpoint every ``--checkpoint`` epochs.
 
@@ -183,7 +184,7 @@ class Trainer:
                     write_config(self.folder, self.settings, self.encoder_spec, self.particles)
             try:
                 path = self.folder / "run.log" if self.processes.leads else None
-                with logging_to(path, self.settings.verbose), matrix_products():
+                with logging_to(path, self.settings.verbose):
                     self._train()
             finally:  # a run that ends before its first checkpoint replaces nothing
                 if self.processes.leads:

@@ -92,11 +92,13 @@ class _Trials:
 
 
 def _shares(seconds: Sequence[float], total: int) -> list[int]:
-    """Share trials out: fewer of what takes long."""
+    """Share trials out, at least one each and in all as many: fewer of what takes long."""
+    if not total:
+        return [0] * len(seconds)
     weights = [max(s, 0.1) ** -0.5 for s in seconds]
-    return (
-        [max(1, round(total * w / sum(weights))) for w in weights] if total else [0] * len(weights)
-    )
+    shares = [max(1, int(total * w / sum(weights))) for w in weights]
+    shares[shares.index(max(shares))] += max(0, total - sum(shares))
+    return shares
 
 
 def _table(kind: str, totals: dict[tuple[str, str], Counter[str]]) -> list[str]:
