@@ -60,7 +60,7 @@ CONDITIONS = {
     "noise": Condition("15 % noise", replaced="noise"),
     "other": Condition("15 % another molecule, poses wrong", replaced="other"),
     "right": Condition("15 % another molecule, poses right", replaced="right"),
-    "mirror": Condition("15 % mirrored", replaced="mirror"),
+    "mirror": Condition("15 % turned to their mirror image", replaced="mirror"),
 }
 
 
@@ -127,22 +127,17 @@ def _replace(folder: Path, condition: Condition, seed: int) -> np.ndarray:
     if condition.replaced == "noise":
         for row in rows:
             images[row] = rng.permutation(images[row].ravel()).reshape(D, D)
+    elif condition.replaced == "mirror":  # turned over in x, about the pixel in the middle
+        images[rows] = np.roll(images[rows, :, ::-1], 1, 2)
     else:
         (rots, shifts), ctf = _read(data / "poses.pkl"), _read(data / "ctf.pkl")
-        poses, ctf = (rots[rows], shifts[rows]), ctf[rows]
-        flags: dict[str, object] = {"n": len(rows), "snr": 0.3}
-        if condition.replaced == "mirror":  # of images that are then turned over in x
-            flip = np.diag([-1, 1, 1]).astype(np.float32)
-            poses = (flip @ poses[0] @ flip, poses[1] * np.array([-1, 1], np.float32))
-            ctf[:, 4] *= -1  # the astigmatism's angle
-        else:
-            flags["volumes"] = _another(folder / "another.mrc", seed)
-        if condition.replaced != "other":
-            flags["poses"] = _write(folder / "poses.pkl", poses)
-        flags["ctf"] = _write(folder / "ctf.pkl", ctf)
+        flags: dict[str, object] = {
+            "n": len(rows), "snr": 0.3, "volumes": _another(folder / "another.mrc", seed),
+            "ctf": _write(folder / "ctf.pkl", ctf[rows]),
+        }  # fmt: skip
+        if condition.replaced == "right":
+            flags["poses"] = _write(folder / "poses.pkl", (rots[rows], shifts[rows]))
         others = _images(_simulate(folder, folder / "others", seed + 100, **flags), len(rows))
-        if condition.replaced == "mirror":
-            others = np.roll(others[:, :, ::-1], 1, 2)
         images[rows] = others * (images.std() / others.std())
     chosen = np.zeros(N, bool)
     chosen[rows] = True
@@ -150,11 +145,9 @@ def _replace(folder: Path, condition: Condition, seed: int) -> np.ndarray:
 
 
 def _area(worse: np.ndarray, chosen: np.ndarray) -> float:
-    """Return the area under the curve: how often one that is chosen is worse than one that is not."""
+    """Return the area under the curve: how often a chosen one is worse than another."""
     ranks, count = rankdata(worse), chosen.sum()
-    return float(
-        (ranks[chosen].sum() - count * (count + 1) / 2) / (count * (len(chosen) - count))
-    )
+    return float((ranks[chosen].sum() - count * (count + 1) / 2) / (count * (len(chosen) - count)))
 
 
 def _by_epoch(out: Path, labels: np.ndarray) -> dict[int, float]:

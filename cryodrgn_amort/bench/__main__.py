@@ -30,7 +30,6 @@ from cryodrgn_amort.bench.processes import (
     Failed,
     Finished,
     Worker,
-    cores,
     environment,
     run_command,
     say,
@@ -50,7 +49,7 @@ from cryodrgn_amort.bench.sizes import (
     Sizes,
     variants,
 )
-from cryodrgn_amort.core import InputError, available_memory, number
+from cryodrgn_amort.core import InputError, available_memory, cores, number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 __all__ = [
-    "Failed", "Finished", "Worker", "cores", "environment",
+    "Failed", "Finished", "Worker", "environment",
     "run_command", "say", "stack", "take_turns", "working",
 ]  # fmt: skip
 
@@ -209,10 +209,3 @@ def run_command(argv: Sequence[str], env: Mapping[str, str], until: str | None =
 def _text(log: IO[str]) -> str:
     """Read what was printed; the place where the process writes is shared with it."""
     return os.pread(log.fileno(), 2**20, 0).decode(errors="replace")
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -10,8 +10,7 @@ from importlib.metadata import version
 from statistics import median
 from typing import TYPE_CHECKING
 
-from cryodrgn_amort.bench.processes import cores
-from cryodrgn_amort.core import __version__, number, read_fact
+from cryodrgn_amort.core import __version__, cores, number, read_fact
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

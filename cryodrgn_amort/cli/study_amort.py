@@ -45,10 +45,9 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Plan, run, report."""
     import importlib
-    import os
     import shlex
 
-    from cryodrgn_amort.core import InputError, write_text
+    from cryodrgn_amort.core import InputError, cores, write_text
     from cryodrgn_amort.options import REPAIR
     from cryodrgn_amort.plugins import load_plugins
     from cryodrgn_amort.study import (
@@ -89,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
         if options.dry_run:
             path = folder / "Snakefile"
             write_text(path, snakemake_rules(part))
-            print(shlex.join(["snakemake", "-s", str(path), "--cores", str(os.cpu_count())]))
+            print(shlex.join(["snakemake", "-s", str(path), "--cores", str(cores())]))
             return
         check_inputs(plan, part)
         failed = run_steps(part, commands, options.jobs or default_jobs())

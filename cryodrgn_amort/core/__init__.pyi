@@ -48,7 +48,7 @@ from .files import (
     write_json as write_json,
     write_text as write_text,
 )
-from .machine import available_memory as available_memory, read_fact as read_fact
+from .machine import available_memory as available_memory, cores as cores, read_fact as read_fact
 from .onednn import (
     matrix_products as matrix_products,
     onednn_error as onednn_error,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-__all__ = ["available_memory", "read_fact"]
+__all__ = ["available_memory", "cores", "read_fact"]
 
 
 def read_fact(path: str, name: str) -> str | None:
@@ -22,6 +22,13 @@ def read_fact(path: str, name: str) -> str | None:
             if key.strip() == name:
                 return value.strip()
     return None
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def available_memory() -> int:

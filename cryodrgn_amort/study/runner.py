@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cryodrgn_amort.core import InputError, alone, default_device, forgive, locked, on_gpu
+from cryodrgn_amort.core import InputError, alone, cores, default_device, forgive, locked, on_gpu
 from cryodrgn_amort.data import load_particles
 from cryodrgn_amort.options import EvalOptions
 from cryodrgn_amort.runs import settings_from_flags, source_of
@@ -54,7 +54,7 @@ _PRELOADED = [
 
 def default_jobs() -> int:
     """Return how many steps to run at a time: one on a GPU, else as many as there are cores."""
-    return 1 if on_gpu(default_device()) else min(os.cpu_count() or 1, _MOST_JOBS)
+    return 1 if on_gpu(default_device()) else min(cores(), _MOST_JOBS)
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ def run_steps(work: Work, commands: Mapping[str, CommandSpec], jobs: int) -> lis
     if others:
         named = ", ".join(sorted({version for found in others.values() for version in found}))
         _say(f"{len(others)} steps were done with {named}, and are done again")
-    threads = max((os.cpu_count() or 1) // jobs, 1)
+    threads = max(cores() // jobs, 1)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[name] = str(threads)  # the workers inherit them
     (work.folder / "logs").mkdir(exist_ok=True)

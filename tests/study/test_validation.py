@@ -261,7 +261,8 @@ def test_heterogeneity(found, said):
 def test_poses(degrees, high, base, said):
     found = {"degrees": degrees, "low": degrees - 0.5, "high": high, "of_decoders": base}
     assert corrected(found)[0] == pytest.approx(math.sqrt(degrees**2 - base**2))
-    assert answers({"poses": found})[0].said == said
+    told = answers({"poses": found, "gain": _gain((2, 4), (2, 4), (-0.1, 0.1))})
+    assert [a.said for a in told] == [NO, said]
     assert corrected({**found, "of_decoders": degrees + 1})[0] == 0
 
 
@@ -279,6 +280,16 @@ def test_a_decoder_that_has_learnt_too_little_blames_nothing_else():
     assert [a.said for a in answers(found)] == [CANNOT, CANNOT, NO, CANNOT]
     found["epochs"] = {**curve, "improves": False}
     assert [a.said for a in answers(found)] == [NO, NO, YES, NO]
+
+
+def test_heterogeneity_that_is_not_found_is_not_taken_for_wrong_poses():
+    """400 particles of 16 px with right poses, of which 12 epochs find some: 15 degrees."""
+    off = {"degrees": 15.5, "low": 12.2, "high": 16.0, "of_decoders": 3.8}
+    unsure = _gain((0.1, 0.8), (-0.5, 0.0), (0.17, 0.24))
+    assert [a.said for a in answers({"poses": off, "gain": unsure})] == [CANNOT, CANNOT]
+    assert [a.said for a in answers({"poses": off})] == [CANNOT]  # --quick
+    right = {"degrees": 1.0, "low": 0.0, "high": 2.0, "of_decoders": 1.0}
+    assert [a.said for a in answers({"poses": right, "gain": unsure})] == [CANNOT, YES]
 
 
 def _maps(own, random):

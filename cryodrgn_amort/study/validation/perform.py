@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cryodrgn_amort.core import InputError, write_text
+from cryodrgn_amort.core import InputError, cores, write_text
 from cryodrgn_amort.runs import add_train_flags
 from cryodrgn_amort.study.progress import commands_line
 from cryodrgn_amort.study.runner import default_jobs, run_steps, work_locked
@@ -79,7 +78,7 @@ def validate_run(run: Run, options: ValidateOptions, plugins: Registry) -> Valid
         if options.dry_run:
             path = validation.folder / "Snakefile"
             write_text(path, snakemake_rules(work))
-            return shlex.join(["snakemake", "-s", str(path), "--cores", str(os.cpu_count())])
+            return shlex.join(["snakemake", "-s", str(path), "--cores", str(cores())])
         print(validation.cost(work), flush=True)
         failed = run_steps(work, plugins.commands(), options.jobs or default_jobs())
         found = Validated(*write_validation(validation))

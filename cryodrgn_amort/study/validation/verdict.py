@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cryodrgn_amort.core import number
@@ -18,7 +18,7 @@ __all__ = ["CANNOT", "NO", "YES", "Answer", "answers", "any_misfits"]
 YES, NO, CANNOT = "yes", "no", "cannot tell"
 _AGREE, _ALIKE = 0.2, 0.1  # correlation of halves that is something, and that is nothing
 _ABOVE = 1.5  # times the gain of particles without heterogeneity
-_OF_DECODERS = ("gain", "maps", "poses", "misfits")  # answers that need good ones
+_OF_DECODERS = {"gain", "maps", "poses", "misfits"}  # answers that need good ones
 _OFF_DEG, _MISFITS = 2.5, 0.06
 _ERROR_BARS = 1 / 2.25, 2.25  # variance that is found over the one that is claimed
 
@@ -54,18 +54,21 @@ def answers(found: Mapping[str, Mapping[str, Any]]) -> list[Answer]:
     )  # fmt: skip
     said = {name: answer(found[name]) for name, answer in asked if name in found}
     if "epochs" in found and found["epochs"]["improves"]:
-        said.update({name: _too_early(a) for name, a in said.items() if name in _OF_DECODERS})
+        but = "But the decoder has not been trained for long enough to tell."
+        for name in _OF_DECODERS & said.keys():
+            said[name] = _taken_back(said[name], but, "Train longer, and ask again.")
+    elif "poses" in said and ("gain" not in said or said["gain"].said == CANNOT):
+        but = "But so does heterogeneity that the decoder has not found, if there is any."
+        do = said["poses"].do if said["poses"].said == CANNOT else "Find out about that first."
+        said["poses"] = _taken_back(said["poses"], but, do)
     return list(said.values())
 
 
-def _too_early(answer: Answer) -> Answer:
-    """Take back what a decoder that has not learnt enough says against the particles."""
-    because = answer.because
-    if answer.tone == "poor":
-        because += " But the decoder has not been trained for long enough to tell."
-    elif answer.said != CANNOT:
-        return answer
-    return Answer(answer.question, CANNOT, "fair", because, "Train longer, and ask again.")
+def _taken_back(answer: Answer, but: str, do: str) -> Answer:
+    """Take back what a decoder that may be at fault says against the particles."""
+    if answer.tone != "poor":
+        return answer if answer.said != CANNOT else replace(answer, do=do)
+    return replace(answer, said=CANNOT, tone="fair", because=f"{answer.because} {but}", do=do)
 
 
 def corrected(found: Mapping[str, Any]) -> tuple[float, float, float]:
