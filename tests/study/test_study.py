@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -258,13 +259,16 @@ def written_since(path, begun):
 
 
 def test_dry_run_prints_commands_that_a_shell_can_run(tmp_path):
-    folder = new_study(tmp_path / "dry", **ONE)
+    """Ours are run in this process, as a shell would split them; what follows them in a shell."""
+    folder = new_study(tmp_path / "dry run", **ONE)
     lines = run(folder, "--dry-run").stdout.splitlines()
     assert [line.split()[1] for line in lines] == ["simulate_amort", "train_amort", "eval_amort"]
     assert not (folder / "runs").exists()
-    ours = f"{sys.executable} -m cryodrgn_amort "
-    script = "set -e\n" + "\n".join(lines).replace("cryodrgn ", ours)
-    subprocess.run(["bash", "-c", script], check=True, capture_output=True, cwd=tmp_path)
+    for line in lines:
+        ours, then = line.split(" && ")
+        assert ours.startswith("cryodrgn ")
+        main(shlex.split(ours)[1:])
+        subprocess.run(["bash", "-c", then], check=True)
     assert run(folder, "--dry-run").stdout.strip() == ""
     assert "done already" in run(folder).stdout
     assert not (folder / "logs").exists()  # the study itself ran nothing

@@ -45,16 +45,15 @@ def stop_after(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    "more",
+    ("more", "signum"),
     [
-        {"qdim": 16},
-        {"encoder": "vlt", "shuffle_seed": 4, "table_lr_end": 1e-3},
-        {"qdim": 16, "augment": 1, "lr_end": 1e-5},
-        {"qdim": 16, "do_pose_sgd": True, "pretrain": 2, "pose_lr": 0.01},
-        {"encoder": "alternate", "qdim": 16, "anchors": 4},
-        {"encoder": "alternate", "qdim": 16, "anchors": 4, "rounds": 1},
+        ({"qdim": 16}, signal.SIGINT),
+        ({"encoder": "vlt", "shuffle_seed": 4, "table_lr_end": 1e-3}, signal.SIGTERM),
+        ({"qdim": 16, "augment": 1, "lr_end": 1e-5}, signal.SIGTERM),
+        ({"qdim": 16, "do_pose_sgd": True, "pretrain": 2, "pose_lr": 0.01}, signal.SIGTERM),
+        ({"encoder": "alternate", "qdim": 16, "anchors": 4}, signal.SIGTERM),
+        ({"encoder": "alternate", "qdim": 16, "anchors": 4, "rounds": 1}, signal.SIGINT),
     ],
     ids=["resid", "vlt", "augment", "poses", "alternate", "alternate, one round"],
 )
