@@ -259,7 +259,7 @@ def test_a_run_can_be_read_while_it_trains(flags, plugins, tmp_path):
     argv = [
         sys.executable, "-m", "cryodrgn_amort", "train_amort", flags["particles"], "--poses",
         flags["poses"], "--ctf", flags["ctf"], "--zdim", "2", "--encoder", "vlt", "--dec-dim", "8",
-        "--no-analysis", "-n", "40", "-o", str(tmp_path / "run"),
+        "--no-analysis", "-n", "15", "-o", str(tmp_path / "run"),
     ]  # fmt: skip
     child = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
     seen = set()
