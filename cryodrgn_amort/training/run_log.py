@@ -52,8 +52,10 @@ def log_start(trainer: Trainer, progress: EpochProgress | None) -> None:
     for name, module in (("encoder", model.amort or model.encoder), ("decoder", model.decoder)):
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
         logger.info(f"{count} parameters in {name}")
-    if isinstance(trainer.objective, SyntheticImages):
-        epochs = trainer.settings.num_epochs
+    epochs = trainer.settings.num_epochs
+    if len(trainer.stages) > 1:
+        logger.info(f"{epochs} epochs in turns: {_turns(trainer)}")
+    elif isinstance(trainer.objective, SyntheticImages):
         logger.info(
             f"{epochs} epochs of {particles.n} images made up each, {epochs * particles.n} in all "
             "(-n makes it fewer)"
@@ -69,6 +71,20 @@ def log_start(trainer: Trainer, progress: EpochProgress | None) -> None:
     if files.replaced.is_dir():
         names = ", ".join(sorted(p.name for p in files.replaced.iterdir()))
         logger.info(f"To be replaced once there is a new checkpoint: {names}")
+
+
+def _turns(trainer: Trainer) -> str:
+    """Say what takes its turn for how long, and how many images the encoder's turns make up."""
+    said, size = [], trainer.settings.batch_size
+    for stage in trainer.stages:
+        what = f"{stage.what} {stage.last - stage.first + 1}"
+        if stage.coarse:
+            what += " at low frequencies"
+        if stage.what == "encoder":
+            each = stage.images_made(size).get("each_epoch", trainer.particles.n)
+            what += f" of {each:,} images made up"
+        said.append(what)
+    return ", ".join(said)
 
 
 def log_stage(trainer: Trainer) -> None:

@@ -75,6 +75,9 @@ def rows(folder):
 def test_a_run_holds_the_answers_of_its_encoder(train, flags, plugins):
     """z.pkl is what the encoder answers, and in each turn the other part stays as it is."""
     trainer = train({**flags, **SMALL}, num_epochs=4, checkpoint=1)
+    turn = "encoder 1 of 640 images made up"  # 5 batches of 16 particles, 8 of each
+    said = f"4 epochs in turns: table 1, {turn}, decoder 1, {turn}\n"
+    assert said in (trainer.folder / "run.log").read_text()
     run = load_run(trainer.folder, plugins)
     fitter = Fitter(run, run.particles(), own=True)
     with torch.no_grad():
