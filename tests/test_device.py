@@ -36,6 +36,7 @@ CASES = {
     "twin": ({"encoder": "twin", "qdim": 16}, 190),
     "noise": ({"encoder": "noise", "qdim": 16}, 190),
     "vlt": ({"encoder": "vlt"}, 210),
+    "linear": ({"encoder": "vlt", "table_init": "linear"}, 210),
     "hartley": ({"encoder": "mlp", "qdim": 16, "domain": "hartley", "pe_type": "none"}, 175),
     "whole images": ({**NETWORK, "enc_mask": -1, "beta": "a", "beta_control": 1.0}, 200),
     "augment": ({**NETWORK, "augment": 2, "consistency": 0.5}, 450),

@@ -1,6 +1,7 @@
 from .alternating import AlternatingEncoder as AlternatingEncoder
 from .base import LatentModel as LatentModel
 from .encoders import Encoder as Encoder
+from .linear_model import LinearModel as LinearModel
 from .lookup_table import LookupTable as LookupTable
 from .objective import Losses as Losses, divergence as divergence, kl_divergence as kl_divergence
 from .second_stage import cluster_centres as cluster_centres

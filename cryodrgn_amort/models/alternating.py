@@ -8,6 +8,7 @@ has seen none of them, so it cannot follow their noise (the wake and sleep phase
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from cryodrgn_amort.core import InputError
 from cryodrgn_amort.models.encoders import Encoder
-from cryodrgn_amort.models.lookup_table import LookupTable
+from cryodrgn_amort.models.lookup_table import LookupTable, build_table
 from cryodrgn_amort.models.second_stage import AnchoredEncoder
 from cryodrgn_amort.models.synthetic import SyntheticBatch
-from cryodrgn_amort.options import TableFlags, TurnFlags
+from cryodrgn_amort.options import TurnFlags
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,12 +61,8 @@ class AlternatingEncoder(Encoder):
     def __init__(self, settings: TrainSettings, particles: Particles) -> None:
         super().__init__()
         flags, given = TurnFlags.of(settings.extra), {**_TABLE_RATES, **settings.extra}
-        table = TableFlags.of(given)
         self._planned = settings.num_epochs, settings.batch_size, flags.rounds
-        shape = particles.n, settings.zdim
-        mean = torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed))
-        logvar = torch.full(shape, table.table_logvar)
-        self.table = LookupTable(mean, logvar, table.table_lr, table.table_lr_end)
+        self.table = build_table(replace(settings, extra=given), particles)
         self.network = AnchoredEncoder(settings, particles)
         self.radius: int | None = flags.l_start
         frequency = particles.lattice.freqs2d[particles.mask].norm(dim=1) * particles.box

@@ -23,7 +23,7 @@ from cryodrgn_amort.core import (
 from cryodrgn_amort.models.encoders import Encoder
 from cryodrgn_amort.models.lazy_adam import LazyAdam
 from cryodrgn_amort.models.objective import falling_rate
-from cryodrgn_amort.options import TableFlags
+from cryodrgn_amort.options import STARTS, TableFlags
 
 if TYPE_CHECKING:
     from cryodrgn_amort.data import Batch, Particles
@@ -155,7 +155,7 @@ def build_table(settings: TrainSettings, particles: Particles) -> LookupTable:
     if start == "normal":
         generator = torch.Generator().manual_seed(settings.seed)
         mean = torch.randn(shape, generator=generator)
-    elif start == "zeros":
+    elif start in STARTS:  # linear: not known yet
         mean = torch.zeros(shape)
     else:
         path = latest_z(start, "--table-init") if os.path.isdir(start) else start

@@ -240,6 +240,7 @@ ENCODERS = (
                 "anchors",
                 "rounds",
                 "l_start",
+                "table_init",
                 "table_lr",
                 "table_lr_end",
             }

@@ -1,6 +1,8 @@
 from .comparison import CompareOptions as CompareOptions, TimingOptions as TimingOptions
 from .digits import METHODS as METHODS, MnistSettings as MnistSettings
 from .encoder_flags import (
+    LINEAR as LINEAR,
+    STARTS as STARTS,
     AnchorFlags as AnchorFlags,
     TableFlags as TableFlags,
     TurnFlags as TurnFlags,

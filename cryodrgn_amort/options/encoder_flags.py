@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from cryodrgn_amort.core import InputError
 from cryodrgn_amort.options.fields import Options, flag
 
-__all__ = ["AnchorFlags", "TableFlags", "TurnFlags"]
+__all__ = ["LINEAR", "STARTS", "AnchorFlags", "TableFlags", "TurnFlags"]
+
+LINEAR = "linear"
+STARTS = ("normal", "zeros", LINEAR)
+"""Starts of a table by name."""
 
 _TABLE = "Lookup table (--encoder vlt)"
 _TURNS = "Decoder and encoder in turns (--encoder alternate)"
 
 
 def _start(text: str) -> str:
-    return text if text in ("normal", "zeros") else os.path.abspath(text)
+    return text if text in STARTS else os.path.abspath(text)
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,10 @@ class TableFlags(Options):
     """Of the lookup table."""
 
     table_init: str = flag(
-        "--table-init", default="normal", group=_TABLE, metavar="normal|zeros|PATH", type=_start,
-        help="Start of the means: N(0,1), 0, or the means and log variances of a z.pkl or of a\n"
+        "--table-init", default="normal", group=_TABLE, type=_start,
+        metavar="normal|zeros|linear|PATH",
+        help="Start of the means: N(0,1), 0, or the means and log variances of a linear model\n"
+        "(principal components of the structures, found before training), of a z.pkl or of a\n"
         "finished run's folder",
     )  # fmt: skip
     table_logvar: float = flag(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cryodrgn_amort import host
 from cryodrgn_amort.core import InputError
 from cryodrgn_amort.models import EncoderSpec, resolve
-from cryodrgn_amort.options import REPLACED, TrainSettings, check_mode, flag_name
+from cryodrgn_amort.options import LINEAR, REPLACED, TrainSettings, check_mode, flag_name
 from cryodrgn_amort.runs.config import with_defaults
 from cryodrgn_amort.runs.reader import load_run
 
@@ -70,6 +70,7 @@ def settings_from_flags(given: Mapping[str, Any], plugins: Registry) -> TrainSet
     settings = TrainSettings(**with_defaults(values), ignored=ignored, extra=extra)
     encoder, shown = resolve(settings, plugins)
     _check_copies(settings, encoder, shown)
+    _check_start(settings)
     _check_poses(settings, encoder, shown)
     _refuse_foreign(given, settings.encoder, encoder, shown, plugins)
     return settings
@@ -166,6 +167,12 @@ def _without_effect(values: dict[str, Any], named: EncoderSpec | InputSpec) -> I
     if values.get("encode_mode") == "tilt":  # says what the particles are, too
         own -= {"encode_mode"}
     yield from without(sorted(own), f"does not apply to --encoder {named.name}, ignored")
+
+
+def _check_start(settings: TrainSettings) -> None:
+    """Refuse latents that the decoder of ``--from`` does not know."""
+    if settings.from_run and settings.extra.get("table_init") == LINEAR:
+        raise InputError(f"--table-init {LINEAR}: does not apply to --from, which has latents")
 
 
 def _check_poses(settings: TrainSettings, encoder: EncoderSpec, shown: InputSpec | None) -> None:

@@ -46,6 +46,7 @@ from cryodrgn_amort.training.epoch_metrics import EpochProgress
 from cryodrgn_amort.training.held_out import take_back
 from cryodrgn_amort.training.implied_beta import ImpliedBeta
 from cryodrgn_amort.training.interrupts import StopSignals
+from cryodrgn_amort.training.linear_start import start_linearly
 from cryodrgn_amort.training.on_nan import (
     RollbackError,
     diverged,
@@ -204,6 +205,7 @@ class Trainer:
         settings = self.settings
         log_start(self, self.progress)
         log_stage(self)
+        start_linearly(self)
         self.random_state.restore(self._random)
         self._tell("training_start")
         started, first = time.monotonic(), self.epoch + 1

@@ -49,7 +49,10 @@ def stop_after(monkeypatch):
     ("more", "signum"),
     [
         ({"qdim": 16}, signal.SIGINT),
-        ({"encoder": "vlt", "shuffle_seed": 4, "table_lr_end": 1e-3}, signal.SIGTERM),
+        (
+            {"encoder": "vlt", "shuffle_seed": 4, "table_lr_end": 1e-3, "table_init": "linear"},
+            signal.SIGTERM,
+        ),
         ({"qdim": 16, "augment": 1, "lr_end": 1e-5}, signal.SIGTERM),
         ({"qdim": 16, "do_pose_sgd": True, "pretrain": 2, "pose_lr": 0.01}, signal.SIGTERM),
         ({"encoder": "alternate", "qdim": 16, "anchors": 4}, signal.SIGTERM),
