@@ -228,6 +228,16 @@ class Particles:
         """Number of images of a particle that are used."""
         return 1 if self.tilts is None else self.tilts.ntilts
 
+    @property
+    def windowed(self) -> float:
+        """Mean square of the window: what it leaves of the power of noise, but not of a particle.
+
+        Pixels of the transformed images are not independent then: as far as what lies within the
+        window is concerned, their noise has the variance that is measured, divided by this.
+        """
+        window = self.images.window
+        return 1.0 if window is None else float(window.double().square().mean())
+
     def rows_of(self, index: Tensor, rng: np.random.RandomState | None = None) -> Tensor:
         """Return the images of particles `(B,)`: `(B * ntilts,)`. See ``TiltSeries.rows``."""
         return index if self.tilts is None else self.tilts.rows(index, rng)

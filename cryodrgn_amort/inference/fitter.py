@@ -131,7 +131,8 @@ class Fitter:
     def variance(self) -> float:
         """Variance of the noise in a pixel: of what is left of a sample of the particles.
 
-        At the saved latents of the run's own particles, else at the best anchors.
+        That of noise within the window (``Particles.windowed``). At the saved latents of the run's
+        own particles, else at the best anchors.
 
         Raises
         ------
@@ -151,7 +152,7 @@ class Fitter:
         if not pixels:
             raise InputError(f"PARTICLES {self.particles.images.src.filenames[0]}: no loss of a "
                              "sample of them is a number")  # fmt: skip
-        return total / pixels
+        return total / pixels / self.particles.windowed
 
     def sample(self) -> Iterator[Batch]:
         """Read the particles that tell of the noise."""

@@ -122,9 +122,7 @@ class LinearModel:
         self._most = min(components, _MOST)
         self._seed, self._pixels = seed, particles.lattice.freqs2d[particles.mask] * particles.box
         self._shells = Shells(particles)
-        window = particles.images.window
-        # noise is there within the window alone, where the particle is: stronger than on average
-        self._white = 1.0 if window is None else float(window.square().mean())
+        self._windowed = particles.windowed
         self.radius, self.found, self.gain = 0, 0, 0.0
         self._grid: VolumeGrid
         self._keep: Tensor
@@ -225,7 +223,7 @@ class LinearModel:
         ctf = torch.ones_like(y) if batch.ctf is None else whole_ctf(batch.ctf)[:, keep]
         plane = torch.nn.functional.pad(self._pixels[keep], (0, 1))
         index, weight = self._grid.places(plane @ batch.rot)
-        precision = self._white / self._noise.clamp(min=1e-12)[self._shells.of_pixel[keep]]
+        precision = self._windowed / self._noise.clamp(min=1e-12)[self._shells.of_pixel[keep]]
         if self._volumes is None:
             none, images = y.new_zeros(count, 0), y.new_zeros(*y.shape, 1)
             return none, none[..., None], (index, weight, y, ctf, precision, images, none)

@@ -24,9 +24,9 @@ _CHUNK = 64
 class ImpliedBeta:
     """Twice the variance of the noise in a pixel: with it the loss is the ELBO, but for a factor.
 
-    The noise is what the decoder leaves unexplained of the pixels that are compared: in the first
-    epoch all, then what it left in the last one. The images of a tilt series share one KL
-    divergence.
+    The variance is that of noise within the window (``Particles.windowed``). The noise is what the
+    decoder leaves unexplained of the pixels that are compared: in the first epoch all, then what it
+    left in the last one. The images of a tilt series share one KL divergence.
 
     Attributes
     ----------
@@ -64,5 +64,6 @@ class ImpliedBeta:
 
     def learn(self, unexplained: float) -> None:
         """Be told how large the squared error of a pixel is; it never rises."""
-        value = 2 * unexplained / self._particles.ntilts
+        p = self._particles
+        value = 2 * unexplained / p.windowed / p.ntilts
         self.value = min(value, self.value) if self.value else value

@@ -155,3 +155,14 @@ def test_particles_are_preprocessed_once_for_several_loaders(particles, monkeypa
         batch = next(iter(loader.batches(16, shuffle=False)))
         assert (batch.image is None) == (shown is None)
     assert sum(read) == particles.n
+
+
+@pytest.mark.parametrize("window_r", [None, 0.6, 0.85])
+def test_noise_within_the_window_is_as_strong_as_before(stack, window_r):
+    """White noise, windowed: what is left of its power is said to be left."""
+    more = {"window": False} if window_r is None else {"window_r": window_r}
+    source = ParticleSource(stack.particles, stack.poses, stack.ctf, norm=(0.0, 1.0), **more)
+    particles = load_particles(source)
+    white = torch.randn(2000, 16, 16, generator=torch.Generator().manual_seed(0))
+    power = float(particles.centre(particles.hartley(white), None).var())
+    assert particles.windowed == pytest.approx(power / 16**2, rel=0.05)

@@ -79,7 +79,7 @@ def test_fits_are_whitened_and_explain(case, fits, tmp_path):
     white = case.whitened(fits.spectrum)
     batch = case.loader.read(torch.from_numpy(fits.rows))
     left = (batch.y - case.decoded(batch, torch.from_numpy(fits.mean))) * white.gain
-    assert float(left.square().mean()) == pytest.approx(1, rel=0.02)
+    assert float(left.square().mean()) == pytest.approx(case.particles.windowed, rel=0.02)
     assert (fits.elbo - fits.constant).mean() > 1
     error = white.errors(batch, torch.from_numpy(fits.mean))[1]
     torch.testing.assert_close(error, left.square().sum(1), rtol=1e-3, atol=1e-2)
@@ -433,7 +433,7 @@ def test_new_noise_is_read_as_the_log_variances_say_where_fits_mean_them(case, f
         batch.y = shown + noise.draw(rows, draw)
         again.append(case.posterior(white, batch)[0].numpy())
     spread = np.nanmedian(scatter(mean, logvar, np.stack(again))[1])
-    assert 0.5 < spread < 2.5
+    assert 0.7 < spread < 1.3  # 1.5 by noise that is taken for the same in all of the image
 
 
 @pytest.mark.parametrize(

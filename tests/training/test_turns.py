@@ -218,10 +218,11 @@ def test_the_implied_beta_is_twice_what_is_left_of_a_pixel(train, flags, tmp_pat
     each = rows(trainer.folder)
     ratios = [(float(r["loss"]) - float(r["gen_loss"])) * len(trainer.particles.mask)
               / float(r["kld"]) for r in each]  # fmt: skip
-    wanted, least = [], 2 * power
+    of_noise = 2 / trainer.particles.windowed
+    wanted, least = [], of_noise * power
     for row in each:
         wanted.append(least)
-        least = min(least, 2 * float(row["gen_loss"]))
+        least = min(least, of_noise * float(row["gen_loss"]))
     np.testing.assert_allclose(ratios, wanted, rtol=1e-4)
     assert trainer.beta.value == pytest.approx(least, rel=1e-6)
     assert "beta='implied'" in log
@@ -366,7 +367,6 @@ def test_a_network_goes_on_with_the_anchors_that_it_knows(train, flags, monkeypa
         ({"do_pose_sgd": True}, "--do-pose-sgd: does not apply to --encoder alternate"),
         ({"encode_mode": "tilt"}, "--encoder alternate: learns from single images made up"),
         ({"augment": 1}, "--augment: does not apply to --encoder alternate"),
-        ({"table_init": "zeros"}, "--table-init: does not apply to --encoder alternate"),
     ],
 )
 def test_what_turns_cannot_do_is_refused_before_they_begin(train, flags, tmp_path, more, says):
@@ -391,8 +391,9 @@ def test_the_implied_beta_is_that_of_the_pixels_compared(train, flags):
     y = trainer.loader.read(torch.arange(70)).y
     frequency = trainer.particles.lattice.freqs2d[trainer.particles.mask].norm(dim=1) * 16
     inside = frequency.round() <= trainer.model.amort.radius
-    powers = 2 * y.square().mean(), 2 * y[:, inside].square().mean()
-    assert [value for _, value in begun[:2]] == pytest.approx([float(p) for p in powers], rel=1e-4)
+    powers = y.square().mean(), y[:, inside].square().mean()
+    wanted = [2 * float(p) / trainer.particles.windowed for p in powers]
+    assert [value for _, value in begun[:2]] == pytest.approx(wanted, rel=1e-4)
     assert [kept for kept, _ in begun] == [None, int(inside.sum()), None]
 
 

@@ -144,7 +144,7 @@ class Case:
     def whitened(self, spectrum: np.ndarray) -> Whitened:
         """Return the decoder with errors in units of this noise."""
         values = torch.from_numpy(spectrum).float().to(self.particles.device)
-        return Whitened(self.model, self.shells, values)
+        return Whitened(self.model, self.shells, values / self.particles.windowed)
 
     def decoded(self, batch: Batch, z: Tensor) -> Tensor:
         """Return what latents `(B, zdim)` explain of a batch, with CTF: `(B, P)`."""
