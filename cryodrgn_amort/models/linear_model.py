@@ -219,7 +219,7 @@ class LinearModel:
         """Return mean and covariance of latents, and what else an expectation needs."""
         assert batch.rot is not None
         count, keep = len(batch.index), self._keep
-        y = batch.y[:, keep]
+        y = batch.y[:, keep].nan_to_num(0.0, 0.0, 0.0)  # one that is damaged shows nothing
         ctf = torch.ones_like(y) if batch.ctf is None else whole_ctf(batch.ctf)[:, keep]
         plane = torch.nn.functional.pad(self._pixels[keep], (0, 1))
         index, weight = self._grid.places(plane @ batch.rot)

@@ -100,6 +100,18 @@ def test_posteriors_are_those_of_a_gaussian(model):
         assert float(gain[i].sum()) == pytest.approx(float(more - alone), abs=1e-2)
 
 
+def test_a_damaged_image_shows_nothing(model):
+    batch = model._loader.read(torch.arange(8))
+    batch.y = batch.y.clone()
+    batch.y[3, 5] = float("nan")
+    whole = model.posterior(model._loader.read(torch.arange(8)))[0]
+    found, covariance = model.posterior(batch)
+    assert found.isfinite().all()
+    assert covariance.isfinite().all()
+    others = [0, 1, 2, 4, 5, 6, 7]
+    torch.testing.assert_close(found[others], whole[others])
+
+
 def test_noise_is_measured(model, moving):
     noise = (
         loader_of(moving).read(torch.arange(N)).y
