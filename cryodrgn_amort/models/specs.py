@@ -240,7 +240,6 @@ ENCODERS = (
                 "anchors",
                 "rounds",
                 "l_start",
-                "table_init",
                 "table_lr",
                 "table_lr_end",
             }

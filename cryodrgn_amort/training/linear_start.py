@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cryodrgn_amort.core import bar
-from cryodrgn_amort.models import AlternatingEncoder, LinearModel, LookupTable
+from cryodrgn_amort.models import LinearModel, LookupTable
 from cryodrgn_amort.options import LINEAR, TableFlags
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def start_linearly(trainer: Trainer) -> None:
     flags = TableFlags.of(settings.extra)
     if trainer.epoch or trainer.progress is not None:  # it goes on
         return
-    if flags.table_init != LINEAR or not isinstance(table, (LookupTable, AlternatingEncoder)):
+    if flags.table_init != LINEAR or not isinstance(table, LookupTable):
         return
     mask = settings.window_r if settings.window else _WINDOW
     processes = trainer.processes

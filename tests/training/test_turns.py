@@ -367,6 +367,7 @@ def test_a_network_goes_on_with_the_anchors_that_it_knows(train, flags, monkeypa
         ({"do_pose_sgd": True}, "--do-pose-sgd: does not apply to --encoder alternate"),
         ({"encode_mode": "tilt"}, "--encoder alternate: learns from single images made up"),
         ({"augment": 1}, "--augment: does not apply to --encoder alternate"),
+        ({"table_init": "linear"}, "--table-init: does not apply to --encoder alternate"),
     ],
 )
 def test_what_turns_cannot_do_is_refused_before_they_begin(train, flags, tmp_path, more, says):
